@@ -1,0 +1,1 @@
+"""Draft-OPD for the Hugging Face ecosystem: make a speculative-decoding drafter better on its own proposals."""

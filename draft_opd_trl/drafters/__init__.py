@@ -1,0 +1,37 @@
+"""The registry of drafter architectures. A new one is a file here and a line in `DRAFTERS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..target import Target
+from .base import Drafter, Proposal
+from .dflash import DFlashConfig, DFlashDrafter
+
+
+DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDrafter}
+
+
+def create_drafter(kind: str, target: Target, init_from_target: bool = True, **config: Any) -> Drafter:
+    """
+    A new, untrained drafter shaped after `target`, bound to it.
+
+    Args:
+        kind (`str`): Key in `DRAFTERS`.
+        target ([`Target`]): What it will draft for.
+        init_from_target (`bool`, *optional*, defaults to `True`): Copy the target's last layers where shapes fit.
+        config: Passed to the architecture's `from_target` (block size, mask token, layers …).
+
+    Raises:
+        `ValueError`: Unknown kind, or the config does not fit the target.
+    """
+    if kind not in DRAFTERS:
+        raise ValueError(f"Unknown drafter kind {kind!r}; known kinds are {sorted(DRAFTERS)}.")
+    drafter_class = DRAFTERS[kind]
+    drafter = drafter_class(drafter_class.config_class.from_target(target.config, **config)).to(target.device)
+    if init_from_target:
+        drafter.init_from_target(target)
+    return drafter.bind(target)
+
+
+__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDrafter", "Drafter", "Proposal", "create_drafter"]

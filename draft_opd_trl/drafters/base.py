@@ -1,0 +1,146 @@
+"""The contract every drafter keeps.
+
+Speculation, replay and training reach a drafter only through these members, so a third architecture is one file and
+one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..records import DraftBlocks
+from ..sampling import Chooser
+from ..target import Target
+
+
+@dataclass
+class Proposal:
+    """
+    Blocks drafted at a grid of anchors.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, M, K)`):
+            Target token ids.
+        probs (`torch.Tensor` of shape `(B, M, K, V)`, *optional*):
+            Distributions they were drawn from, over the target's vocabulary; `None` for argmax proposals.
+    """
+
+    tokens: torch.Tensor
+    probs: torch.Tensor | None = None
+
+
+class Drafter(PreTrainedModel):
+    """
+    A small model that proposes `num_draft_tokens` tokens after an anchor from tapped target states.
+
+    Attributes:
+        kind (`str`): Key in `DRAFTERS`.
+        target_layer_ids (`list[int]`): Target layers it reads, counted from 0, as outputs of those layers.
+        num_draft_tokens (`int`): K, proposals a block.
+        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; `None` when they are equal.
+        sft_decay (`float`): Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it.
+    """
+
+    kind: str
+    vocab_map: torch.Tensor | None = None
+    _target: Target | None = None
+
+    # -- to be provided by each architecture ---------------------------------------------------------------------
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        raise NotImplementedError
+
+    @property
+    def num_draft_tokens(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def sft_decay(self) -> float:
+        raise NotImplementedError
+
+    def check_target(self, target: Target) -> None:
+        """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
+        raise NotImplementedError
+
+    def start(self, batch_size: int, max_length: int) -> Any:
+        """An empty drafting state for texts of up to `max_length` positions."""
+        raise NotImplementedError
+
+    def extend(
+        self,
+        state: Any,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Read target features of committed positions into the state, in place.
+
+        Args:
+            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states.
+            positions (`torch.LongTensor` of shape `(R, Q)`): Where they stand. Positions past the committed text may
+                be given; what they leave behind is overwritten before it becomes visible.
+            tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
+            rows (`torch.LongTensor` of shape `(R,)`, *optional*): State rows; all by default.
+        """
+        raise NotImplementedError
+
+    def propose(
+        self, state: Any, tokens: torch.Tensor, anchors: torch.Tensor, limit: int, choose: Chooser
+    ) -> Proposal:
+        """
+        Draft a block at each anchor of a grid; nothing is kept in the state.
+
+        Args:
+            tokens, anchors (`torch.LongTensor` of shape `(B, M)`): Anchor tokens and their positions.
+            limit (`int`): Positions of the state to look at, at least the largest anchor.
+            choose ([`Chooser`]): Turns logits into proposals.
+        """
+        raise NotImplementedError
+
+    def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+        """
+        The same drafting with gradients, for many blocks of whole texts at once.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, T, F)`): Tapped states of the texts.
+            tokens (`torch.LongTensor` of shape `(B, T)`): The texts.
+            blocks ([`DraftBlocks`]): Blocks to draft; drafters that read their own proposals read `draft_tokens`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, K, H)`: states that [`output_weight`] turns into draft logits.
+        """
+        raise NotImplementedError
+
+    def output_weight(self) -> torch.Tensor:
+        """Head `(DV, H)` that turns states into draft logits."""
+        raise NotImplementedError
+
+    # -- shared --------------------------------------------------------------------------------------------------
+
+    def bind(self, target: Target) -> Drafter:
+        """
+        Lend the target's embedding and head; they never become parameters of the drafter.
+
+        Raises:
+            `ValueError`: The two do not fit.
+        """
+        self.check_target(target)
+        self._target = target
+        return self
+
+    @property
+    def target(self) -> Target:
+        if self._target is None:
+            raise RuntimeError(f"This {self.kind} drafter borrows from its target: call `drafter.bind(target)` first.")
+        return self._target
+
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Draft vocabulary ids → target ids."""
+        return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]

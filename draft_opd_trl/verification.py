@@ -1,0 +1,98 @@
+"""The accept/reject rule of speculative decoding, and its reversal for text that is given.
+
+Pure tensor functions. Knows no models, caches or drafter kinds.
+Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; the reversal is FIELD section 1 of the design notes,
+restated in `docs/source/method.md`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .sampling import draw
+
+
+def leading_run(agree: torch.Tensor) -> torch.Tensor:
+    """Length of the leading run of `True`: `(N, K)` bool → `(N,)` long."""
+    return agree.long().cumprod(-1).sum(-1)
+
+
+def verify_greedy(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Verification at temperature 0.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(N, K)`): Proposals.
+        target_tokens (`torch.LongTensor` of shape `(N, K + 1)`): The target's argmax at each slot, then the bonus.
+
+    Returns:
+        `num_accepted` `(N,)` and the recovered or bonus token `(N,)`.
+    """
+    num_accepted = leading_run(draft_tokens == target_tokens[:, :-1])
+    return num_accepted, target_tokens.gather(1, num_accepted[:, None])[:, 0]
+
+
+def verify_sampled(
+    draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Exact rejection sampling: the committed tokens follow the target's law whatever was proposed.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(N, K)`):
+            Proposals.
+        draft_probs (`torch.Tensor` of shape `(N, K, V)`, *optional*):
+            What they were drawn from; `None` when each proposal is a point mass (an argmax).
+        target_probs (`torch.Tensor` of shape `(N, K + 1, V)`):
+            The target's distribution at each slot given the drafted prefix, then at the bonus slot.
+        generator (`torch.Generator`, *optional*):
+            Source of the uniforms.
+
+    Returns:
+        `num_accepted` `(N,)` and the recovered or bonus token `(N,)`.
+    """
+    count, num_draft_tokens = draft_tokens.shape
+    if num_draft_tokens == 0:
+        return draft_tokens.new_zeros(count), draw(target_probs[:, 0], generator)
+    proposal = draft_tokens[..., None]
+    p_target = target_probs[:, :-1].gather(-1, proposal)[..., 0]
+    p_draft = torch.ones_like(p_target) if draft_probs is None else draft_probs.gather(-1, proposal)[..., 0]
+    uniform = torch.rand(p_target.shape, device=p_target.device, dtype=p_target.dtype, generator=generator)
+    num_accepted = leading_run(uniform * p_draft < p_target)
+
+    slot = num_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
+    final_probs = target_probs.gather(1, slot)[:, 0]
+    rejected = num_accepted < num_draft_tokens
+    first_rejected = num_accepted.clamp(max=num_draft_tokens - 1)
+    if draft_probs is None:
+        token = draft_tokens.gather(1, first_rejected[:, None])
+        residual = final_probs.scatter(-1, token, 0.0)
+    else:
+        residual = (final_probs - draft_probs.gather(1, first_rejected[:, None, None].expand_as(slot))[:, 0]).clamp(0)
+    # Rounding can empty the residual of a slot that was rejected against the odds; the target's law is the limit.
+    usable = rejected & (residual.sum(-1) > 0)
+    return num_accepted, draw(torch.where(usable[:, None], residual, final_probs), generator)
+
+
+def judge_against_text(
+    draft_tokens: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor
+) -> torch.Tensor:
+    """
+    Verification reversed for given text: what it would have said of point-mass proposals.
+
+    A proposal that puts all its mass on one token is accepted exactly when the text holds that token, at any
+    temperature, because the text's law does not depend on the drafter.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(N, K)`): Proposals.
+        labels (`torch.LongTensor` of shape `(N, K)`): Text tokens at the same slots.
+        num_valid (`torch.LongTensor` of shape `(N,)`): Slots inside the text.
+
+    Returns:
+        `num_accepted` `(N,)`.
+    """
+    slots = torch.arange(draft_tokens.shape[1], device=draft_tokens.device)
+    return leading_run((draft_tokens == labels) & (slots < num_valid[:, None]))
