@@ -1,0 +1,4 @@
+from setuptools import setup
+
+
+setup()  # All metadata lives in setup.cfg.
