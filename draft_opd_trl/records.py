@@ -42,6 +42,11 @@ def pack_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
     return columns, int(counts.max()) if len(rows) else 0
 
 
+def num_valid_slots(anchors: torch.Tensor, lengths: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
+    """Slots of a block that lie inside its text: `min(K, length - 1 - anchor)`."""
+    return (lengths - 1 - anchors).clamp(max=num_draft_tokens)
+
+
 @dataclass
 class DraftBlocks:
     """
