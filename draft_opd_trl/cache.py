@@ -95,9 +95,7 @@ class PositionCache(Cache):
         self.positions: torch.Tensor | None = None
         super().__init__(layers=[_PositionLayer(self) for _ in range(num_layers)])
 
-    def place(
-        self, positions: torch.Tensor, limit: int, rows: torch.Tensor | None = None, keep: bool = True
-    ) -> None:
+    def place(self, positions: torch.Tensor, limit: int, rows: torch.Tensor | None = None, keep: bool = True) -> None:
         """
         Say where the tokens of the next forward go.
 

@@ -166,6 +166,17 @@ class Rollout:
         ]
 
     @classmethod
+    def cat(cls, parts: list[Rollout]) -> Rollout:
+        """Texts of several rollouts under each other, padded to the longest; blocks are not carried over."""
+        width = max(part.tokens.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        return cls(
+            torch.cat([pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]),
+            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+        )
+
+    @classmethod
     def from_ids(
         cls, prompts: list[list[int]], completions: list[list[int]], pad_token_id: int = 0, device: Any = "cpu"
     ) -> Rollout:

@@ -1,22 +1,19 @@
-"""Text + drafter → what verification would have said; blocks → the batch a step trains on.
+"""Text + drafter → what verification would have said of the current drafter.
 
 Speculation is lossless, so a text does not depend on the drafter that sped it up, and what the *current* drafter
 would have proposed along it, and what verification would have said, can be found without decoding. Holds that
-replay, the choice of blocks, the two streams' weights and the buffer of error positions. Knows no optimizer.
+replay and the buffer of error positions. Knows no optimizer and no loss.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 
 from .drafters.base import Drafter
-from .records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
+from .records import DraftBlocks, Rollout, num_valid_slots, pack_rows
 from .sampling import Chooser
-from .target import Target
 from .verification import judge_against_text
 
 
@@ -34,6 +31,16 @@ def text_blocks(rollout: Rollout, rows: torch.Tensor, anchors: torch.Tensor, num
     labels = slot_labels(rollout.tokens, rows, anchors, num_draft_tokens)
     num_valid = num_valid_slots(anchors, rollout.lengths[rows], num_draft_tokens)
     return DraftBlocks(rows, anchors, labels, num_valid, num_valid)
+
+
+def grid_of(rows: torch.Tensor, anchors: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed anchors `(N,)` as a grid `(B, M)` and the bool `(B, M)` of its filled cells."""
+    columns, width = pack_rows(rows, batch)
+    grid = anchors.new_zeros((batch, width))
+    live = torch.zeros((batch, width), dtype=torch.bool, device=anchors.device)
+    grid[rows, columns] = anchors
+    live[rows, columns] = True
+    return grid, live
 
 
 @torch.no_grad()
@@ -64,9 +71,17 @@ def draft_at(
 
 
 @torch.no_grad()
-def replay_text(
-    drafter: Drafter, rollout: Rollout, features: torch.Tensor, num_chains: int = 8
-) -> DraftBlocks:
+def read_text(drafter: Drafter, rollout: Rollout, features: torch.Tensor) -> object:
+    """A drafting state that holds whole texts."""
+    batch, length = rollout.tokens.shape
+    state = drafter.start(batch, length)
+    positions = torch.arange(length, device=rollout.tokens.device).expand(batch, -1)
+    drafter.extend(state, features, positions, rollout.tokens)
+    return state
+
+
+@torch.no_grad()
+def replay_text(drafter: Drafter, rollout: Rollout, features: torch.Tensor, num_chains: int = 8) -> DraftBlocks:
     """
     The blocks real speculation with this drafter would have judged on these texts, without decoding.
 
@@ -86,10 +101,7 @@ def replay_text(
     """
     batch, length = rollout.tokens.shape
     device = rollout.tokens.device
-    state = drafter.start(batch, length)
-    positions = torch.arange(length, device=device).expand(batch, -1)
-    drafter.extend(state, features, positions, rollout.tokens)
-
+    state = read_text(drafter, rollout, features)
     last = rollout.lengths - 1  # an anchor at the last token has nothing left to propose
     share = torch.arange(num_chains, device=device) / num_chains
     anchors = rollout.prompt_lengths[:, None] + (share * (last - rollout.prompt_lengths)[:, None]).long()
@@ -132,119 +144,6 @@ def _read_off(rollout: Rollout, accepted_at: torch.Tensor, drafts_at: torch.Tens
     )
 
 
-def row_generator(seed: int, step: int, tokens: torch.Tensor) -> torch.Generator:
-    """A generator for one text at one optimizer step, whatever batch, rank or micro-step it falls in."""
-    key = zlib.crc32(tokens.cpu().numpy().tobytes(), zlib.crc32(f"{seed}:{step}".encode()))
-    return torch.Generator().manual_seed(key)
-
-
-def random_anchors(length: int, prompt_length: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Up to `count` distinct anchors inside a completion, sorted; SFT drafts from these."""
-    candidates = length - 1 - prompt_length
-    chosen = torch.randperm(max(candidates, 0), generator=generator)[:count]
-    return chosen.sort().values + prompt_length
-
-
-def choose_blocks(blocks: DraftBlocks, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Indices of up to `count` blocks of one text: those with an error first, then others, drawn at random."""
-    if len(blocks) <= count:
-        return torch.arange(len(blocks), device=blocks.rows.device)
-    keys = torch.rand(len(blocks), generator=generator).to(blocks.rows.device) - blocks.has_error.float()
-    return keys.argsort()[:count].sort().values
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """
-    Which slots teach, and how much.
-
-    Args:
-        accepted_weight (`float`): λ of the accepted stream: text tokens up to and including the next anchor.
-        rejected_weight (`float`): λ of the rejected stream: drafted tokens from the first rejected slot on.
-        rejected_decay (`float`): γ; weight of the i-th rejected slot is `γ ** (i − 1)`.
-        accepted_decay (`float`): Weight of slot k of the accepted stream is `accepted_decay ** (k − 1)`.
-        sft_decay (`float`): The same for blocks of random anchors (`lmbda < 1`).
-    """
-
-    accepted_weight: float = 1.0
-    rejected_weight: float = 0.0
-    rejected_decay: float = 0.8
-    accepted_decay: float = 1.0
-    sft_decay: float = 1.0
-
-
-def stream_weights(
-    blocks: DraftBlocks, on_policy: torch.Tensor, streams: StreamSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Weights `(N, K)` of both streams, λ included (Draft-OPD, section 3).
-
-    `on_policy` `(N,)` marks blocks drafted by the drafter; the rest are text blocks, whose slots are all accepted.
-    """
-    slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
-    accepted_until = torch.minimum(blocks.num_accepted + 1, blocks.num_valid)[:, None]
-    decay = torch.where(on_policy, streams.accepted_decay, streams.sft_decay)[:, None]
-    accepted = (slots < accepted_until) * decay**slots * torch.where(on_policy, streams.accepted_weight, 1.0)[:, None]
-    behind = slots - blocks.num_accepted[:, None]
-    in_rejected = (behind >= 0) & (blocks.has_error & on_policy)[:, None]
-    rejected = torch.where(in_rejected, streams.rejected_weight * streams.rejected_decay ** behind.clamp(min=0), 0.0)
-    return accepted.float(), rejected.float()
-
-
-def make_batch(
-    target: Target,
-    rollout: Rollout,
-    blocks: DraftBlocks,
-    on_policy: torch.Tensor,
-    streams: StreamSettings,
-    features: torch.Tensor,
-    states: torch.Tensor,
-    cache: object | None = None,
-    block_states: torch.Tensor | None = None,
-) -> ReplayBatch:
-    """
-    The batch of one micro-step from texts, chosen blocks and what the target said of both.
-
-    Args:
-        on_policy (`torch.BoolTensor` of shape `(N,)`): Blocks the drafter proposed.
-        features, states (`torch.Tensor` of shapes `(B, T, F)` and `(B, T, H)`): From [`Target.forward_text`].
-        cache ([`PositionCache`], *optional*): Holding the texts; needed where rejected slots must be scored.
-        block_states (`torch.Tensor` of shape `(N, K, H)`, *optional*): What verification kept; saves scoring.
-
-    Returns:
-        [`ReplayBatch`] whose `denominator` is this micro-batch's own weight.
-    """
-    num_draft_tokens = blocks.num_draft_tokens
-    accepted, rejected = stream_weights(blocks, on_policy, streams)
-    before = slot_positions(blocks, rollout.tokens.shape[1]) - 1
-    text_states = states[blocks.rows[:, None], before]
-    draft_states = None
-    if streams.rejected_weight > 0:
-        if block_states is None:
-            block_states = target.score_blocks(rollout.tokens, blocks, cache)
-        slots = torch.arange(num_draft_tokens, device=before.device)
-        # Up to the first rejected slot the drafted prefix is the text.
-        on_text = (slots <= blocks.num_accepted[:, None])[..., None]
-        draft_states = torch.where(on_text, text_states, block_states)
-    return ReplayBatch(
-        tokens=rollout.tokens,
-        features=features,
-        blocks=blocks,
-        labels=slot_labels(rollout.tokens, blocks.rows, blocks.anchors, num_draft_tokens),
-        text_states=text_states,
-        draft_states=draft_states,
-        accepted_weights=accepted,
-        rejected_weights=rejected,
-        denominator=accepted.sum() + rejected.sum(),
-    )
-
-
-def slot_positions(blocks: DraftBlocks, length: int) -> torch.Tensor:
-    """Text positions of the K slots `(N, K)`, clamped into a text of `length`."""
-    slots = torch.arange(1, blocks.num_draft_tokens + 1, device=blocks.rows.device)
-    return (blocks.anchors[:, None] + slots).clamp(max=length - 1)
-
-
 class ErrorBuffer:
     """
     Texts whose error positions are worth another look, drafted afresh when drawn.
@@ -274,7 +173,7 @@ class ErrorBuffer:
                 self.entries.append((tokens[:length], prompt_length, chosen))
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        """`count` texts (fewer when fewer are held): a [`Rollout`] and the `(N,)` rows and anchors remembered."""
+        """`count` texts (fewer when fewer are held, at least one): a [`Rollout`], and `(N,)` rows and anchors."""
         index = torch.randperm(len(self.entries), generator=generator)[:count].tolist()
         picked = [self.entries[i] for i in index]
         rollout = Rollout.from_ids(

@@ -231,9 +231,7 @@ def _recorded(slots: _Slots, active: list[int], anchors, draft_tokens, num_accep
 
 def _assemble(slots: _Slots, texts: list[torch.Tensor], record: list) -> Rollout:
     lengths = torch.tensor([len(text) for text in texts], device=slots.tokens.device)
-    tokens = torch.nn.utils.rnn.pad_sequence(
-        texts, batch_first=True, padding_value=slots.settings.pad_token_id
-    )
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=slots.settings.pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in slots.prompts], device=slots.tokens.device)
     rollout = Rollout(tokens, prompt_lengths, lengths)
     if slots.drafter is None:

@@ -266,4 +266,3 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> l
             "unset, so no text would ever end. Set generation_config.eos_token_id on the target."
         )
     return stops
-

@@ -77,9 +77,7 @@ def verify_sampled(
     return num_accepted, draw(torch.where(usable[:, None], residual, final_probs), generator)
 
 
-def judge_against_text(
-    draft_tokens: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor
-) -> torch.Tensor:
+def judge_against_text(draft_tokens: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> torch.Tensor:
     """
     Verification reversed for given text: what it would have said of point-mass proposals.
 

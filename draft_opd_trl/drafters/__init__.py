@@ -6,10 +6,10 @@ from typing import Any
 
 from ..target import Target
 from .base import Drafter, Proposal
-from .dflash import DFlashConfig, DFlashDrafter
+from .dflash import DFlashConfig, DFlashDraftModel
 
 
-DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDrafter}
+DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel}
 
 
 def create_drafter(kind: str, target: Target, init_from_target: bool = True, **config: Any) -> Drafter:
@@ -34,4 +34,4 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
     return drafter.bind(target)
 
 
-__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDrafter", "Drafter", "Proposal", "create_drafter"]
+__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "Proposal", "create_drafter"]

@@ -191,7 +191,7 @@ class DFlashState:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class DFlashDrafter(Drafter):
+class DFlashDraftModel(Drafter):
     """
     The DFlash draft model. It has no embedding and no head: both are the target's (see [`Drafter.bind`]).
 
@@ -263,9 +263,7 @@ class DFlashDrafter(Drafter):
 
     # -- context ------------------------------------------------------------------------------------------------
 
-    def _context(
-        self, features: torch.Tensor, positions: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _context(self, features: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(context, positions)
         return [layer.self_attn.keys_values(context, rotary) for layer in self.layers]
@@ -373,7 +371,7 @@ class DFlashDrafter(Drafter):
         return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
     @torch.no_grad()
-    def init_from_target(self, target: Target) -> DFlashDrafter:
+    def init_from_target(self, target: Target) -> DFlashDraftModel:
         """
         Start from the target's last layers where shapes fit, with `fc` the mean of the taps.
 

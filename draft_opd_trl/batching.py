@@ -1,0 +1,303 @@
+"""Which blocks teach, and how much: from texts to the batch one micro-step trains on.
+
+Holds the choice of anchors, the weights of the two streams and the assembly of [`ReplayBatch`]. Knows no losses, no
+optimizer and no drafter kinds. `lmbda` mixes SFT (random anchors, the text as proposal) and Draft-OPD (anchors that
+verification exposed, the drafter's own proposals) in one path, so that the two can be compared fairly.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from .drafters.base import Drafter
+from .records import DraftBlocks, ReplayBatch, Rollout
+from .replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from .target import Target
+
+
+def row_generator(seed: int, step: int, tokens: torch.Tensor) -> torch.Generator:
+    """A generator for one text at one optimizer step, whatever batch, rank or micro-step it falls in."""
+    key = zlib.crc32(tokens.cpu().numpy().tobytes(), zlib.crc32(f"{seed}:{step}".encode()))
+    return torch.Generator().manual_seed(key)
+
+
+def random_anchors(length: int, prompt_length: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Up to `count` distinct anchors inside a completion, sorted; SFT drafts from these."""
+    candidates = length - 1 - prompt_length
+    chosen = torch.randperm(max(candidates, 0), generator=generator)[:count]
+    return chosen.sort().values + prompt_length
+
+
+def choose_blocks(blocks: DraftBlocks, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices of up to `count` blocks of one text: those with an error first, then others, drawn at random."""
+    if len(blocks) <= count:
+        return torch.arange(len(blocks), device=blocks.rows.device)
+    keys = torch.rand(len(blocks), generator=generator).to(blocks.rows.device) - blocks.has_error.float()
+    return keys.argsort()[:count].sort().values
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """
+    Which slots teach, and how much.
+
+    Args:
+        accepted_weight (`float`): λ of the accepted stream: text tokens up to and including the next anchor.
+        rejected_weight (`float`): λ of the rejected stream: drafted tokens from the first rejected slot on.
+        rejected_decay (`float`): γ; weight of the i-th rejected slot is `γ ** (i − 1)`.
+        accepted_decay (`float`): Weight of slot k of the accepted stream is `accepted_decay ** (k − 1)`.
+        sft_decay (`float`): The same for blocks of random anchors (`lmbda < 1`).
+    """
+
+    accepted_weight: float = 1.0
+    rejected_weight: float = 0.0
+    rejected_decay: float = 0.8
+    accepted_decay: float = 1.0
+    sft_decay: float = 1.0
+
+
+def stream_weights(
+    blocks: DraftBlocks, on_policy: torch.Tensor, streams: StreamSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Weights `(N, K)` of both streams, λ included (Draft-OPD, section 3).
+
+    `on_policy` `(N,)` marks blocks drafted by the drafter; the rest are text blocks, whose slots are all accepted.
+    """
+    slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
+    accepted_until = torch.minimum(blocks.num_accepted + 1, blocks.num_valid)[:, None]
+    decay = torch.where(on_policy, streams.accepted_decay, streams.sft_decay)[:, None]
+    accepted = (slots < accepted_until) * decay**slots * torch.where(on_policy, streams.accepted_weight, 1.0)[:, None]
+    behind = slots - blocks.num_accepted[:, None]
+    in_rejected = (behind >= 0) & (blocks.has_error & on_policy)[:, None]
+    rejected = torch.where(in_rejected, streams.rejected_weight * streams.rejected_decay ** behind.clamp(min=0), 0.0)
+    return accepted.float(), rejected.float()
+
+
+def make_batch(
+    target: Target,
+    rollout: Rollout,
+    blocks: DraftBlocks,
+    on_policy: torch.Tensor,
+    streams: StreamSettings,
+    features: torch.Tensor,
+    states: torch.Tensor,
+    cache: object | None = None,
+    block_states: torch.Tensor | None = None,
+) -> ReplayBatch:
+    """
+    The batch of one micro-step from texts, chosen blocks and what the target said of both.
+
+    Args:
+        on_policy (`torch.BoolTensor` of shape `(N,)`): Blocks the drafter proposed.
+        features, states (`torch.Tensor` of shapes `(B, T, F)` and `(B, T, H)`): From [`Target.forward_text`].
+        cache ([`PositionCache`], *optional*): Holding the texts; needed where rejected slots must be scored.
+        block_states (`torch.Tensor` of shape `(N, K, H)`, *optional*): What verification kept; saves scoring.
+
+    Returns:
+        [`ReplayBatch`] whose `denominator` is this micro-batch's own weight.
+    """
+    num_draft_tokens = blocks.num_draft_tokens
+    accepted, rejected = stream_weights(blocks, on_policy, streams)
+    before = slot_positions(blocks, rollout.tokens.shape[1]) - 1
+    text_states = states[blocks.rows[:, None], before]
+    draft_states = None
+    if streams.rejected_weight > 0:
+        if block_states is None:
+            block_states = target.score_blocks(rollout.tokens, blocks, cache)
+        slots = torch.arange(num_draft_tokens, device=before.device)
+        # Up to the first rejected slot the drafted prefix is the text.
+        on_text = (slots <= blocks.num_accepted[:, None])[..., None]
+        draft_states = torch.where(on_text, text_states, block_states)
+    return ReplayBatch(
+        tokens=rollout.tokens,
+        features=features,
+        blocks=blocks,
+        labels=slot_labels(rollout.tokens, blocks.rows, blocks.anchors, num_draft_tokens),
+        text_states=text_states,
+        draft_states=draft_states,
+        accepted_weights=accepted,
+        rejected_weights=rejected,
+        denominator=accepted.sum() + rejected.sum(),
+    )
+
+
+def slot_positions(blocks: DraftBlocks, length: int) -> torch.Tensor:
+    """Text positions of the K slots `(N, K)`, clamped into a text of `length`."""
+    slots = torch.arange(1, blocks.num_draft_tokens + 1, device=blocks.rows.device)
+    return (blocks.anchors[:, None] + slots).clamp(max=length - 1)
+
+
+@dataclass
+class ReplayMetrics:
+    """Sums over one optimizer step on one rank; ratios are taken after they are added over ranks."""
+
+    committed: int = 0
+    verifications: int = 0
+    errors: int = 0
+    blocks: int = 0
+    supervised: int = 0
+    accepted_by_slot: list[int] = field(default_factory=list)
+    valid_by_slot: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class BatchMaker:
+    """
+    Turns texts into the batches of one optimizer step.
+
+    Args:
+        target ([`Target`]): The frozen target.
+        drafter ([`Drafter`]): The drafter as it stands; read without gradients.
+        streams ([`StreamSettings`]): Weights.
+        lmbda (`float`): Probability that a text is replayed on-policy (1: Draft-OPD, 0: SFT).
+        num_anchors (`int`): Blocks trained on, a text.
+        num_chains (`int`): See [`replay_text`].
+        seed (`int`): Draws depend on it, the step and the text alone, not on batch layout or rank.
+        buffer ([`ErrorBuffer`], *optional*): Error positions of earlier texts.
+        replay_ratio (`float`): Texts drawn from the buffer for each new one.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        streams: StreamSettings,
+        lmbda: float = 1.0,
+        num_anchors: int = 512,
+        num_chains: int = 8,
+        seed: int = 0,
+        buffer: ErrorBuffer | None = None,
+        replay_ratio: float = 0.0,
+    ) -> None:
+        self.target, self.drafter, self.streams = target, drafter, streams
+        self.lmbda, self.num_anchors, self.num_chains, self.seed = lmbda, num_anchors, num_chains, seed
+        self.buffer, self.replay_ratio = buffer, replay_ratio
+
+    def __call__(
+        self, rollouts: list[Rollout], step: int, fresh: bool = False
+    ) -> tuple[list[ReplayBatch], ReplayMetrics]:
+        """
+        Args:
+            rollouts (`list[Rollout]`): One a micro-step.
+            step (`int`): Optimizer step; part of the seed.
+            fresh (`bool`): The rollouts' own blocks came from the drafter as it stands now, so they need no replay.
+
+        Returns:
+            A [`ReplayBatch`] a micro-step, each with its own weight as denominator, and [`ReplayMetrics`].
+        """
+        num_draft_tokens = self.drafter.num_draft_tokens
+        metrics = ReplayMetrics(accepted_by_slot=[0] * num_draft_tokens, valid_by_slot=[0] * num_draft_tokens)
+        return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
+
+    def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
+        drawn_rows = drawn_anchors = rollout.lengths[:0]
+        num_new = len(rollout)
+        generators = [
+            row_generator(self.seed, step, row[:length])
+            for row, length in zip(rollout.tokens, rollout.lengths.tolist(), strict=True)
+        ]
+        texts = Rollout(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
+        wanted = round(self.replay_ratio * num_new)
+        if self.buffer is not None and len(self.buffer) and wanted:
+            drawn, drawn_rows, drawn_anchors = self.buffer.draw(wanted, generators[0], rollout.tokens.device)
+            texts = Rollout.cat([texts, drawn])
+            drawn_rows = drawn_rows + num_new
+
+        needs_scores = self.streams.rejected_weight > 0
+        keeps_states = fresh and rollout.block_states is not None and not len(drawn_rows)
+        cache = self.target.new_cache(*texts.tokens.shape) if needs_scores and not keeps_states else None
+        clock = time.perf_counter()
+        features, states = self.target.forward_text(texts.tokens, self.drafter.target_layer_ids, cache)
+        metrics.seconds["target_text"] += time.perf_counter() - clock
+
+        clock = time.perf_counter()
+        on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
+        blocks = self._exposed_blocks(rollout, fresh, features[:num_new, : rollout.tokens.shape[1]], on_policy_rows)
+        self._count(rollout, blocks, on_policy_rows, metrics)
+        chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
+        if len(drawn_rows):
+            state = read_text(self.drafter, texts, features)
+            drawn_blocks = draft_at(self.drafter, state, texts, *grid_of(drawn_rows, drawn_anchors, len(texts)))
+            chosen_blocks = [*chosen_blocks, drawn_blocks]
+        if self.buffer is not None and len(blocks):
+            self.buffer.add(rollout, blocks)
+        on_policy = torch.cat(
+            [torch.full((len(part),), index > 0, device=features.device) for index, part in enumerate(chosen_blocks)]
+        )
+        metrics.seconds["replay"] += time.perf_counter() - clock
+
+        clock = time.perf_counter()
+        batch = make_batch(
+            self.target,
+            texts,
+            DraftBlocks.cat(chosen_blocks),
+            on_policy,
+            self.streams,
+            features,
+            states,
+            cache,
+            self._kept_states(rollout, chosen, chosen_blocks) if needs_scores and keeps_states else None,
+        )
+        metrics.seconds["scoring"] += time.perf_counter() - clock
+        metrics.blocks += len(batch.blocks)
+        metrics.supervised += int(((batch.accepted_weights > 0) | (batch.rejected_weights > 0)).sum())
+        return batch
+
+    def _exposed_blocks(
+        self, rollout: Rollout, fresh: bool, features: torch.Tensor, on_policy_rows: list[bool]
+    ) -> DraftBlocks:
+        """Every block verification exposed on the on-policy rows."""
+        if not any(on_policy_rows):
+            return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device)
+        if fresh and rollout.blocks is not None:
+            return rollout.blocks
+        return replay_text(self.drafter, rollout, features, self.num_chains)
+
+    def _choose(
+        self, rollout: Rollout, blocks: DraftBlocks, generators: list[torch.Generator], on_policy_rows: list[bool]
+    ) -> tuple[torch.Tensor, list[DraftBlocks]]:
+        """Indices of exposed blocks to train on, and `[text blocks of SFT rows, exposed blocks]`."""
+        device = rollout.tokens.device
+        kept: list[torch.Tensor] = []
+        rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
+        lengths, prompt_lengths = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
+        counts = torch.bincount(blocks.rows, minlength=len(rollout)).tolist()
+        start = 0
+        for row, (generator, on_policy) in enumerate(zip(generators, on_policy_rows, strict=True)):
+            stop = start + counts[row]
+            if on_policy:
+                index = torch.arange(start, stop, device=device)
+                kept.append(index[choose_blocks(blocks.select(index), self.num_anchors, generator)])
+            else:
+                chosen = random_anchors(lengths[row], prompt_lengths[row], self.num_anchors, generator).to(device)
+                anchors.append(chosen)
+                rows.append(torch.full_like(chosen, row))
+            start = stop
+        forced = text_blocks(rollout, torch.cat(rows), torch.cat(anchors), self.drafter.num_draft_tokens)
+        index = torch.cat(kept) if kept else rollout.lengths[:0]
+        return index, [forced, blocks.select(index)]
+
+    @staticmethod
+    def _kept_states(rollout: Rollout, chosen: torch.Tensor, parts: list[DraftBlocks]) -> torch.Tensor:
+        states = rollout.block_states[chosen]
+        return torch.cat([states.new_zeros((len(parts[0]), *states.shape[1:])), states])
+
+    def _count(
+        self, rollout: Rollout, blocks: DraftBlocks, on_policy_rows: list[bool], metrics: ReplayMetrics
+    ) -> None:
+        on_policy = torch.tensor(on_policy_rows, device=rollout.lengths.device)
+        committed = (rollout.completion_lengths - 1).clamp(min=0)
+        metrics.committed += int(committed[on_policy].sum())
+        blocks = blocks.select(on_policy[blocks.rows])
+        metrics.verifications += len(blocks)
+        metrics.errors += int(blocks.has_error.sum())
+        slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
+        for name, until in (("accepted_by_slot", blocks.num_accepted), ("valid_by_slot", blocks.num_valid)):
+            sums = (slots < until[:, None]).sum(0).tolist()
+            setattr(metrics, name, [old + new for old, new in zip(getattr(metrics, name), sums, strict=True)])

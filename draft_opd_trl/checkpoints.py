@@ -1,0 +1,124 @@
+"""Drafter folders: recognise, read and write them, with exact key sets.
+
+Both serving engines load a checkpoint with missing tensors silently. So reading starts every parameter as NaN,
+compares the key set by name, and looks for survivors. Knows no training state.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from .drafters import DRAFTERS
+from .drafters.base import Drafter
+
+
+def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    The local folder of a drafter; an id is downloaded from the Hub.
+
+    Raises:
+        `FileNotFoundError`: Neither a folder nor reachable on the Hub.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, token=token))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
+            "a drafter folder, or an id you can reach."
+        ) from error
+
+
+def _kind_of(config: dict[str, Any], folder: Path) -> str:
+    architectures = config.get("architectures") or []
+    for kind, drafter_class in DRAFTERS.items():
+        if drafter_class.__name__ in architectures:
+            return kind
+    known = ", ".join(f"{drafter_class.__name__} ({kind})" for kind, drafter_class in DRAFTERS.items())
+    raise ValueError(
+        f"{folder / 'config.json'} names the architectures {architectures}, none of which is a drafter known here: "
+        f"{known}. Is this the folder of a drafter, not of a target?"
+    )
+
+
+def check_keys(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: object) -> None:
+    """
+    Raises:
+        `ValueError`: A tensor is missing, unexpected or of the wrong shape, by name.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"The tensors in {where} are not this drafter's. Missing: {missing or 'none'}. Unexpected: "
+            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export the checkpoint in its published layout."
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors file.")
+    tensors = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    return tensors
+
+
+def load_drafter(
+    path_or_id: str,
+    dtype: torch.dtype | str = torch.float32,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Drafter:
+    """
+    Read a drafter folder, whole or not at all.
+
+    Args:
+        path_or_id (`str`): Folder, or id on the Hub.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): Parameters are cast to it; training
+            wants float32 masters. `"auto"` keeps the stored one.
+        revision, token (`str`, *optional*): For the Hub.
+
+    Returns:
+        [`Drafter`], not yet bound to a target.
+
+    Raises:
+        `FileNotFoundError`: No such folder, config or weights.
+        `ValueError`: Unknown architecture, or a tensor missing, unexpected, misshapen or not finite.
+    """
+    folder = drafter_folder(path_or_id, revision, token)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
+    kind = _kind_of(json.loads(config_file.read_text()), folder)
+    drafter_class = DRAFTERS[kind]
+    drafter = drafter_class(drafter_class.config_class.from_pretrained(folder))
+    tensors = _read_tensors(folder)
+    state = drafter.state_dict()
+    check_keys({k: v.shape for k, v in state.items()}, {k: v.shape for k, v in tensors.items()}, folder)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.fill_(float("nan"))
+    if dtype == "auto":
+        dtype = next(iter(tensors.values())).dtype
+    drafter.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    drafter.load_state_dict(tensors, strict=True)
+    bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
+    if bad:
+        raise ValueError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
+    drafter.config._name_or_path = str(path_or_id)
+    return drafter.eval()

@@ -1,0 +1,266 @@
+"""Divergences per slot, and one reduction.
+
+Holds the readable reference of each divergence against dense log-probabilities, and the path training takes: small
+checkpointed chunks of slots, so that `[N, K, V]` is never held. Knows no architectures and no rollouts.
+Sources: Draft-OPD (arXiv 2605.29343) section 3 for the sampled estimators; GKD (arXiv 2306.13649) for JSD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from .records import ReplayBatch
+
+
+LOSSES = ("ce", "forward_kl", "reverse_kl", "jsd", "tv", "bernoulli_forward_kl", "k3")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """
+    One stream's divergence.
+
+    Args:
+        kind (`str`):
+            `ce`: cross-entropy of the teacher's hard token. Exact over the vocabulary: `forward_kl` (target ‖
+            drafter), `reverse_kl` (drafter ‖ target), `jsd`, `tv` (1 − Σ min). The paper's estimators, which read
+            one token only: `bernoulli_forward_kl`, `k3`.
+        temperature (`float`):
+            Teacher temperature; 0 makes the target a point mass, which leaves only `ce` meaningful.
+        beta (`float`, *optional*, defaults to `0.5`):
+            Interpolation of `jsd`: near 0 it acts like forward, near 1 like reverse KL.
+        max_clamp (`float`, *optional*):
+            Ceiling of a slot's loss.
+        log_prob_min_clamp (`float`, *optional*):
+            Floor of the log-probabilities the sampled estimators read.
+    """
+
+    kind: str
+    temperature: float
+    beta: float = 0.5
+    max_clamp: float | None = None
+    log_prob_min_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOSSES:
+            raise ValueError(f"Unknown loss {self.kind!r}; known losses are {', '.join(LOSSES)}.")
+        if self.temperature < 0:
+            raise ValueError(f"The teacher temperature is {self.temperature}; it must be 0 or positive.")
+        if self.temperature == 0 and self.kind != "ce":
+            raise ValueError(
+                f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "
+                "Use 'ce', or set `teacher_temperature` above 0."
+            )
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"`beta` is {self.beta}; it must lie in [0, 1].")
+
+
+def divergence(
+    draft_logps: torch.Tensor,
+    target_logps: torch.Tensor | None,
+    tokens: torch.Tensor,
+    settings: LossSettings,
+) -> torch.Tensor:
+    """
+    The loss of each slot, from dense log-probabilities. This is the reference: a few lines a divergence.
+
+    Args:
+        draft_logps (`torch.Tensor` of shape `(S, V)`): Drafter, float32.
+        target_logps (`torch.Tensor` of shape `(S, V)`, *optional*): Target at the teacher temperature; unused by `ce`.
+        tokens (`torch.LongTensor` of shape `(S,)`): The hard token (`ce`), the text token (`bernoulli_forward_kl`)
+            or the drafted token (`k3`).
+
+    Returns:
+        `torch.Tensor` of shape `(S,)`, in nats (`tv` in probability).
+    """
+    if settings.kind in ("ce", "bernoulli_forward_kl", "k3"):
+        log_q = draft_logps.gather(-1, tokens[:, None])[:, 0]
+    if settings.kind == "ce":
+        loss = -log_q
+    elif settings.kind == "forward_kl":
+        loss = (target_logps.exp() * (target_logps - draft_logps)).sum(-1)
+    elif settings.kind == "reverse_kl":
+        loss = (draft_logps.exp() * (draft_logps - target_logps)).sum(-1)
+    elif settings.kind == "tv":
+        loss = 1 - torch.minimum(draft_logps.exp(), target_logps.exp()).sum(-1)
+    elif settings.kind == "jsd":
+        loss = _jsd(draft_logps, target_logps, settings.beta)
+    else:
+        log_p = target_logps.gather(-1, tokens[:, None])[:, 0]
+        if settings.log_prob_min_clamp is not None:
+            log_p, log_q = (value.clamp(min=settings.log_prob_min_clamp) for value in (log_p, log_q))
+        if settings.kind == "k3":
+            ratio = log_p - log_q
+            loss = ratio.exp() - 1 - ratio
+        else:
+            loss = _bernoulli_forward_kl(log_p, log_q)
+    return loss if settings.max_clamp is None else loss.clamp(max=settings.max_clamp)
+
+
+def _jsd(draft_logps: torch.Tensor, target_logps: torch.Tensor, beta: float) -> torch.Tensor:
+    """Generalised JSD with mixture β·target + (1 − β)·drafter; its ends are forward (0) and reverse (1) KL."""
+    if beta == 0:
+        return (target_logps.exp() * (target_logps - draft_logps)).sum(-1)
+    if beta == 1:
+        return (draft_logps.exp() * (draft_logps - target_logps)).sum(-1)
+    mixture = (beta * target_logps.exp() + (1 - beta) * draft_logps.exp()).clamp_min(1e-30).log()
+    to_target = (target_logps.exp() * (target_logps - mixture)).sum(-1)
+    to_draft = (draft_logps.exp() * (draft_logps - mixture)).sum(-1)
+    return beta * to_target + (1 - beta) * to_draft
+
+
+def _bernoulli_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """p(log p − log q) + (1 − p)(log(1 − p) − log(1 − q)): the paper's estimate from the text token alone."""
+    tiny = 1e-6
+    p, q = log_p.exp().clamp(tiny, 1 - tiny), log_q.exp().clamp(tiny, 1 - tiny)
+    return p * (p.log() - q.log()) + (1 - p) * ((1 - p).log() - (1 - q).log())
+
+
+@dataclass(frozen=True)
+class Heads:
+    """
+    How states become distributions.
+
+    Args:
+        draft_weight (`torch.Tensor` of shape `(DV, H)`): The drafter's head.
+        target_logits (`Callable`): Target states `(S, H)` → logits `(S, V)`, float32.
+        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; the target is then
+            renormalised over the draft vocabulary, and slots whose token lies outside it carry no loss.
+    """
+
+    draft_weight: torch.Tensor
+    target_logits: Callable[[torch.Tensor], torch.Tensor]
+    vocab_map: torch.Tensor | None = None
+
+
+def _chunk_loss(
+    hidden: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor, heads: Heads, settings: LossSettings
+) -> torch.Tensor:
+    weight = heads.draft_weight
+    draft_logps = functional.linear(hidden.to(weight.dtype), weight).float().log_softmax(-1)
+    target_logps = None
+    if settings.kind != "ce":
+        with torch.no_grad():
+            logits = heads.target_logits(states)
+            if heads.vocab_map is not None:
+                logits = logits[:, heads.vocab_map]
+            target_logps = (logits / settings.temperature).log_softmax(-1)
+    return divergence(draft_logps, target_logps, tokens, settings)
+
+
+def slot_losses(
+    hidden: torch.Tensor,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    heads: Heads,
+    settings: LossSettings,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    """
+    [`divergence`] without ever holding all logits: chunks of slots, recomputed in the backward pass.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(S, H)`): Drafter states, with gradients.
+        states (`torch.Tensor` of shape `(S, H)`): Target states before the head.
+        tokens (`torch.LongTensor` of shape `(S,)`): As in [`divergence`], already in the drafter's vocabulary.
+        heads ([`Heads`]): The two heads.
+        settings ([`LossSettings`]): Divergence, temperature, clamps.
+        chunk_size (`int`, *optional*, defaults to `256`): Slots projected at once.
+
+    Returns:
+        `torch.Tensor` of shape `(S,)`, float32.
+    """
+    parts = []
+    for start in range(0, hidden.shape[0], chunk_size):
+        part = slice(start, start + chunk_size)
+        arguments = (hidden[part], states[part], tokens[part], heads, settings)
+        if hidden.shape[0] > chunk_size and torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
+        else:
+            parts.append(_chunk_loss(*arguments))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def stream_loss(
+    hidden: torch.Tensor,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    heads: Heads,
+    settings: LossSettings,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    """
+    Weighted sum of one stream's slot losses.
+
+    Args:
+        hidden, states (`torch.Tensor` of shape `(N, K, H)`): Drafter and target states.
+        tokens (`torch.LongTensor` of shape `(N, K)`): Target ids, as in [`divergence`].
+        weights (`torch.Tensor` of shape `(N, K)`): 0 leaves a slot out.
+
+    Returns:
+        Scalar, float32, differentiable even when no slot is supervised.
+    """
+    chosen = weights > 0
+    hidden, states, tokens, weights = hidden[chosen], states[chosen], tokens[chosen], weights[chosen]
+    if heads.vocab_map is not None:
+        match = tokens[:, None] == heads.vocab_map
+        inside = match.any(-1)
+        tokens, weights = match.long().argmax(-1), weights * inside
+    losses = slot_losses(hidden, states, tokens, heads, settings, chunk_size)
+    return (losses * weights).sum() + 0.0 * hidden.float().sum()
+
+
+def batch_loss(
+    hidden: torch.Tensor,
+    batch: ReplayBatch,
+    heads: Heads,
+    accepted: LossSettings,
+    rejected: LossSettings,
+    chunk_size: int = 256,
+) -> dict[str, torch.Tensor]:
+    """
+    Loss of a micro-batch: both streams over the *global* denominator (Draft-OPD, section 3).
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, K, H)`): From `Drafter.replay`.
+        batch ([`ReplayBatch`]): Labels, target states, weights, denominator.
+        heads ([`Heads`]): The two heads.
+        accepted, rejected ([`LossSettings`]): A divergence a stream.
+
+    Returns:
+        `loss` (scalar with gradients), and detached sums `accepted_loss`, `rejected_loss`.
+    """
+    total = accepted_sum = stream_loss(
+        hidden, batch.text_states, batch.labels, batch.accepted_weights, heads, accepted, chunk_size
+    )
+    rejected_sum = torch.zeros_like(total)
+    if batch.draft_states is not None:
+        tokens = batch.blocks.draft_tokens
+        if rejected.kind == "ce":
+            tokens = hard_tokens(batch.draft_states, batch.rejected_weights, heads, chunk_size)
+        rejected_sum = stream_loss(
+            hidden, batch.draft_states, tokens, batch.rejected_weights, heads, rejected, chunk_size
+        )
+        total = total + rejected_sum
+    return {
+        "loss": total / batch.denominator.clamp(min=1e-8),
+        "accepted_loss": accepted_sum.detach(),
+        "rejected_loss": rejected_sum.detach(),
+    }
+
+
+@torch.no_grad()
+def hard_tokens(states: torch.Tensor, weights: torch.Tensor, heads: Heads, chunk_size: int = 256) -> torch.Tensor:
+    """The target's argmax `(N, K)` where `weights` is positive, 0 elsewhere."""
+    chosen = weights > 0
+    tokens = torch.zeros(weights.shape, dtype=torch.long, device=weights.device)
+    parts = [heads.target_logits(part).argmax(-1) for part in states[chosen].split(chunk_size)]
+    if parts:
+        tokens[chosen] = torch.cat(parts)
+    return tokens
