@@ -1,1 +1,49 @@
 """Draft-OPD for the Hugging Face ecosystem: make a speculative-decoding drafter better on its own proposals."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .checkpoints import load_drafter
+    from .config import DraftOPDConfig
+    from .drafters import DRAFTERS, create_drafter
+    from .evaluation import AcceptanceReport, bootstrap_interval, measure_acceptance
+    from .optim import MuonWithAdamW
+    from .sampling import SamplingParams
+    from .speculation import SpeculationSettings, speculate
+    from .target import Target, stop_token_ids
+    from .trainer import DraftOPDTrainer
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "DRAFTERS": "drafters",
+    "AcceptanceReport": "evaluation",
+    "DraftOPDConfig": "config",
+    "DraftOPDTrainer": "trainer",
+    "MuonWithAdamW": "optim",
+    "SamplingParams": "sampling",
+    "SpeculationSettings": "speculation",
+    "Target": "target",
+    "bootstrap_interval": "evaluation",
+    "create_drafter": "drafters",
+    "load_drafter": "checkpoints",
+    "measure_acceptance": "evaluation",
+    "speculate": "speculation",
+    "stop_token_ids": "target",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: importing the package must not pull transformers' modelling code or TRL's trainers.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,591 @@
+"""`DraftOPDTrainer`: TRL's flow around rollouts, replay batches and the two-stream loss.
+
+Knows no masks, no tensor maths and no drafter names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ._trl_compat import (
+    RepeatSampler,
+    _BaseTrainer,
+    _ForwardRedirection,
+    create_model_from_path,
+    disable_dropout_in_model,
+    identity,
+    prepare_deepspeed,
+)
+from .batching import BatchMaker, ReplayMetrics, StreamSettings
+from .checkpoints import load_drafter
+from .config import DraftOPDConfig
+from .drafters.base import Drafter
+from .evaluation import AcceptanceReport, measure_acceptance
+from .losses import Heads, LossSettings, batch_loss
+from .model_card import CITATION, write_model_card
+from .prompts import tokenize_dataset
+from .records import ReplayBatch, Rollout
+from .replay import ErrorBuffer
+from .rollout import write_texts
+from .sampling import SamplingParams
+from .speculation import SpeculationSettings
+from .target import Target, stop_token_ids
+
+
+class AcceptanceProgressCallback(ProgressCallback):
+    """The Trainer's progress bar, with the acceptance length of the texts just replayed."""
+
+    def __init__(self, trainer: DraftOPDTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None and self.trainer.last_acceptance_length is not None:
+            self.training_bar.set_postfix_str(f"τ {self.trainer.last_acceptance_length:.2f}", refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+class DraftOPDTrainer(_BaseTrainer):
+    """
+    Trainer for Draft-OPD (arXiv 2605.29343): on-policy distillation of a speculative-decoding drafter.
+
+    Args:
+        model (`str` or [`Drafter`]):
+            The drafter to train: a path, an id, or an instance.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+            The target: a path, an id, or an instance. Frozen, in eval mode, in its own dtype, outside the drafter.
+        args ([`DraftOPDConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts: a `prompt` column, plain or conversational, or `prompt_ids`. With `rollout_source="dataset"`
+            also `completion` or `completion_ids`. Needed to train, not to evaluate.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Prompts that [`evaluate`] decodes.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The target's tokenizer; loaded beside the target by default.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter put on the drafter; `task_type` must be `None`.
+        quantization_config (*optional*):
+            Passed to the target's `from_pretrained`.
+
+    Raises:
+        `ValueError`: Drafter and target do not fit, the data set is empty, too small or lacks columns, a prompt is
+            too long, or settings contradict each other; before anything expensive.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names = ["draft-opd", "speculative-decoding"]
+    _name = "Draft-OPD"
+    _paper = {"title": "Draft-OPD", "id": "2605.29343", "citation": CITATION}
+
+    def __init__(
+        self,
+        model: str | Drafter,
+        teacher_model: str | PreTrainedModel,
+        args: DraftOPDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or model.kind
+            args = DraftOPDConfig(f"{Path(name).name}-OPD")
+        set_seed(args.seed)
+        drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
+        teacher, tokenizer = _load_teacher(teacher_model, args, processing_class, quantization_config)
+        self.target = Target(teacher)
+        self.drafter: Drafter = drafter.bind(self.target)
+        self.stop_token_ids = stop_token_ids(teacher, tokenizer)
+        self._pad_token_id = _pad_token_id(teacher, tokenizer, self.stop_token_ids)
+
+        def tokenize(dataset: Dataset, name: str, needs_completions: bool = False) -> Dataset:
+            return tokenize_dataset(
+                dataset,
+                tokenizer,
+                args.max_prompt_length,
+                args.chat_template_kwargs,
+                needs_completions,
+                args.truncate_prompts,
+                name,
+            )
+
+        if train_dataset is not None:
+            train_dataset = tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
+            _check_size(train_dataset, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: tokenize(part, f"eval_dataset[{key!r}]") for key, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = tokenize(eval_dataset, "eval_dataset")
+        if peft_config is not None:
+            model = get_peft_model(drafter, _checked_peft(peft_config))
+        else:
+            model = drafter
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
+                "one target. Launch with `accelerate launch`, or make one GPU visible."
+            )
+        self._place_target()
+        self._forward_redirection = _ForwardRedirection()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(AcceptanceProgressCallback(self))
+        self.remove_callback(PrinterCallback)
+        self._prepare_rooms()
+
+    def _place_target(self) -> None:
+        teacher = self.target.model
+        if self.is_deepspeed_enabled:
+            teacher = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # accelerate may wrap the model to upcast its outputs; the taps are read below any wrapper.
+        self.teacher_model = teacher
+        if not getattr(self.target.model, "hf_device_map", None):
+            self.target.model.to(self.accelerator.device)
+
+    def _prepare_rooms(self) -> None:
+        args, drafter = self.args, self.drafter
+        self.heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map)
+        loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
+        self.accepted_loss = LossSettings(args.accepted_loss, args.teacher_temperature, **loss)
+        self.rejected_loss = LossSettings(args.rejected_loss, args.teacher_temperature, **loss)
+        self.error_buffer = ErrorBuffer(args.replay_buffer_size)
+        streams = StreamSettings(
+            args.accepted_weight,
+            args.rejected_weight,
+            args.rejected_decay,
+            args.accepted_decay,
+            drafter.sft_decay if args.sft_decay is None else args.sft_decay,
+        )
+        self.batch_maker = BatchMaker(
+            self.target,
+            drafter,
+            streams,
+            args.lmbda,
+            args.num_anchors,
+            args.num_chains,
+            args.seed,
+            self.error_buffer if args.replay_buffer_size else None,
+            args.replay_ratio,
+        )
+        set_seed(args.seed, device_specific=True)
+        self._generator = torch.Generator(self.accelerator.device)
+        self._generator.manual_seed(args.seed + 1000003 * self.accelerator.process_index)
+        self._step = 0
+        self._rollouts: list[Rollout] = []
+        self._rollout_step = -1
+        self._batches: list[ReplayBatch] = []
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._step_seconds = 0.0
+        self.last_acceptance_length: float | None = None
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt_ids", "completion_ids"]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each batch holds the prompts of `steps_per_generation` micro-steps (as in TRL's DistillationTrainer)."""
+        if self.train_dataset is None:
+            raise ValueError("`train()` needs a `train_dataset` of prompts.")
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=1,
+            batch_size=_generation_batch_size(self.args),
+            repeat_count=self.args.steps_per_generation,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def speculation_settings(self, keep_states: bool = False) -> SpeculationSettings:
+        """The law and lengths that rollouts and evaluation share."""
+        args = self.args
+        return SpeculationSettings(
+            max_new_tokens=args.max_completion_length,
+            stop_token_ids=self.stop_token_ids,
+            sampling=SamplingParams(args.temperature, args.top_k, args.top_p),
+            sample_proposals=args.sample_proposals and not self.model.training,
+            batch_size=args.rollout_batch_size,
+            keep_states=keep_states,
+            pad_token_id=self._pad_token_id,
+        )
+
+    def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
+        micro = self._step % self.args.steps_per_generation
+        accumulated = self._step % self.args.gradient_accumulation_steps
+        if micro == 0 or not self._rollouts:
+            self._rollouts = self._write_rollouts(generation_batch)
+            self._rollout_step = self.state.global_step
+        if accumulated == 0 or not self._batches:
+            self._batches = self._replay(
+                self._rollouts[micro : micro + self.args.gradient_accumulation_steps],
+                fresh=self._rollout_step == self.state.global_step,
+            )
+        return self._batches[accumulated]
+
+    def _write_rollouts(self, rows: list[dict]) -> list[Rollout]:
+        start = time.perf_counter()
+        settings = self.speculation_settings(self.args.rejected_weight > 0 and self.args.lmbda > 0)
+        was_training = self.drafter.training
+        self.drafter.eval()
+        rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
+        self.drafter.train(was_training)
+        self._metrics["time/rollout"].append(time.perf_counter() - start)
+        lengths = self.accelerator.gather(rollout.completion_lengths).float()
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
+        self._metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        for name in ("mean", "min", "max"):
+            self._metrics[f"completions/{name}_length"].append(getattr(lengths, name)().item())
+        ends = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)
+        clipped = ~torch.isin(ends, torch.tensor(self.stop_token_ids, device=ends.device))
+        self._metrics["completions/clipped_ratio"].append(self.accelerator.gather(clipped).float().mean().item())
+        size = self.args.per_device_train_batch_size
+        return [rollout.rows(start, start + size) for start in range(0, len(rollout), size)]
+
+    def _replay(self, rollouts: list[Rollout], fresh: bool) -> list[ReplayBatch]:
+        was_training = self.drafter.training
+        self.drafter.eval()
+        with self.accelerator.autocast():
+            batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
+        self.drafter.train(was_training)
+        weight = self.accelerator.reduce(sum(batch.denominator for batch in batches), reduction="sum")
+        for batch in batches:
+            # DDP averages gradients over ranks, so each rank divides by its share of the global weight.
+            batch.denominator = weight / self.accelerator.num_processes
+        self._log_replay(metrics)
+        return batches
+
+    def _log_replay(self, local: ReplayMetrics) -> None:
+        counts = torch.tensor(
+            [
+                local.committed,
+                local.verifications,
+                local.errors,
+                local.blocks,
+                local.supervised,
+                *local.accepted_by_slot,
+                *local.valid_by_slot,
+            ],
+            device=self.accelerator.device,
+            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
+        )
+        committed, verifications, errors, blocks, supervised, *slots = self.accelerator.reduce(counts, "sum").tolist()
+        if verifications:
+            self.last_acceptance_length = committed / verifications
+            self._metrics["acceptance/length"].append(self.last_acceptance_length)
+            self._metrics["replay/error_share"].append(errors / verifications)
+            half = len(slots) // 2
+            for slot, (accepted, valid) in enumerate(zip(slots[:half], slots[half:], strict=True), start=1):
+                self._metrics[f"acceptance/slot_{slot}"].append(accepted / max(valid, 1))
+        self._metrics["replay/blocks"].append(blocks)
+        self._metrics["replay/supervised_tokens"].append(supervised)
+        if self.args.replay_buffer_size:
+            self._metrics["replay/buffer"].append(len(self.error_buffer))
+        for name, seconds in local.seconds.items():
+            self._metrics[f"time/{name}"].append(seconds)
+
+    # -- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs: ReplayBatch, return_outputs: bool = False, num_items_in_batch: Any = None):
+        """Two-stream loss over the global denominator; `num_items_in_batch` of the Trainer is not used."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        parts = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs)
+        for name in ("accepted_loss", "rejected_loss"):
+            if name == "accepted_loss" or inputs.draft_states is not None:
+                mean = parts[name] / inputs.denominator.clamp(min=1e-8)
+                self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean.item())
+        return (parts["loss"], None) if return_outputs else parts["loss"]
+
+    def _compute_loss(self, model: Drafter | PeftModel, inputs: ReplayBatch) -> dict[str, torch.Tensor]:
+        drafter = model.get_base_model() if isinstance(model, PeftModel) else model
+        # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
+        with self.accelerator.autocast():
+            hidden = drafter.replay(inputs.features, inputs.tokens, inputs.blocks)
+            return batch_loss(
+                hidden, inputs, self.heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size
+            )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        output = super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        self._step_seconds += time.perf_counter() - start
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self._metrics["step_time"].append(self._step_seconds)
+            self._step_seconds = 0.0
+            self._batches = []
+        return output
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
+        """This rank's share of `eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        prompts = list(dataset["prompt_ids"])[rank::world]
+        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return measure_acceptance(
+                self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
+            )
+        finally:
+            self.model.train(was_training)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Acceptance length by real speculative decoding.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*): Prompts; the trainer's own by default.
+            ignore_keys: Unused; kept for the Trainer's signature.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
+
+        Returns:
+            `dict` with `eval_acceptance_length`, `eval_acceptance_slot_<k>` (share of blocks whose first k proposals
+            were all accepted), `eval_tokens_per_second`, `eval_runtime`, `eval_prompts`.
+
+        Raises:
+            `ValueError`: There is no evaluation data set.
+        """
+        given = eval_dataset is not None
+        dataset = eval_dataset if given else self.eval_dataset
+        if dataset is None:
+            raise ValueError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for key, part in dataset.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}"))
+            return metrics
+        if "prompt_ids" not in dataset.column_names:
+            args = self.args
+            dataset = tokenize_dataset(
+                dataset, self.processing_class, args.max_prompt_length, args.chat_template_kwargs, name="eval_dataset"
+            )
+        show = self.accelerator.is_main_process and not self.args.disable_tqdm
+        report = self.measure(dataset, "Evaluating" if show else None)
+        reports = gather_object([report])
+        metrics = _evaluation_metrics(reports, metric_key_prefix)
+        was_training = self.model.training
+        self.model.eval()
+        self.log(metrics)
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- logging and checkpoints ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            for name, values in self._metrics.items():
+                finite = [value for value in values if not math.isnan(value)]
+                if finite:
+                    logs[name] = sum(finite) / len(finite)
+            self._metrics.clear()
+            self._print_completions()
+        super().log(logs, start_time)
+
+    def _print_completions(self) -> None:
+        if not (self.args.log_completions and self.accelerator.is_main_process and self._rollouts):
+            return
+        rollout = self._rollouts[0]
+        for ids in rollout.completions()[: self.args.num_completions_to_print]:
+            self.accelerator.print(f"--- step {self.state.global_step}\n{self.processing_class.decode(ids)}")
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"draft_opd_state_{self.accelerator.process_index}.pt"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        os.makedirs(folder, exist_ok=True)
+        state = {
+            "step": self._step,
+            "rollouts": [rollout.to("cpu") for rollout in self._rollouts],
+            "rollout_step": self._rollout_step,
+            "error_buffer": self.error_buffer.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+        file = self._state_file(folder)
+        torch.save(state, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+        self.create_model_card(Path(self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = self._state_file(resume_from_checkpoint)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer, random state). "
+                "Resume from another checkpoint, or start a new run from this drafter."
+            )
+        state = torch.load(file, weights_only=False)
+        self._step = state["step"]
+        self._rollouts = [rollout.to(self.accelerator.device) for rollout in state["rollouts"]]
+        self._rollout_step = state["rollout_step"]
+        self.error_buffer.load_state_dict(state["error_buffer"])
+        self._generator.set_state(state["generator"])
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
+        """Write `README.md` of the drafter folder from this project's own template."""
+        if self.is_world_process_zero():
+            write_model_card(
+                Path(self.args.output_dir) / "README.md",
+                model_name=model_name or Path(self.args.output_dir).name,
+                kind=self.drafter.kind,
+                target_name=self.target.name,
+                num_draft_tokens=self.drafter.num_draft_tokens,
+                recipe={name: getattr(self.args, name) for name in _CARD_FIELDS},
+                metrics=next((log for log in reversed(self.state.log_history) if "eval_acceptance_length" in log), {}),
+                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                dataset_name=dataset_name,
+            )
+
+
+_CARD_FIELDS = (
+    "lmbda",
+    "rollout_source",
+    "temperature",
+    "teacher_temperature",
+    "accepted_loss",
+    "rejected_weight",
+    "num_anchors",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+)
+
+
+def _load_teacher(
+    teacher_model: str | PreTrainedModel,
+    args: DraftOPDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target and its tokenizer."""
+    init_kwargs = dict(args.teacher_model_init_kwargs or {})
+    if isinstance(teacher_model, str):
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        init_kwargs.setdefault("dtype", "auto")
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(teacher_model, revision=init_kwargs.get("revision", "main"))
+        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            init_kwargs["device_map"] = None
+        return create_model_from_path(teacher_model, **init_kwargs), tokenizer
+    if init_kwargs or quantization_config is not None:
+        raise ValueError(
+            "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but an "
+            "instance was given. Drop them, or give the path."
+        )
+    if tokenizer is None:
+        name = teacher_model.config._name_or_path
+        if not name:
+            raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return teacher_model, tokenizer
+
+
+def _pad_token_id(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    """The padding token; texts carry lengths, so a stop token may serve as one."""
+    for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
+        if candidate is not None:
+            return candidate
+    return stops[0]
+
+
+def _generation_batch_size(args: DraftOPDConfig) -> int:
+    return args.per_device_train_batch_size * args.world_size * args.steps_per_generation
+
+
+def _check_size(dataset: Dataset, args: DraftOPDConfig) -> None:
+    needed = _generation_batch_size(args)
+    if len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, fewer than one generation batch of {needed} "
+            f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
+            f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
+        )
+
+
+def _checked_peft(peft_config: PeftConfig) -> PeftConfig:
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
+    if peft_config.task_type is not None:
+        raise ValueError(
+            f"peft_config.task_type is {peft_config.task_type!r}, but a drafter is no such model. Set it to None."
+        )
+    return peft_config
+
+
+def _evaluation_metrics(reports: list[AcceptanceReport], prefix: str) -> dict[str, float]:
+    """Sums over ranks; speed is the slowest rank's wall time over all tokens."""
+    merged = AcceptanceReport(
+        committed=[value for report in reports for value in report.committed],
+        verifications=[value for report in reports for value in report.verifications],
+        accepted_by_slot=[sum(values) for values in zip(*(r.accepted_by_slot for r in reports), strict=True)],
+        valid_by_slot=[sum(values) for values in zip(*(r.valid_by_slot for r in reports), strict=True)],
+        seconds=max(report.seconds for report in reports),
+        tokens=sum(report.tokens for report in reports),
+        completions=[],
+    )
+    metrics = {
+        f"{prefix}_acceptance_length": merged.acceptance_length,
+        f"{prefix}_tokens_per_second": merged.tokens_per_second,
+        f"{prefix}_runtime": merged.seconds,
+        f"{prefix}_prompts": len(merged.committed),
+    }
+    for slot, share in enumerate(merged.acceptance_by_slot, start=1):
+        metrics[f"{prefix}_acceptance_slot_{slot}"] = share
+    return metrics
+
+
