@@ -1,0 +1,80 @@
+"""Rebuild the pocket world from nothing: ``python build.py target``, then ``prompts`` and ``report``.
+
+Each part is one subcommand: a function that takes the parsed arguments, registered in :func:`parse_args`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def target(args: argparse.Namespace) -> None:
+    """Train the target."""
+    from target import train_target
+
+    train_target(args)
+
+
+def prompts(args: argparse.Namespace) -> None:
+    """Write the prompts that the quickstart trains on and those it is measured on."""
+    from tasks import problems
+
+    folder = HERE / "prompts"
+    folder.mkdir(exist_ok=True)
+    for split, count in (("quickstart", args.quickstart), ("heldout", args.heldout)):
+        rows = problems(split, count)
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for row in rows:
+                message = {"role": "user", "content": row["prompt"]}
+                file.write(json.dumps({"prompt": [message], "kind": row["kind"], "answer": row["answer"]}) + "\n")
+        print(f"{count} prompts in {folder.name}/{split}.jsonl")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measure the target on held-out prompts and write ``report.json`` beside it."""
+    from report import write_report
+
+    write_report(args)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """One subcommand for each part of the pocket world."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--target", default=str(HERE / "target"), help="the target's folder")
+    shared.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a CUDA device")
+    shared.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+
+    command = commands.add_parser("target", parents=[shared], help="train the target from nothing")
+    command.add_argument("--work-dir", default="outputs/pocket", help="checkpoints; a run that was cut off resumes")
+    command.add_argument("--steps", type=int, default=6000)
+    command.add_argument("--minutes", type=float, default=55, help="end earlier where so long was not enough")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fp32", action="store_true", help="train without bf16 autocast")
+    command.add_argument("--save-seconds", type=float, default=120, help="time between checkpoints")
+    command.set_defaults(run=target)
+
+    command = commands.add_parser("prompts", help="write the quickstart's and the held-out prompts")
+    command.add_argument("--quickstart", type=int, default=1600)
+    command.add_argument("--heldout", type=int, default=1024)
+    command.set_defaults(run=prompts)
+
+    command = commands.add_parser("report", parents=[shared], help="measure the target on held-out prompts")
+    command.add_argument("--prompts", type=int, default=330)
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--max-new-tokens", type=int, default=512)
+    command.add_argument("--examples", type=int, default=0, help="print this many wrong answers of each kind")
+    command.set_defaults(run=report)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    arguments.run(arguments)
