@@ -587,5 +587,3 @@ def _evaluation_metrics(reports: list[AcceptanceReport], prefix: str) -> dict[st
     for slot, share in enumerate(merged.acceptance_by_slot, start=1):
         metrics[f"{prefix}_acceptance_slot_{slot}"] = share
     return metrics
-
-
