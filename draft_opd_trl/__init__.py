@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+__all__ = [
+    "AcceptanceReport",
+    "DRAFTERS",
+    "DraftOPDConfig",
+    "DraftOPDTrainer",
+    "MuonWithAdamW",
+    "SamplingParams",
+    "SpeculationSettings",
+    "Target",
+    "bootstrap_interval",
+    "create_drafter",
+    "load_drafter",
+    "measure_acceptance",
+    "speculate",
+    "stop_token_ids",
+]
+# Where each public name lives.
 _HOME = {
     "DRAFTERS": "drafters",
     "AcceptanceReport": "evaluation",
@@ -33,7 +50,6 @@ _HOME = {
     "speculate": "speculation",
     "stop_token_ids": "target",
 }
-__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> object:

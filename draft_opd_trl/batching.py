@@ -146,6 +146,28 @@ class ReplayMetrics:
     valid_by_slot: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def counts(self) -> list[int]:
+        """What is added over ranks, flat."""
+        totals = [self.committed, self.verifications, self.errors, self.blocks, self.supervised]
+        return [*totals, *self.accepted_by_slot, *self.valid_by_slot]
+
+    def with_counts(self, counts: list[float]) -> ReplayMetrics:
+        """The same with [`counts`] replaced by their sums over ranks."""
+        slots = len(self.accepted_by_slot)
+        return ReplayMetrics(*counts[:5], counts[5 : 5 + slots], counts[5 + slots :], self.seconds)
+
+    def logs(self) -> dict[str, float]:
+        """Names and values for the Trainer's log; acceptance only where texts were replayed on-policy."""
+        logged = {"replay/blocks": self.blocks, "replay/supervised_tokens": self.supervised}
+        logged.update({f"time/{name}": seconds for name, seconds in self.seconds.items()})
+        if self.verifications:
+            logged["acceptance/length"] = self.committed / self.verifications
+            logged["replay/error_share"] = self.errors / self.verifications
+            shares = zip(self.accepted_by_slot, self.valid_by_slot, strict=True)
+            for slot, (accepted, valid) in enumerate(shares, start=1):
+                logged[f"acceptance/slot_{slot}"] = accepted / max(valid, 1)
+        return logged
+
 
 class BatchMaker:
     """

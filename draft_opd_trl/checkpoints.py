@@ -63,7 +63,7 @@ def check_keys(expected: dict[str, torch.Size], found: dict[str, torch.Size], wh
     if missing or unexpected or wrong:
         raise ValueError(
             f"The tensors in {where} are not this drafter's. Missing: {missing or 'none'}. Unexpected: "
-            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export the checkpoint in its published layout."
+            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export it in its published layout."
         )
 
 

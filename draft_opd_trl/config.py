@@ -96,7 +96,7 @@ class DraftOPDConfig(_BaseConfig):
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate (the paper's)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule (the paper's)."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps below 1."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Drafters are shallow: off by default."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Drafters are shallow: off."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are checked by the trainer."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 

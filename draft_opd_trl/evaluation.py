@@ -56,6 +56,18 @@ class AcceptanceReport:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """The numbers a Trainer logs, `<prefix>_…`."""
+        logged = {
+            f"{prefix}_acceptance_length": self.acceptance_length,
+            f"{prefix}_tokens_per_second": self.tokens_per_second,
+            f"{prefix}_runtime": self.seconds,
+            f"{prefix}_prompts": len(self.committed),
+        }
+        for slot, share in enumerate(self.acceptance_by_slot, start=1):
+            logged[f"{prefix}_acceptance_slot_{slot}"] = share
+        return logged
+
     def summary(self) -> dict[str, Any]:
         """The numbers a results file wants."""
         return {
@@ -82,6 +94,19 @@ def report_of(rollout: Rollout, seconds: float) -> AcceptanceReport:
         seconds=seconds,
         tokens=int(rollout.completion_lengths.sum()),
         completions=rollout.completions(),
+    )
+
+
+def merge_reports(reports: list[AcceptanceReport]) -> AcceptanceReport:
+    """One report over the prompts of several ranks; its wall time is the slowest rank's."""
+    return AcceptanceReport(
+        committed=[value for report in reports for value in report.committed],
+        verifications=[value for report in reports for value in report.verifications],
+        accepted_by_slot=[sum(values) for values in zip(*(r.accepted_by_slot for r in reports), strict=True)],
+        valid_by_slot=[sum(values) for values in zip(*(r.valid_by_slot for r in reports), strict=True)],
+        seconds=max(report.seconds for report in reports),
+        tokens=sum(report.tokens for report in reports),
+        completions=[text for report in reports for text in report.completions],
     )
 
 

@@ -108,7 +108,7 @@ def tokenize_dataset(
         max_prompt_length (`int`, *optional*): Longest prompt allowed, in tokens.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template.
         needs_completions (`bool`, *optional*, defaults to `False`): Texts come from the data set.
-        truncate_prompts (`bool`, *optional*, defaults to `False`): Cut longer prompts from the left instead of raising.
+        truncate_prompts (`bool`, *optional*, defaults to `False`): Cut longer prompts from the left, do not raise.
         name (`str`, *optional*): For errors.
 
     Raises:

@@ -17,23 +17,24 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ._trl_compat import (
     RepeatSampler,
     _BaseTrainer,
     _ForwardRedirection,
-    create_model_from_path,
     disable_dropout_in_model,
     identity,
     prepare_deepspeed,
 )
 from .batching import BatchMaker, ReplayMetrics, StreamSettings
+from .callbacks import AcceptanceProgressCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter
-from .evaluation import AcceptanceReport, measure_acceptance
+from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
+from .loading import check_dataset_size, check_peft, choose_pad_token, generation_batch_size, load_target
 from .losses import Heads, LossSettings, batch_loss
 from .model_card import CITATION, write_model_card
 from .prompts import tokenize_dataset
@@ -43,19 +44,6 @@ from .rollout import write_texts
 from .sampling import SamplingParams
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
-
-
-class AcceptanceProgressCallback(ProgressCallback):
-    """The Trainer's progress bar, with the acceptance length of the texts just replayed."""
-
-    def __init__(self, trainer: DraftOPDTrainer) -> None:
-        super().__init__()
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None and self.trainer.last_acceptance_length is not None:
-            self.training_bar.set_postfix_str(f"τ {self.trainer.last_acceptance_length:.2f}", refresh=False)
-        super().on_step_end(args, state, control, **kwargs)
 
 
 class DraftOPDTrainer(_BaseTrainer):
@@ -111,11 +99,11 @@ class DraftOPDTrainer(_BaseTrainer):
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
         set_seed(args.seed)
         drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
-        teacher, tokenizer = _load_teacher(teacher_model, args, processing_class, quantization_config)
+        teacher, tokenizer = load_target(teacher_model, args, processing_class, quantization_config)
         self.target = Target(teacher)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
-        self._pad_token_id = _pad_token_id(teacher, tokenizer, self.stop_token_ids)
+        self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
 
         def tokenize(dataset: Dataset, name: str, needs_completions: bool = False) -> Dataset:
             return tokenize_dataset(
@@ -130,13 +118,13 @@ class DraftOPDTrainer(_BaseTrainer):
 
         if train_dataset is not None:
             train_dataset = tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
-            _check_size(train_dataset, args)
+            check_dataset_size(train_dataset, args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: tokenize(part, f"eval_dataset[{key!r}]") for key, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = tokenize(eval_dataset, "eval_dataset")
         if peft_config is not None:
-            model = get_peft_model(drafter, _checked_peft(peft_config))
+            model = get_peft_model(drafter, check_peft(peft_config))
         else:
             model = drafter
         if args.disable_dropout:
@@ -160,7 +148,7 @@ class DraftOPDTrainer(_BaseTrainer):
         self._place_target()
         self._forward_redirection = _ForwardRedirection()
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(AcceptanceProgressCallback(self))
+            self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
         self.remove_callback(PrinterCallback)
         self._prepare_rooms()
 
@@ -233,7 +221,7 @@ class DraftOPDTrainer(_BaseTrainer):
         return RepeatSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=1,
-            batch_size=_generation_batch_size(self.args),
+            batch_size=generation_batch_size(self.args),
             repeat_count=self.args.steps_per_generation,
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
@@ -298,33 +286,14 @@ class DraftOPDTrainer(_BaseTrainer):
         return batches
 
     def _log_replay(self, local: ReplayMetrics) -> None:
-        counts = torch.tensor(
-            [
-                local.committed,
-                local.verifications,
-                local.errors,
-                local.blocks,
-                local.supervised,
-                *local.accepted_by_slot,
-                *local.valid_by_slot,
-            ],
-            device=self.accelerator.device,
-            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
-        )
-        committed, verifications, errors, blocks, supervised, *slots = self.accelerator.reduce(counts, "sum").tolist()
-        if verifications:
-            self.last_acceptance_length = committed / verifications
-            self._metrics["acceptance/length"].append(self.last_acceptance_length)
-            self._metrics["replay/error_share"].append(errors / verifications)
-            half = len(slots) // 2
-            for slot, (accepted, valid) in enumerate(zip(slots[:half], slots[half:], strict=True), start=1):
-                self._metrics[f"acceptance/slot_{slot}"].append(accepted / max(valid, 1))
-        self._metrics["replay/blocks"].append(blocks)
-        self._metrics["replay/supervised_tokens"].append(supervised)
+        counts = torch.tensor(local.counts(), device=self.accelerator.device, dtype=torch.float32)
+        totals = local.with_counts(self.accelerator.reduce(counts, "sum").tolist())
+        if totals.verifications:
+            self.last_acceptance_length = totals.committed / totals.verifications
+        for name, value in totals.logs().items():
+            self._metrics[name].append(value)
         if self.args.replay_buffer_size:
             self._metrics["replay/buffer"].append(len(self.error_buffer))
-        for name, seconds in local.seconds.items():
-            self._metrics[f"time/{name}"].append(seconds)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
@@ -412,8 +381,7 @@ class DraftOPDTrainer(_BaseTrainer):
             )
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
-        reports = gather_object([report])
-        metrics = _evaluation_metrics(reports, metric_key_prefix)
+        metrics = merge_reports(gather_object([report])).metrics(metric_key_prefix)
         was_training = self.model.training
         self.model.eval()
         self.log(metrics)
@@ -503,87 +471,3 @@ _CARD_FIELDS = (
     "max_steps",
     "seed",
 )
-
-
-def _load_teacher(
-    teacher_model: str | PreTrainedModel,
-    args: DraftOPDConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    quantization_config: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer."""
-    init_kwargs = dict(args.teacher_model_init_kwargs or {})
-    if isinstance(teacher_model, str):
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        init_kwargs.setdefault("dtype", "auto")
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(teacher_model, revision=init_kwargs.get("revision", "main"))
-        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            init_kwargs["device_map"] = None
-        return create_model_from_path(teacher_model, **init_kwargs), tokenizer
-    if init_kwargs or quantization_config is not None:
-        raise ValueError(
-            "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but an "
-            "instance was given. Drop them, or give the path."
-        )
-    if tokenizer is None:
-        name = teacher_model.config._name_or_path
-        if not name:
-            raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return teacher_model, tokenizer
-
-
-def _pad_token_id(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    """The padding token; texts carry lengths, so a stop token may serve as one."""
-    for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
-        if candidate is not None:
-            return candidate
-    return stops[0]
-
-
-def _generation_batch_size(args: DraftOPDConfig) -> int:
-    return args.per_device_train_batch_size * args.world_size * args.steps_per_generation
-
-
-def _check_size(dataset: Dataset, args: DraftOPDConfig) -> None:
-    needed = _generation_batch_size(args)
-    if len(dataset) < needed:
-        raise ValueError(
-            f"`train_dataset` has {len(dataset)} rows, fewer than one generation batch of {needed} "
-            f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
-            f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
-        )
-
-
-def _checked_peft(peft_config: PeftConfig) -> PeftConfig:
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
-    if peft_config.task_type is not None:
-        raise ValueError(
-            f"peft_config.task_type is {peft_config.task_type!r}, but a drafter is no such model. Set it to None."
-        )
-    return peft_config
-
-
-def _evaluation_metrics(reports: list[AcceptanceReport], prefix: str) -> dict[str, float]:
-    """Sums over ranks; speed is the slowest rank's wall time over all tokens."""
-    merged = AcceptanceReport(
-        committed=[value for report in reports for value in report.committed],
-        verifications=[value for report in reports for value in report.verifications],
-        accepted_by_slot=[sum(values) for values in zip(*(r.accepted_by_slot for r in reports), strict=True)],
-        valid_by_slot=[sum(values) for values in zip(*(r.valid_by_slot for r in reports), strict=True)],
-        seconds=max(report.seconds for report in reports),
-        tokens=sum(report.tokens for report in reports),
-        completions=[],
-    )
-    metrics = {
-        f"{prefix}_acceptance_length": merged.acceptance_length,
-        f"{prefix}_tokens_per_second": merged.tokens_per_second,
-        f"{prefix}_runtime": merged.seconds,
-        f"{prefix}_prompts": len(merged.committed),
-    }
-    for slot, share in enumerate(merged.acceptance_by_slot, start=1):
-        metrics[f"{prefix}_acceptance_slot_{slot}"] = share
-    return metrics

@@ -19,12 +19,13 @@ NAME = "draft_opd_trl"
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
     ("_trl_compat",),
-    ("records", "config"),
-    ("sampling", "prompts", "losses", "verification", "cache"),
-    ("target", "drafters.base"),
+    ("records",),
+    ("sampling", "prompts", "losses", "verification", "cache", "optim", "callbacks"),
+    ("target", "drafters.base", "config"),
     ("drafters",),
     ("speculation",),
-    ("rollout", "replay", "evaluation", "checkpoints", "model_card"),
+    ("rollout", "replay", "evaluation", "checkpoints", "model_card", "loading"),
+    ("batching",),
     ("trainer",),
     ("cli",),
     ("",),

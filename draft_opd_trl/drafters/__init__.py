@@ -29,9 +29,10 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
         raise ValueError(f"Unknown drafter kind {kind!r}; known kinds are {sorted(DRAFTERS)}.")
     drafter_class = DRAFTERS[kind]
     drafter = drafter_class(drafter_class.config_class.from_target(target.config, **config)).to(target.device)
+    drafter.bind(target)
     if init_from_target:
         drafter.init_from_target(target)
-    return drafter.bind(target)
+    return drafter
 
 
 __all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "Proposal", "create_drafter"]

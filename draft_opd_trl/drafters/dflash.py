@@ -378,13 +378,31 @@ class DFlashDraftModel(Drafter):
         Reached an acceptance length in 250 steps that a random start did not in 1 000 (FIELD section 10).
         """
         last = target.decoder.layers[-len(self.layers) :]
-        for layer, source in zip(self.layers, last, strict=True):
-            theirs = source.state_dict()
-            for name, parameter in layer.named_parameters():
-                if name in theirs and theirs[name].shape == parameter.shape:
-                    parameter.copy_(theirs[name])
+        for layer, source in zip(self.layers, last, strict=False):
+            theirs = dict(source.named_modules())
+            # Where norms stand on both sides of a sub-layer (Gemma), the one before the MLP has a name of its own.
+            theirs["post_attention_layernorm"] = theirs.get(
+                "pre_feedforward_layernorm", theirs["post_attention_layernorm"]
+            )
+            for name, module in layer.named_modules():
+                if isinstance(module, Qwen3RMSNorm):
+                    _copy_fitting(module.weight, _norm_scale(theirs.get(name), module.weight))
+                elif isinstance(module, nn.Linear):
+                    _copy_fitting(module.weight, getattr(theirs.get(name), "weight", None))
         taps = len(self.target_layer_ids)
         eye = torch.eye(self.config.hidden_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         self.fc.weight.copy_(eye.repeat(1, taps) / taps)
-        self.norm.weight.copy_(target.decoder.norm.weight)
+        _copy_fitting(self.norm.weight, _norm_scale(target.decoder.norm, self.norm.weight))
         return self
+
+
+def _copy_fitting(parameter: torch.Tensor, source: torch.Tensor | None) -> None:
+    if source is not None and source.shape == parameter.shape:
+        parameter.copy_(source)
+
+
+def _norm_scale(norm: nn.Module | None, like: torch.Tensor) -> torch.Tensor | None:
+    """What an RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w."""
+    if norm is None or norm.weight.shape != like.shape:
+        return None
+    return norm(torch.ones_like(norm.weight))

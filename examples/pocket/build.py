@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--work-dir", default="outputs/pocket", help="checkpoints; a run that was cut off resumes")
     command.add_argument("--steps", type=int, default=6000)
     command.add_argument("--minutes", type=float, default=55, help="end earlier where so long was not enough")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=int, default=16)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--fp32", action="store_true", help="train without bf16 autocast")
     command.add_argument("--save-seconds", type=float, default=120, help="time between checkpoints")

@@ -60,7 +60,7 @@ def _train(
     lmbda: float,
     steps: int,
     recipe: Recipe,
-    args: DraftOPDConfig,
+    seed: int,
     target: Any,
     tokenizer: Any,
     texts: Dataset,
@@ -70,7 +70,7 @@ def _train(
         output_dir=str(OUTPUT / f"drafter-{name}"),
         lmbda=lmbda,
         max_steps=steps,
-        seed=args.seed,
+        seed=seed,
         rollout_source="dataset",
         per_device_train_batch_size=recipe.batch_size,
         num_anchors=recipe.num_anchors,
@@ -136,7 +136,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
             # As many SFT steps as fit the time Draft-OPD took, with a schedule of their own.
             steps[name] = max(round(recipe.steps * seconds["opd"] / seconds["sft"]), 1)
         print(f"Training {name}: {steps[name]} steps …")
-        trainer, seconds[name] = _train(name, lmbda, steps[name], recipe, args, model, tokenizer, dataset)
+        trainer, seconds[name] = _train(name, lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset)
         reports[name] = measure_acceptance(
             trainer.target, trainer.drafter, held_out, settings, progress=f"Judging {name}"
         )

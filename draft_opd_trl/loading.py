@@ -1,0 +1,89 @@
+"""What a run is made of, loaded and checked before anything expensive: target, tokenizer, sizes, adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._trl_compat import create_model_from_path
+from .config import DraftOPDConfig
+
+
+def load_target(
+    teacher_model: str | PreTrainedModel,
+    args: DraftOPDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The target and its tokenizer.
+
+    Raises:
+        `ValueError`: Loading options beside an instance, or an instance whose tokenizer cannot be found.
+    """
+    init_kwargs = dict(args.teacher_model_init_kwargs or {})
+    if isinstance(teacher_model, str):
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        init_kwargs.setdefault("dtype", "auto")
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(teacher_model, revision=init_kwargs.get("revision", "main"))
+        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            init_kwargs["device_map"] = None
+        return create_model_from_path(teacher_model, **init_kwargs), tokenizer
+    if init_kwargs or quantization_config is not None:
+        raise ValueError(
+            "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but an "
+            "instance was given. Drop them, or give the path."
+        )
+    if tokenizer is None:
+        name = teacher_model.config._name_or_path
+        if not name:
+            raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return teacher_model, tokenizer
+
+
+def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    """The padding token; texts carry lengths, so a stop token may serve as one."""
+    for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
+        if candidate is not None:
+            return candidate
+    return stops[0]
+
+
+def generation_batch_size(args: DraftOPDConfig) -> int:
+    """Prompts that one round of text writing takes, over all ranks."""
+    return args.per_device_train_batch_size * args.world_size * args.steps_per_generation
+
+
+def check_dataset_size(dataset: Dataset, args: DraftOPDConfig) -> None:
+    """
+    Raises:
+        `ValueError`: Fewer rows than one generation batch, which would train no step and report success.
+    """
+    needed = generation_batch_size(args)
+    if len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, fewer than one generation batch of {needed} "
+            f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
+            f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
+        )
+
+
+def check_peft(peft_config: PeftConfig) -> PeftConfig:
+    """
+    Raises:
+        `TypeError`: Not a PEFT config.
+        `ValueError`: It names a task type, and PEFT would look for a model of that task.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
+    if peft_config.task_type is not None:
+        raise ValueError(
+            f"peft_config.task_type is {peft_config.task_type!r}, but a drafter is no such model. Set it to None."
+        )
+    return peft_config
