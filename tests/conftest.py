@@ -1,5 +1,6 @@
 """Tiny models that behave like the real ones: three families of targets, a scripted target, drafters of every kind."""
 
+import itertools
 import os
 
 
@@ -192,7 +193,8 @@ def continuation_law(target, prompt, length, sampling):
     size = target.vocab_size
     law = torch.ones(())
     for depth in range(length):
-        grid = torch.cartesian_prod(*[torch.arange(size)] * depth).reshape(size**depth, depth)
+        grid = torch.tensor(list(itertools.product(range(size), repeat=depth)), dtype=torch.long)
+        grid = grid.reshape(size**depth, depth)
         texts = torch.cat([torch.tensor(prompt).expand(len(grid), -1), grid], dim=1)
         step = probabilities(target.model(input_ids=texts).logits[:, -1], sampling)
         law = (law.reshape(-1, 1) * step).reshape((size,) * (depth + 1))

@@ -1,0 +1,180 @@
+"""
+Replay equals speculation block for block (invariant 3), by hand and over families, kinds and numbers of chains.
+"""
+
+import pytest
+import torch
+from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter
+
+from draft_opd_trl.records import DraftBlocks, Rollout
+from draft_opd_trl.replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.speculation import SpeculationSettings, speculate
+
+
+FIELDS = ("rows", "anchors", "draft_tokens", "num_accepted", "num_valid")
+CHAINS = (1, 2, 3, 8, 64)
+
+
+def _assert_same(got, expected):
+    for name in FIELDS:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+def _text():
+    return Rollout.from_ids([[1], [4, 5]], [[2, 3, 4, 5, 6, 7], [6, 7]])
+
+
+def test_slot_labels_by_hand():
+    labels = slot_labels(_text().tokens, torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2]), 3)
+    # Row 1 is 4 5 6 7 and then padding.
+    assert labels.tolist() == [[3, 4, 5], [6, 7, 7], [7, 0, 0]]
+
+
+def test_text_blocks_propose_the_text_and_accept_all_of_it():
+    blocks = text_blocks(_text(), torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2]), 3)
+    assert blocks.num_valid.tolist() == [3, 2, 1]
+    assert blocks.num_accepted.tolist() == [3, 2, 1]
+    assert not blocks.has_error.any()
+    assert blocks.draft_tokens[0].tolist() == [3, 4, 5]
+
+
+def test_grid_of_by_hand():
+    grid, live = grid_of(torch.tensor([1, 0, 1]), torch.tensor([5, 3, 7]), 3)
+    assert grid.tolist() == [[3, 0], [5, 7], [0, 0]]
+    assert live.tolist() == [[True, False], [True, True], [False, False]]
+
+
+def _counting_drafter():
+    """Right but for slot 2 after 2 and slot 1 after 4."""
+    proposals = (torch.arange(12)[:, None] + torch.arange(1, 4)) % 12
+    proposals[2, 1], proposals[4, 0] = 5, 6
+    return ScriptedDrafter(proposals)
+
+
+@pytest.mark.parametrize("num_chains", CHAINS)
+def test_replay_by_hand(num_chains):
+    rollout = Rollout.from_ids([[1], [8]], [list(range(2, 11)), [9]])
+    features = torch.zeros(2, 10, 1)
+    blocks = replay_text(_counting_drafter(), rollout, features, num_chains)
+    # The second text is one token long: nothing to propose.
+    assert blocks.rows.tolist() == [0, 0, 0, 0]
+    assert blocks.anchors.tolist() == [1, 3, 4, 8]
+    assert blocks.draft_tokens.tolist() == [[3, 5, 5], [6, 6, 7], [6, 7, 8], [10, 11, 0]]
+    assert blocks.num_accepted.tolist() == [1, 0, 3, 1]
+    assert blocks.num_valid.tolist() == [3, 3, 3, 1]
+
+
+def test_replay_of_texts_without_blocks_is_empty():
+    rollout = Rollout.from_ids([[1], [8, 9]], [[2], [10]])
+    blocks = replay_text(_counting_drafter(), rollout, torch.zeros(2, 3, 1))
+    assert len(blocks) == 0 and blocks.num_draft_tokens == 3
+
+
+def test_replay_equals_scripted_speculation():
+    rollout = speculate(
+        counting_target(), _counting_drafter(), [[1], [3], [7, 8]], SpeculationSettings(20, [11], batch_size=2)
+    )
+    features = torch.zeros(*rollout.tokens.shape, 1)
+    for num_chains in CHAINS:
+        _assert_same(replay_text(_counting_drafter(), rollout, features, num_chains), rollout.blocks)
+
+
+@pytest.fixture(scope="module")
+def greedy_rollout(target, drafter, prompts):
+    longer = [*prompts, *random_prompts(6, seed=11)]
+    stops = speculate(target, None, longer[:1], SpeculationSettings(20, [])).completions()[0][15:17]
+    rollout = speculate(target, drafter, longer, SpeculationSettings(40, stops, batch_size=5))
+    assert len(set(rollout.completion_lengths.tolist())) > 1
+    assert len(set(rollout.blocks.num_accepted.tolist())) >= 3
+    return rollout
+
+
+@pytest.mark.parametrize("num_chains", CHAINS)
+def test_replay_equals_speculation(target, drafter, greedy_rollout, num_chains):
+    """Invariant 3: same anchors, proposals, accepted counts."""
+    features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
+    _assert_same(replay_text(drafter, greedy_rollout, features, num_chains), greedy_rollout.blocks)
+
+
+@pytest.mark.parametrize("num_chains", [1, 8])
+def test_replay_of_sampled_text_equals_its_speculation(target, drafter, prompts, num_chains):
+    """At T > 0 with argmax proposals the verdicts can be read off the text that speculation wrote."""
+    settings = SpeculationSettings(40, [5], SamplingParams(0.7, top_k=20), batch_size=3)
+    rollout = speculate(target, drafter, prompts, settings, torch.Generator().manual_seed(0))
+    features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    assert (rollout.blocks.num_accepted > 0).any()
+    _assert_same(replay_text(drafter, rollout, features, num_chains), rollout.blocks)
+
+
+def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout):
+    """Given a text from another drafter, replay says what speculation with this one would have said."""
+    other = tiny_drafter(kind, target, seed=9)
+    prompts = [
+        row[:size].tolist() for row, size in zip(greedy_rollout.tokens, greedy_rollout.prompt_lengths, strict=True)
+    ]
+    longest = int(greedy_rollout.completion_lengths.max())
+    stops = sorted({text[-1] for text in greedy_rollout.completions() if len(text) < longest})
+    expected = speculate(target, other, prompts, SpeculationSettings(longest, stops))
+    assert expected.completions() == greedy_rollout.completions()
+    features, _ = target.forward_text(greedy_rollout.tokens, other.target_layer_ids)
+    replayed = replay_text(other, greedy_rollout, features, 4)
+    _assert_same(replayed, expected.blocks)
+    assert len(replayed) != len(greedy_rollout.blocks)
+
+
+def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
+    features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
+    state = read_text(drafter, greedy_rollout, features)
+    chosen = greedy_rollout.blocks.select(torch.arange(0, len(greedy_rollout.blocks), 3))
+    grid = grid_of(chosen.rows, chosen.anchors, len(greedy_rollout))
+    _assert_same(draft_at(drafter, state, greedy_rollout, *grid), chosen)
+
+
+def _error_blocks():
+    return DraftBlocks(
+        torch.tensor([0, 0, 1, 2, 2]),
+        torch.tensor([1, 3, 2, 1, 2]),
+        torch.zeros((5, 3), dtype=torch.long),
+        torch.tensor([1, 0, 1, 0, 1]),
+        torch.tensor([3, 3, 1, 2, 2]),
+    )
+
+
+def _buffer(size=10):
+    buffer = ErrorBuffer(size)
+    rollout = Rollout.from_ids([[1], [4, 5], [6]], [[2, 3, 4, 5], [6, 7], [7, 8, 9]])
+    buffer.add(rollout, _error_blocks())
+    return buffer
+
+
+def test_buffer_keeps_texts_with_errors_and_their_anchors():
+    buffer = _buffer()
+    # Row 1 had no error.
+    assert list(buffer.entries) == [([1, 2, 3, 4, 5], 1, [1, 3]), ([6, 7, 8, 9], 1, [1, 2])]
+
+
+def test_buffer_drops_the_oldest():
+    buffer = _buffer(size=1)
+    assert [entry[0] for entry in buffer.entries] == [[6, 7, 8, 9]]
+
+
+def test_buffer_draw():
+    rollout, rows, anchors = _buffer().draw(5, torch.Generator().manual_seed(0))
+    assert len(rollout) == 2
+    for row in range(2):
+        tokens = rollout.tokens[row, : rollout.lengths[row]].tolist()
+        expected = {1: [1, 3], 6: [1, 2]}[tokens[0]]
+        assert anchors[rows == row].tolist() == expected
+    assert rollout.prompt_lengths.tolist() == [1, 1]
+    assert sorted(rollout.completions()) == [[2, 3, 4, 5], [7, 8, 9]]
+    assert len(_buffer().draw(1, torch.Generator().manual_seed(0))[0]) == 1
+
+
+def test_buffer_state_round_trip():
+    buffer, other = _buffer(), ErrorBuffer(10)
+    other.add(Rollout.from_ids([[9]], [[9, 9]]), DraftBlocks(*(torch.tensor(v) for v in ([0], [1], [[3]], [0], [1]))))
+    other.load_state_dict(buffer.state_dict())
+    assert list(other.entries) == list(buffer.entries)
+    draws = [held.draw(1, torch.Generator().manual_seed(3))[0].tokens for held in (buffer, other)]
+    assert torch.equal(*draws)
