@@ -1,0 +1,125 @@
+"""The documentation against the code: names, options, targets and links that it mentions must exist."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import draft_opd_trl
+from draft_opd_trl._trl_compat import _BaseConfig
+from draft_opd_trl.config import DraftOPDConfig
+
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "docs" / "source"
+PACKAGE = ROOT / "draft_opd_trl"
+PAGES = [ROOT / "README.md", *sorted(SOURCE.glob("*.md"))]
+
+OUR_FIELDS = {field.name for field in dataclasses.fields(DraftOPDConfig)} - {
+    field.name for field in dataclasses.fields(_BaseConfig)
+}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def _code_blocks(text: str) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+
+
+def _anchors(path: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", _without_code(_read(path)), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _options(script: Path) -> set[str]:
+    """Fields of the argument dataclasses in a script, read without running it."""
+    classes = [node for node in ast.parse(_read(script)).body if isinstance(node, ast.ClassDef)]
+    return {item.target.id for node in classes for item in node.body if isinstance(item, ast.AnnAssign)}
+
+
+def test_architecture_names_every_module():
+    picture = _read(SOURCE / "architecture.md")
+    modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+    assert [module for module in modules if module not in picture] == []
+
+
+def test_architecture_names_no_module_that_does_not_exist():
+    layers = max(_code_blocks(_read(SOURCE / "architecture.md")), key=len)
+    named = re.findall(r"^(\S+\.py)\b", layers, flags=re.MULTILINE)
+    assert named, "the picture of the layers was not found"
+    assert [module for module in named if not (PACKAGE / module).is_file()] == []
+
+
+@pytest.mark.parametrize("where", ["docstring", "api.md"])
+def test_every_setting_is_documented(where):
+    text = inspect.getdoc(DraftOPDConfig) if where == "docstring" else _read(SOURCE / "api.md")
+    words = set(re.findall(r"\w+", text))
+    assert OUR_FIELDS - words == set()
+
+
+def test_api_has_every_public_name_with_its_parameters():
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", _read(SOURCE / "api.md"), flags=re.M | re.S))
+    assert set(sections) == set(draft_opd_trl.__all__)
+    for name, section in sections.items():
+        value = getattr(draft_opd_trl, name)
+        if callable(value) and name != "DraftOPDConfig":
+            expected = list(inspect.signature(value).parameters)
+            call = re.match(rf"{name}\((.*)\)\s*", _code_blocks(section)[0], flags=re.DOTALL)
+            arguments = ast.parse(f"f({call[1]})", mode="eval").body
+            written = [ast.unparse(argument) for argument in arguments.args]
+            written += [keyword.arg or ast.unparse(keyword.value) for keyword in arguments.keywords]
+            assert written == expected, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_resolve(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", _without_code(_read(page))):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        if not path.exists() or (anchor and anchor not in _anchors(path)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_table_of_contents_lists_every_page():
+    listed = re.findall(r"local: (\S+)", _read(SOURCE / "_toctree.yml"))
+    assert sorted(listed) == sorted(page.stem for page in SOURCE.glob("*.md"))
+
+
+def test_readme_commands_are_make_targets():
+    commands = set(re.findall(r"\bmake (\w+)", " ".join(_code_blocks(_read(ROOT / "README.md")))))
+    targets = set(re.findall(r"^(\w+):", _read(ROOT / "Makefile"), flags=re.MULTILINE))
+    assert commands == {"quickstart", "test"}
+    assert commands <= targets
+
+
+def test_options_of_commands_exist():
+    training = {field.name for field in dataclasses.fields(DraftOPDConfig)} | {"config", "config_file"}
+    known = {
+        "train.py": training | _options(ROOT / "examples" / "train.py"),
+        "evaluate.py": _options(ROOT / "examples" / "evaluate.py"),
+    }
+    unknown = []
+    for page in PAGES:
+        for block in _code_blocks(_read(page)):
+            for script, options in known.items():
+                if f"examples/{script}" in block:
+                    used = re.findall(r"(?<![\w-])--(\w+)", block)
+                    unknown += [f"{page.name}: {script} --{option}" for option in used if option not in options]
+        prose = re.findall(r"`--(\w+)", _without_code(_read(page)))
+        everything = set.union(*known.values()) | {"help"}
+        unknown += [f"{page.name}: --{option}" for option in prose if option not in everything]
+    assert unknown == []
