@@ -275,8 +275,8 @@ class DraftOPDTrainer(_BaseTrainer):
     def _replay(self, rollouts: list[Rollout], fresh: bool) -> list[ReplayBatch]:
         was_training = self.drafter.training
         self.drafter.eval()
-        with self.accelerator.autocast():
-            batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
+        # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
+        batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
         self.drafter.train(was_training)
         weight = self.accelerator.reduce(sum(batch.denominator for batch in batches), reduction="sum")
         for batch in batches:

@@ -6,6 +6,7 @@ one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +34,13 @@ class Proposal:
     probs: torch.Tensor | None = None
 
 
-class Drafter(PreTrainedModel):
+class Drafter(PreTrainedModel, ABC):
     """
     A small model that proposes `num_draft_tokens` tokens after an anchor from tapped target states.
 
     Attributes:
         kind (`str`): Key in `DRAFTERS`.
-        target_layer_ids (`list[int]`): Target layers it reads, counted from 0, as outputs of those layers.
-        num_draft_tokens (`int`): K, proposals a block.
         vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; `None` when they are equal.
-        sft_decay (`float`): Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it.
     """
 
     kind: str
@@ -52,25 +50,29 @@ class Drafter(PreTrainedModel):
     # -- to be provided by each architecture ---------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def target_layer_ids(self) -> list[int]:
-        raise NotImplementedError
+        """Target layers read, counted from 0, as outputs of those layers."""
 
     @property
+    @abstractmethod
     def num_draft_tokens(self) -> int:
-        raise NotImplementedError
+        """K, proposals a block."""
 
     @property
+    @abstractmethod
     def sft_decay(self) -> float:
-        raise NotImplementedError
+        """Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it."""
 
+    @abstractmethod
     def check_target(self, target: Target) -> None:
         """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, batch_size: int, max_length: int) -> Any:
         """An empty drafting state for texts of up to `max_length` positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extend(
         self,
         state: Any,
@@ -89,8 +91,8 @@ class Drafter(PreTrainedModel):
             tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
             rows (`torch.LongTensor` of shape `(R,)`, *optional*): State rows; all by default.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def propose(
         self, state: Any, tokens: torch.Tensor, anchors: torch.Tensor, limit: int, choose: Chooser
     ) -> Proposal:
@@ -102,8 +104,8 @@ class Drafter(PreTrainedModel):
             limit (`int`): Positions of the state to look at, at least the largest anchor.
             choose ([`Chooser`]): Turns logits into proposals.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         """
         The same drafting with gradients, for many blocks of whole texts at once.
@@ -116,11 +118,10 @@ class Drafter(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(N, K, H)`: states that [`output_weight`] turns into draft logits.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def output_weight(self) -> torch.Tensor:
         """Head `(DV, H)` that turns states into draft logits."""
-        raise NotImplementedError
 
     # -- shared --------------------------------------------------------------------------------------------------
 

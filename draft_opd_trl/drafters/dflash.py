@@ -316,7 +316,7 @@ class DFlashDraftModel(Drafter):
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
         context = [(keys[:, :limit], values[:, :limit]) for keys, values in state.layers]
         hidden = self._draft(context, tokens, anchors)
-        return Proposal(*choose(nn.functional.linear(hidden, self.output_weight().to(hidden.dtype))))
+        return Proposal(*choose(nn.functional.linear(hidden.to(self.output_weight().dtype), self.output_weight())))
 
     def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         batch, length = tokens.shape
