@@ -115,7 +115,10 @@ def load_drafter(
             parameter.fill_(float("nan"))
     if dtype == "auto":
         dtype = next(iter(tensors.values())).dtype
-    drafter.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # Parameters alone: `drafter.to(dtype)` would round the rotary frequencies too, and turn far positions wrongly.
+    for parameter in drafter.parameters():
+        parameter.data = parameter.data.to(dtype)
     drafter.load_state_dict(tensors, strict=True)
     bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
     if bad:
