@@ -1,0 +1,104 @@
+"""Defaults that belong together, and each contradiction with its value, reason and remedy."""
+
+import pytest
+import torch
+
+from draft_opd_trl.config import DraftOPDConfig
+
+
+def _config(tmp_path, **settings):
+    return DraftOPDConfig(output_dir=str(tmp_path), report_to=[], **settings)
+
+
+def test_defaults(tmp_path):
+    config = _config(tmp_path)
+    assert config.lmbda == 1.0 and config.temperature == 0.0 and config.rollout_source == "speculation"
+    assert config.accepted_weight == 1.0 and config.rejected_weight == 0.0
+    # A greedy rollout is verified greedily: hard targets.
+    assert config.teacher_temperature == 0.0
+    assert (config.accepted_loss, config.rejected_loss) == ("ce", "ce")
+    assert config.remove_unused_columns is False
+    assert not config.gradient_checkpointing
+
+
+def test_teacher_temperature_follows_the_rollout(tmp_path):
+    config = _config(tmp_path, temperature=0.7)
+    assert config.teacher_temperature == 0.7
+    assert (config.accepted_loss, config.rejected_loss) == ("forward_kl", "reverse_kl")
+    config = _config(tmp_path, temperature=0.0, teacher_temperature=1.0)
+    assert (config.accepted_loss, config.rejected_loss) == ("forward_kl", "reverse_kl")
+    assert _config(tmp_path, temperature=0.7, accepted_loss="tv").accepted_loss == "tv"
+
+
+def test_steps_per_generation_defaults_to_one_optimizer_step(tmp_path):
+    assert _config(tmp_path, gradient_accumulation_steps=3).steps_per_generation == 3
+    assert _config(tmp_path, gradient_accumulation_steps=3, steps_per_generation=6).steps_per_generation == 6
+
+
+def test_dict_settings_may_come_as_json(tmp_path):
+    config = _config(tmp_path, chat_template_kwargs='{"enable_thinking": false}')
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="needs a machine without GPU"
+)
+def test_a_machine_without_gpu_trains_in_float32(tmp_path):
+    config = _config(tmp_path)
+    assert config.use_cpu and not config.bf16
+    with pytest.raises(ValueError, match="bf16=True, but there is no GPU.*Leave `bf16` unset or set it to False"):
+        _config(tmp_path, bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lmbda": 1.5}, r"`lmbda` is 1.5; it is the on-policy share and must lie in \[0, 1\]"),
+        ({"lmbda": -0.1}, "`lmbda` is -0.1; it is the on-policy share"),
+        ({"rollout_source": "magic"}, "`rollout_source` is 'magic'; choose from speculation, generate, dataset"),
+        ({"accepted_loss": "hinge"}, "`accepted_loss` is 'hinge'; choose from ce, forward_kl, reverse_kl"),
+        ({"rejected_loss": "hinge"}, "`rejected_loss` is 'hinge'; choose from ce, forward_kl, reverse_kl"),
+        ({"temperature": -1.0}, "`temperature` is -1.0; it must be 0 or positive"),
+        ({"teacher_temperature": -1.0}, "`teacher_temperature` is -1.0; it must be 0 or positive"),
+        ({"accepted_weight": -1.0}, "`accepted_weight` is -1.0; it must be 0 or positive"),
+        ({"rejected_weight": -1.0}, "`rejected_weight` is -1.0; it must be 0 or positive"),
+        ({"replay_ratio": -1.0}, "`replay_ratio` is -1.0; it must be 0 or positive"),
+        ({"rejected_decay": 0.0}, r"`rejected_decay` is 0.0; it must lie in \(0, 1\]"),
+        ({"accepted_decay": 1.1}, r"`accepted_decay` is 1.1; it must lie in \(0, 1\]"),
+        ({"num_anchors": 0}, "`num_anchors` is 0; it must be at least 1"),
+        ({"num_chains": 0}, "`num_chains` is 0; it must be at least 1"),
+        ({"rollout_batch_size": 0}, "`rollout_batch_size` is 0; it must be at least 1"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0; it must be at least 1"),
+        ({"max_completion_length": 0}, "`max_completion_length` is 0; it must be at least 1"),
+        ({"max_completion_length": 1}, "`max_completion_length` is 1; a text of one token holds no block"),
+        ({"top_p": 0.0}, r"`top_p` is 0.0; it must lie in \(0, 1\]"),
+        ({"top_k": -1}, "`top_k` is -1; 0 keeps all tokens"),
+        ({"beta": 2.0}, r"`beta` is 2.0; it must lie in \[0, 1\]"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
+            "steps_per_generation=6 is not a multiple of gradient_accumulation_steps=4, so a text.*Make it one",
+        ),
+        ({"accepted_weight": 0.0}, "accepted_weight and rejected_weight are both 0.*Set one above 0"),
+        (
+            {"accepted_loss": "forward_kl"},
+            "accepted_loss='forward_kl' compares distributions, but teacher_temperature=0.*Use 'ce', or set",
+        ),
+        (
+            {"rejected_loss": "k3", "rejected_weight": 0.5},
+            "rejected_loss='k3' compares distributions, but teacher_temperature=0.*Use 'ce', or set",
+        ),
+        ({"replay_ratio": 0.5}, "replay_ratio=0.5 draws from a buffer of size 0. Set replay_buffer_size above 0"),
+        (
+            {"lmbda": 0.0, "replay_ratio": 0.5, "replay_buffer_size": 8},
+            r"lmbda=0 \(SFT\) exposes no error positions for replay_ratio > 0",
+        ),
+        ({"sample_proposals": True}, "sample_proposals=True needs temperature > 0"),
+    ],
+)
+def test_settings_that_contradict(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        _config(tmp_path, **settings)
+
+
+def test_an_unused_stream_may_keep_any_loss(tmp_path):
+    assert _config(tmp_path, rejected_loss="k3", rejected_weight=0.0).rejected_loss == "k3"
