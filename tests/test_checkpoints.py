@@ -1,0 +1,126 @@
+"""Drafter folders: save → load → same proposals, and every way in which a folder can be wrong, by name."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCAB, random_prompts, tiny_drafter, tiny_model
+from safetensors.torch import load_file, save_file
+
+from draft_opd_trl.checkpoints import check_keys, drafter_folder, load_drafter
+from draft_opd_trl.speculation import SpeculationSettings, speculate
+
+
+@pytest.fixture
+def folder(qwen_drafter, tmp_path):
+    qwen_drafter.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_save_then_load_proposes_the_same(target, drafter, tmp_path):
+    """Invariant 7, save/load part."""
+    drafter.save_pretrained(tmp_path)
+    loaded = load_drafter(str(tmp_path)).bind(target)
+    assert type(loaded) is type(drafter)
+    assert loaded.state_dict().keys() == drafter.state_dict().keys()
+    for name, value in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    settings = SpeculationSettings(16, [])
+    first, second = (speculate(target, model, random_prompts(5, seed=2), settings) for model in (drafter, loaded))
+    assert first.completions() == second.completions()
+    assert torch.equal(first.blocks.draft_tokens, second.blocks.draft_tokens)
+    assert torch.equal(first.blocks.anchors, second.blocks.anchors)
+
+
+def test_the_saved_folder_holds_the_drafter_alone(qwen_drafter, folder):
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors.keys() == dict(qwen_drafter.named_parameters()).keys()
+    assert not any("embed_tokens" in name or "lm_head" in name for name in tensors)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [type(qwen_drafter).__name__]
+    assert config["rope_theta"] == qwen_drafter.config.rope_parameters["rope_theta"]
+
+
+def test_loading_leaves_nothing_uninitialised_and_is_ready_for_use(folder):
+    loaded = load_drafter(str(folder))
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+    assert not loaded.training
+    assert loaded.config._name_or_path == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", torch.float32), (torch.bfloat16, torch.bfloat16), ("auto", torch.bfloat16)]
+)
+def test_dtype(qwen_target, kind, tmp_path, dtype, expected):
+    tiny_drafter(kind, qwen_target).to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_drafter(str(tmp_path), dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
+    # Rotary frequencies rounded to bfloat16 would turn far positions by the wrong angle.
+    assert {buffer.dtype for name, buffer in loaded.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_a_missing_tensor_is_named(folder):
+    _rewrite(folder, lambda tensors: tensors.pop("norm.weight"))
+    with pytest.raises(ValueError, match=r"Missing: \['norm.weight'\]. Unexpected: none. Wrong shape: none"):
+        load_drafter(str(folder))
+
+
+def test_an_unexpected_tensor_is_named(folder):
+    _rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(ValueError, match=r"Missing: none. Unexpected: \['model.norm.weight'\]"):
+        load_drafter(str(folder))
+
+
+def test_a_misshapen_tensor_is_named(folder):
+    _rewrite(folder, lambda tensors: tensors.update({"norm.weight": torch.ones(7)}))
+    with pytest.raises(ValueError, match=r"Wrong shape: \['norm.weight is \[7\], not \[32\]'\]. Re-export"):
+        load_drafter(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named(folder, value):
+    _rewrite(folder, lambda tensors: tensors["norm.weight"].__setitem__(3, value))
+    with pytest.raises(ValueError, match=r"not finite in \['norm.weight'\]; the checkpoint is damaged"):
+        load_drafter(str(folder))
+
+
+def test_several_faults_at_once():
+    expected = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([4])}
+    with pytest.raises(ValueError, match=r"tensors in here .*Missing: \['a'\].*\['d'\].*\['b is \[5\], not \[3\]'\]"):
+        check_keys(expected, {"b": torch.Size([5]), "c": torch.Size([4]), "d": torch.Size([1])}, "here")
+    check_keys(expected, dict(expected), "here")
+
+
+def test_a_targets_folder_is_not_a_drafters(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"architectures \['Qwen3ForCausalLM'\], none of which.*not of a target\?"):
+        load_drafter(str(tmp_path))
+
+
+def test_a_folder_without_config_or_weights(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(FileNotFoundError, match="holds no config.json, so it is not a drafter folder"):
+        load_drafter(str(empty))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors file"):
+        load_drafter(str(folder))
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-drafter' is not a folder here and could not be fetched"):
+        load_drafter(str(tmp_path / "no-such-drafter"))
+    assert drafter_folder(str(tmp_path)) == tmp_path
+
+
+def test_a_loaded_drafter_is_checked_against_its_target(folder, target):
+    loaded = load_drafter(str(folder))
+    assert loaded.bind(target).target is target
+    loaded.config.vocab_size = VOCAB + 1
+    with pytest.raises(ValueError, match="vocab_size 49 is not the target's 48"):
+        loaded.bind(target)
