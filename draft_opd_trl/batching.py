@@ -178,11 +178,12 @@ class BatchMaker:
         drafter ([`Drafter`]): The drafter as it stands; read without gradients.
         streams ([`StreamSettings`]): Weights.
         lmbda (`float`): Probability that a text is replayed on-policy (1: Draft-OPD, 0: SFT).
-        num_anchors (`int`): Blocks trained on, a text.
+        num_anchors (`int`): Most blocks trained on, a text, new or remembered.
         num_chains (`int`): See [`replay_text`].
-        seed (`int`): Draws depend on it, the step and the text alone, not on batch layout or rank.
+        seed (`int`): Draws depend on it, the step and the text alone, not on batch layout or rank (what the buffer
+            holds does depend on the rank).
         buffer ([`ErrorBuffer`], *optional*): Error positions of earlier texts.
-        replay_ratio (`float`): Texts drawn from the buffer for each new one.
+        replay_ratio (`float`): Texts drawn from the buffer for each new one; a fraction is drawn by chance.
     """
 
     def __init__(
@@ -218,19 +219,12 @@ class BatchMaker:
         return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
 
     def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
-        drawn_rows = drawn_anchors = rollout.lengths[:0]
         num_new = len(rollout)
         generators = [
             row_generator(self.seed, step, row[:length])
             for row, length in zip(rollout.tokens, rollout.lengths.tolist(), strict=True)
         ]
-        texts = Rollout(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
-        wanted = round(self.replay_ratio * num_new)
-        if self.buffer is not None and len(self.buffer) and wanted:
-            drawn, drawn_rows, drawn_anchors = self.buffer.draw(wanted, generators[0], rollout.tokens.device)
-            texts = Rollout.cat([texts, drawn])
-            drawn_rows = drawn_rows + num_new
-
+        texts, drawn_rows, drawn_anchors = self._with_remembered(rollout, generators)
         needs_scores = self.streams.rejected_weight > 0
         keeps_states = fresh and rollout.block_states is not None and not len(drawn_rows)
         cache = self.target.new_cache(*texts.tokens.shape) if needs_scores and not keeps_states else None
@@ -240,7 +234,8 @@ class BatchMaker:
 
         clock = time.perf_counter()
         on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
-        blocks = self._exposed_blocks(rollout, fresh, features[:num_new, : rollout.tokens.shape[1]], on_policy_rows)
+        new_features = features[:num_new, : rollout.tokens.shape[1]]
+        blocks, kept_states = self._exposed_blocks(rollout, fresh, new_features, on_policy_rows)
         self._count(rollout, blocks, on_policy_rows, metrics)
         chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
         if len(drawn_rows):
@@ -264,22 +259,48 @@ class BatchMaker:
             features,
             states,
             cache,
-            self._kept_states(rollout, chosen, chosen_blocks) if needs_scores and keeps_states else None,
+            self._kept_states(kept_states[chosen], len(chosen_blocks[0])) if needs_scores and keeps_states else None,
         )
         metrics.seconds["scoring"] += time.perf_counter() - clock
         metrics.blocks += len(batch.blocks)
         metrics.supervised += int(((batch.accepted_weights > 0) | (batch.rejected_weights > 0)).sum())
         return batch
 
+    def _with_remembered(
+        self, rollout: Rollout, generators: list[torch.Generator]
+    ) -> tuple[Rollout, torch.Tensor, torch.Tensor]:
+        """New texts with those drawn from the buffer under them, and rows and anchors of the latter `(N,)`."""
+        parts = [Rollout(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
+        rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
+        if self.buffer is not None and len(self.buffer):
+            whole, fraction = divmod(self.replay_ratio, 1)
+            for generator in generators:
+                wanted = int(whole) + int(torch.rand((), generator=generator) < fraction)
+                if wanted:
+                    drawn, drawn_rows, drawn_anchors = self.buffer.draw(
+                        wanted, self.num_anchors, generator, rollout.tokens.device
+                    )
+                    rows.append(drawn_rows + sum(len(part) for part in parts))
+                    anchors.append(drawn_anchors)
+                    parts.append(drawn)
+        return Rollout.cat(parts), torch.cat(rows), torch.cat(anchors)
+
     def _exposed_blocks(
         self, rollout: Rollout, fresh: bool, features: torch.Tensor, on_policy_rows: list[bool]
-    ) -> DraftBlocks:
-        """Every block verification exposed on the on-policy rows."""
-        if not any(on_policy_rows):
-            return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device)
+    ) -> tuple[DraftBlocks, torch.Tensor | None]:
+        """Every block verification exposed on the on-policy rows, and what it kept of the target's states there."""
+        on_policy = torch.tensor(on_policy_rows, device=features.device)
         if fresh and rollout.blocks is not None:
-            return rollout.blocks
-        return replay_text(self.drafter, rollout, features, self.num_chains)
+            chosen = on_policy[rollout.blocks.rows]
+            states = None if rollout.block_states is None else rollout.block_states[chosen]
+            return rollout.blocks.select(chosen), states
+        rows = on_policy.nonzero()[:, 0]
+        if not len(rows):
+            return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device), None
+        replayed = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
+        blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains)
+        blocks.rows = rows[blocks.rows]
+        return blocks, None
 
     def _choose(
         self, rollout: Rollout, blocks: DraftBlocks, generators: list[torch.Generator], on_policy_rows: list[bool]
@@ -306,9 +327,9 @@ class BatchMaker:
         return index, [forced, blocks.select(index)]
 
     @staticmethod
-    def _kept_states(rollout: Rollout, chosen: torch.Tensor, parts: list[DraftBlocks]) -> torch.Tensor:
-        states = rollout.block_states[chosen]
-        return torch.cat([states.new_zeros((len(parts[0]), *states.shape[1:])), states])
+    def _kept_states(states: torch.Tensor, num_forced: int) -> torch.Tensor:
+        """States of the chosen blocks behind empty ones for the SFT blocks, which have no rejected slot."""
+        return torch.cat([states.new_zeros((num_forced, *states.shape[1:])), states])
 
     def _count(
         self, rollout: Rollout, blocks: DraftBlocks, on_policy_rows: list[bool], metrics: ReplayMetrics
@@ -316,7 +337,6 @@ class BatchMaker:
         on_policy = torch.tensor(on_policy_rows, device=rollout.lengths.device)
         committed = (rollout.completion_lengths - 1).clamp(min=0)
         metrics.committed += int(committed[on_policy].sum())
-        blocks = blocks.select(on_policy[blocks.rows])
         metrics.verifications += len(blocks)
         metrics.errors += int(blocks.has_error.sum())
         slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)

@@ -53,7 +53,7 @@ class DraftOPDConfig(_BaseConfig):
         rejected_loss (`str`, *optional*):
             Divergence of the rejected stream. Default: `ce` at teacher temperature 0, else `reverse_kl`.
         accepted_weight, rejected_weight (`float`, *optional*, default to `1.0`, `0.0`):
-            λ of each stream. The paper takes 1 for both; see `docs/source/benchmarks.md` for why not here.
+            λ of each stream of on-policy blocks; SFT blocks weigh 1. The paper takes 1 for both.
         rejected_decay (`float`, *optional*, defaults to `0.8`):
             γ of the rejected stream.
         accepted_decay (`float`, *optional*, defaults to `1.0`):

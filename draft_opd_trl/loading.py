@@ -12,39 +12,46 @@ from ._trl_compat import create_model_from_path
 from .config import DraftOPDConfig
 
 
-def load_target(
-    teacher_model: str | PreTrainedModel,
-    args: DraftOPDConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    quantization_config: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_tokenizer(
+    teacher_model: str | PreTrainedModel, args: DraftOPDConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
     """
-    The target and its tokenizer.
+    The target's tokenizer, unless one is given.
 
     Raises:
-        `ValueError`: Loading options beside an instance, or an instance whose tokenizer cannot be found.
+        `ValueError`: The target is an instance that does not say where it came from.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
+    if not name:
+        raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
+    return AutoTokenizer.from_pretrained(name, revision=(args.teacher_model_init_kwargs or {}).get("revision", "main"))
+
+
+def load_target(
+    teacher_model: str | PreTrainedModel, args: DraftOPDConfig, quantization_config: Any
+) -> PreTrainedModel:
+    """
+    The target, in its own dtype unless `teacher_model_init_kwargs` says otherwise.
+
+    Raises:
+        `ValueError`: Loading options beside an instance.
     """
     init_kwargs = dict(args.teacher_model_init_kwargs or {})
-    if isinstance(teacher_model, str):
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        init_kwargs.setdefault("dtype", "auto")
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(teacher_model, revision=init_kwargs.get("revision", "main"))
-        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            init_kwargs["device_map"] = None
-        return create_model_from_path(teacher_model, **init_kwargs), tokenizer
-    if init_kwargs or quantization_config is not None:
-        raise ValueError(
-            "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but an "
-            "instance was given. Drop them, or give the path."
-        )
-    if tokenizer is None:
-        name = teacher_model.config._name_or_path
-        if not name:
-            raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return teacher_model, tokenizer
+    if not isinstance(teacher_model, str):
+        if init_kwargs or quantization_config is not None:
+            raise ValueError(
+                "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but "
+                "an instance was given. Drop them, or give the path."
+            )
+        return teacher_model
+    if quantization_config is not None:
+        init_kwargs["quantization_config"] = quantization_config
+    init_kwargs.setdefault("dtype", "auto")
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        init_kwargs["device_map"] = None
+    return create_model_from_path(teacher_model, **init_kwargs)
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:

@@ -202,7 +202,7 @@ class ReplayBatch:
         blocks (`DraftBlocks`):
             Blocks to draft with gradients.
         labels (`torch.LongTensor` of shape `(N, K)`):
-            Text tokens at each slot (0 outside the text).
+            Text tokens at each slot; what stands outside the text carries no weight.
         text_states (`torch.Tensor` of shape `(N, K, H)`):
             Target states before the head, given the *text* before each slot.
         draft_states (`torch.Tensor` of shape `(N, K, H)`, *optional*):

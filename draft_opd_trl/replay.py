@@ -172,8 +172,21 @@ class ErrorBuffer:
             if chosen:
                 self.entries.append((tokens[:length], prompt_length, chosen))
 
-    def draw(self, count: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        """`count` texts (fewer when fewer are held, at least one): a [`Rollout`], and `(N,)` rows and anchors."""
+    def draw(
+        self, count: int, num_anchors: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> tuple[Rollout, torch.Tensor, torch.Tensor]:
+        """
+        Texts to look at again.
+
+        Args:
+            count (`int`): Texts; fewer come when fewer are held, and at least one must be.
+            num_anchors (`int`): Most anchors of each.
+            generator (`torch.Generator`): Decides which, on the CPU.
+            device (`torch.device`, *optional*): Where the texts go.
+
+        Returns:
+            The texts, and rows and anchors `(N,)` of the error positions remembered.
+        """
         index = torch.randperm(len(self.entries), generator=generator)[:count].tolist()
         picked = [self.entries[i] for i in index]
         rollout = Rollout.from_ids(
@@ -181,8 +194,11 @@ class ErrorBuffer:
             [tokens[prompt:] for tokens, prompt, _ in picked],
             device=device,
         )
-        rows = [row for row, entry in enumerate(picked) for _ in entry[2]]
-        anchors = [anchor for entry in picked for anchor in entry[2]]
+        rows, anchors = [], []
+        for row, (_, _, remembered) in enumerate(picked):
+            kept = torch.randperm(len(remembered), generator=generator)[:num_anchors].sort().values.tolist()
+            rows += [row] * len(kept)
+            anchors += [remembered[i] for i in kept]
         return rollout, torch.tensor(rows, device=device), torch.tensor(anchors, device=device)
 
     def state_dict(self) -> dict:

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter
 from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
-from .loading import check_dataset_size, check_peft, choose_pad_token, generation_batch_size, load_target
+from .loading import (
+    check_dataset_size,
+    check_peft,
+    choose_pad_token,
+    generation_batch_size,
+    load_target,
+    load_tokenizer,
+)
 from .losses import Heads, LossSettings, batch_loss
 from .model_card import CITATION, write_model_card
 from .prompts import tokenize_dataset
@@ -98,31 +106,23 @@ class DraftOPDTrainer(_BaseTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path or model.kind
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
         set_seed(args.seed)
+        # Data first: what is wrong with it must show before models are loaded.
+        tokenizer = load_tokenizer(teacher_model, args, processing_class)
+
+        self._tokenize = partial(_tokenize, tokenizer, args)
+        if train_dataset is not None:
+            train_dataset = self._tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
+            check_dataset_size(train_dataset, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self._tokenize(part, f"eval_dataset[{key!r}]") for key, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._tokenize(eval_dataset, "eval_dataset")
         drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
-        teacher, tokenizer = load_target(teacher_model, args, processing_class, quantization_config)
+        teacher = load_target(teacher_model, args, quantization_config)
         self.target = Target(teacher)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
-
-        def tokenize(dataset: Dataset, name: str, needs_completions: bool = False) -> Dataset:
-            return tokenize_dataset(
-                dataset,
-                tokenizer,
-                args.max_prompt_length,
-                args.chat_template_kwargs,
-                needs_completions,
-                args.truncate_prompts,
-                name,
-            )
-
-        if train_dataset is not None:
-            train_dataset = tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
-            check_dataset_size(train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {key: tokenize(part, f"eval_dataset[{key!r}]") for key, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = tokenize(eval_dataset, "eval_dataset")
         if peft_config is not None:
             model = get_peft_model(drafter, check_peft(peft_config))
         else:
@@ -286,7 +286,7 @@ class DraftOPDTrainer(_BaseTrainer):
         return batches
 
     def _log_replay(self, local: ReplayMetrics) -> None:
-        counts = torch.tensor(local.counts(), device=self.accelerator.device, dtype=torch.float32)
+        counts = torch.tensor(local.counts(), device=self.accelerator.device, dtype=torch.long)
         totals = local.with_counts(self.accelerator.reduce(counts, "sum").tolist())
         if totals.verifications:
             self.last_acceptance_length = totals.committed / totals.verifications
@@ -375,10 +375,7 @@ class DraftOPDTrainer(_BaseTrainer):
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}"))
             return metrics
         if "prompt_ids" not in dataset.column_names:
-            args = self.args
-            dataset = tokenize_dataset(
-                dataset, self.processing_class, args.max_prompt_length, args.chat_template_kwargs, name="eval_dataset"
-            )
+            dataset = self._tokenize(dataset, "eval_dataset")
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
         metrics = merge_reports(gather_object([report])).metrics(metric_key_prefix)
@@ -447,7 +444,7 @@ class DraftOPDTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             write_model_card(
                 Path(self.args.output_dir) / "README.md",
-                model_name=model_name or Path(self.args.output_dir).name,
+                model_name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
                 kind=self.drafter.kind,
                 target_name=self.target.name,
                 num_draft_tokens=self.drafter.num_draft_tokens,
@@ -456,6 +453,24 @@ class DraftOPDTrainer(_BaseTrainer):
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 dataset_name=dataset_name,
             )
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    args: DraftOPDConfig,
+    dataset: Dataset,
+    name: str,
+    needs_completions: bool = False,
+) -> Dataset:
+    return tokenize_dataset(
+        dataset,
+        tokenizer,
+        args.max_prompt_length,
+        args.chat_template_kwargs,
+        needs_completions,
+        args.truncate_prompts,
+        name,
+    )
 
 
 _CARD_FIELDS = (

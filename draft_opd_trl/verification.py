@@ -1,8 +1,7 @@
 """The accept/reject rule of speculative decoding, and its reversal for text that is given.
 
 Pure tensor functions. Knows no models, caches or drafter kinds.
-Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; the reversal is FIELD section 1 of the design notes,
-restated in `docs/source/method.md`.
+Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; the reversal is derived in `docs/source/method.md`.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_buffer_drops_the_oldest():
 
 
 def test_buffer_draw():
-    rollout, rows, anchors = _buffer().draw(5, torch.Generator().manual_seed(0))
+    rollout, rows, anchors = _buffer().draw(5, 10, torch.Generator().manual_seed(0))
     assert len(rollout) == 2
     for row in range(2):
         tokens = rollout.tokens[row, : rollout.lengths[row]].tolist()
@@ -168,7 +168,9 @@ def test_buffer_draw():
         assert anchors[rows == row].tolist() == expected
     assert rollout.prompt_lengths.tolist() == [1, 1]
     assert sorted(rollout.completions()) == [[2, 3, 4, 5], [7, 8, 9]]
-    assert len(_buffer().draw(1, torch.Generator().manual_seed(0))[0]) == 1
+    assert len(_buffer().draw(1, 10, torch.Generator().manual_seed(0))[0]) == 1
+    # The cap on anchors holds for each text.
+    assert _buffer().draw(5, 1, torch.Generator().manual_seed(0))[1].bincount().tolist() == [1, 1]
 
 
 def test_buffer_state_round_trip():
@@ -176,5 +178,5 @@ def test_buffer_state_round_trip():
     other.add(Rollout.from_ids([[9]], [[9, 9]]), DraftBlocks(*(torch.tensor(v) for v in ([0], [1], [[3]], [0], [1]))))
     other.load_state_dict(buffer.state_dict())
     assert list(other.entries) == list(buffer.entries)
-    draws = [held.draw(1, torch.Generator().manual_seed(3))[0].tokens for held in (buffer, other)]
+    draws = [held.draw(1, 10, torch.Generator().manual_seed(3))[0].tokens for held in (buffer, other)]
     assert torch.equal(*draws)

@@ -113,10 +113,11 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     started = time.perf_counter()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
-    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(device)
     target = Target(model)
     settings = SpeculationSettings(recipe.max_new_tokens, stop_token_ids(model, tokenizer), batch_size=64)
-    drafter = load_drafter(str(POCKET / "drafter-dflash")).bind(target)
+    drafter = load_drafter(str(POCKET / "drafter-dflash")).to(device).bind(target)
 
     prompts = _prompts(tokenizer, "quickstart.jsonl", recipe.steps * recipe.batch_size)
     held_out = _prompts(tokenizer, "heldout.jsonl", recipe.eval_prompts)
