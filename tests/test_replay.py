@@ -71,6 +71,18 @@ def test_replay_of_texts_without_blocks_is_empty():
     assert len(blocks) == 0 and blocks.num_draft_tokens == 3
 
 
+@pytest.mark.parametrize(("num_chains", "rounds"), [(1, 64), (4, 16), (8, 8), (64, 1)])
+def test_chains_share_the_work(num_chains, rounds, monkeypatch):
+    """A drafter that is always wrong visits all 64 anchors; each chain stops where the next one began."""
+    drafter, calls = ScriptedDrafter([[0, 0]] * 12), []
+    propose = drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda *arguments: calls.append(1) or propose(*arguments))
+    rollout = Rollout.from_ids([[1]], [[1 + at % 11 for at in range(65)]])
+    blocks = replay_text(drafter, rollout, torch.zeros(1, 66, 1), num_chains)
+    assert blocks.anchors.tolist() == list(range(1, 65))
+    assert len(calls) == rounds
+
+
 def test_replay_equals_scripted_speculation():
     rollout = speculate(
         counting_target(), _counting_drafter(), [[1], [3], [7, 8]], SpeculationSettings(20, [11], batch_size=2)

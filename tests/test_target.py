@@ -120,6 +120,17 @@ def test_packed_scoring_equals_sequential_forwards(target, chunk_size):
     assert (expected.abs().sum(-1) > 0).sum(1).tolist() == [3, 1, 0, 2, 0, 3, 2]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [2, 3])
+def test_packed_scoring_with_a_window_shorter_than_a_block(window, attention):
+    target = Target(tiny_model("gemma3", sliding_window=window, attn_implementation=attention))
+    tokens = _tokens(3, 14)
+    cache = target.new_cache(3, 14)
+    target.forward_text(tokens, (), cache)
+    expected = _slow_scores(target, tokens, _blocks(tokens))
+    torch.testing.assert_close(target.score_blocks(tokens, _blocks(tokens), cache), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_scoring_no_blocks(target):
     cache = target.new_cache(1, 4)
     target.forward_text(_tokens(1, 4), (), cache)
