@@ -1,4 +1,4 @@
-"""Rebuild the pocket world from nothing: ``python build.py target``, then ``prompts`` and ``report``.
+"""Rebuild the pocket world from nothing: ``python build.py target``, then ``prompts``, ``report`` and ``drafter``.
 
 Each part is one subcommand: a function that takes the parsed arguments, registered in :func:`parse_args`.
 """
@@ -35,6 +35,14 @@ def prompts(args: argparse.Namespace) -> None:
         print(f"{count} prompts in {folder.name}/{split}.jsonl")
 
 
+def drafter(args: argparse.Namespace) -> None:
+    """Train a drafter for the target by SFT, to a plateau."""
+    from drafter import train_drafter
+
+    args.output = args.output or str(HERE / f"drafter-{args.drafter}")
+    train_drafter(args)
+
+
 def report(args: argparse.Namespace) -> None:
     """Measure the target on held-out prompts and write ``report.json`` beside it."""
     from report import write_report
@@ -65,6 +73,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--quickstart", type=int, default=1600)
     command.add_argument("--heldout", type=int, default=1024)
     command.set_defaults(run=prompts)
+
+    command = commands.add_parser("drafter", parents=[shared], help="train a drafter by SFT, to a plateau")
+    command.add_argument("--drafter", default="dflash", help="architecture")
+    command.add_argument("--output", help="folder; drafter-<architecture> beside this file by default")
+    command.add_argument("--work-dir", default="outputs/pocket", help="texts and checkpoints; a cut-off run resumes")
+    command.add_argument("--texts", type=int, default=6000, help="texts the target writes to train on")
+    command.add_argument("--steps", type=int, default=6000)
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--num-anchors", type=int, default=64, help="random anchors of a text at each step")
+    command.add_argument("--learning-rate", type=float, default=4e-3)
+    command.add_argument("--eval-prompts", type=int, default=128, help="prompts that the plateau is judged on")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=drafter)
 
     command = commands.add_parser("report", parents=[shared], help="measure the target on held-out prompts")
     command.add_argument("--prompts", type=int, default=330)

@@ -50,13 +50,14 @@ class Recipe:
     eval_prompts: int = 400
 
 
-def _prompts(tokenizer: Any, name: str, count: int) -> list[list[int]]:
+def read_prompts(tokenizer: Any, name: str, count: int) -> list[list[int]]:
+    """The first `count` tokenised prompts of a shipped file."""
     dataset = load_dataset("json", data_files=str(POCKET / "prompts" / name), split="train")
     return list(tokenize_dataset(dataset.select(range(count)), tokenizer, None, name=name)["prompt_ids"])
 
 
 def _train(
-    name: str,
+    folder: Path,
     lmbda: float,
     steps: int,
     recipe: Recipe,
@@ -67,7 +68,7 @@ def _train(
 ) -> tuple[DraftOPDTrainer, float]:
     """One arm; returns its trainer and the seconds training took."""
     config = DraftOPDConfig(
-        output_dir=str(OUTPUT / f"drafter-{name}"),
+        output_dir=str(folder),
         lmbda=lmbda,
         max_steps=steps,
         seed=seed,
@@ -100,7 +101,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     Train both arms, measure all drafters on the same held-out prompts, write `outputs/quickstart/`.
 
     Args:
-        args ([`DraftOPDConfig`]): `seed`, and `max_steps` where positive, are taken from it.
+        args ([`DraftOPDConfig`]): `seed`, `max_steps` where positive, and `output_dir` where given, are taken from it.
         recipe ([`Recipe`], *optional*): Settings both arms share.
 
     Returns:
@@ -110,8 +111,10 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     recipe = recipe or Recipe()
     if args.max_steps > 0:
         recipe.steps = args.max_steps
+    # "trainer_output" is what transformers fills in where no --output_dir was given.
+    output = OUTPUT if args.output_dir == "trainer_output" else Path(args.output_dir)
     started = time.perf_counter()
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(device)
@@ -119,8 +122,8 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     settings = SpeculationSettings(recipe.max_new_tokens, stop_token_ids(model, tokenizer), batch_size=64)
     drafter = load_drafter(str(POCKET / "drafter-dflash")).to(device).bind(target)
 
-    prompts = _prompts(tokenizer, "quickstart.jsonl", recipe.steps * recipe.batch_size)
-    held_out = _prompts(tokenizer, "heldout.jsonl", recipe.eval_prompts)
+    prompts = read_prompts(tokenizer, "quickstart.jsonl", recipe.steps * recipe.batch_size)
+    held_out = read_prompts(tokenizer, "heldout.jsonl", recipe.eval_prompts)
     print(f"The target writes {len(prompts)} texts to train on …")
     texts = speculate(target, drafter, prompts, settings)
     dataset = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": texts.completions()})
@@ -137,7 +140,9 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
             # As many SFT steps as fit the time Draft-OPD took, with a schedule of their own.
             steps[name] = max(round(recipe.steps * seconds["opd"] / seconds["sft"]), 1)
         print(f"Training {name}: {steps[name]} steps …")
-        trainer, seconds[name] = _train(name, lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset)
+        trainer, seconds[name] = _train(
+            output / f"drafter-{name}", lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset
+        )
         reports[name] = measure_acceptance(
             trainer.target, trainer.drafter, held_out, settings, progress=f"Judging {name}"
         )
@@ -161,12 +166,12 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
         "plain_tokens_per_second": plain_speed,
         "drafters": {name: report.summary() for name, report in reports.items()},
     }
-    _write(OUTPUT / "results.json", json.dumps(results, indent=2))
-    _write(OUTPUT / "results.md", table(results))
-    plot(reports, OUTPUT / "tau.png")
+    _write(output / "results.json", json.dumps(results, indent=2))
+    _write(output / "results.md", table(results))
+    plot(reports, output / "tau.png")
     print("\n" + table(results))
     print(
-        f"\nWritten to {OUTPUT}: results.json, results.md, tau.png, drafter-opd, drafter-sft, drafter-sft-equal-time"
+        f"\nWritten to {output}: results.json, results.md, tau.png, drafter-opd, drafter-sft, drafter-sft-equal-time"
     )
     return results
 

@@ -1,0 +1,122 @@
+"""Losslessness and speed of the speculation loop, on the pocket world, against transformers in the same run.
+
+    python examples/benchmarks/engine.py --prompts 1000 --speed-prompts 64
+
+Greedy, float32. Ends by printing one JSON line. Each speed is the median of `--repeats` runs that take turns, so that
+a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+
+from draft_opd_trl import SpeculationSettings, Target, load_drafter, speculate, stop_token_ids  # noqa: E402
+
+
+class Engines:
+    """Ways of decoding the same prompts greedily; each returns completions as token ids."""
+
+    def __init__(self, device: str, max_new_tokens: int) -> None:
+        self.device, self.max_new_tokens = device, max_new_tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(POCKET / "target", padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(device)
+        self.target = Target(self.model)
+        self.drafter = load_drafter(str(POCKET / "drafter-dflash")).to(device).bind(self.target)
+        self.stops = stop_token_ids(self.model, self.tokenizer)
+
+    def ours(self, prompts: list[list[int]], batch_size: int, drafter: bool = True) -> list[list[int]]:
+        settings = SpeculationSettings(self.max_new_tokens, self.stops, batch_size=batch_size)
+        rollout = speculate(self.target, self.drafter if drafter else None, prompts, settings)
+        return rollout.completions()
+
+    def generate(self, prompts: list[list[int]], batch_size: int, **options) -> list[list[int]]:
+        completions = []
+        for start in range(0, len(prompts), batch_size):
+            batch = self.tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, return_tensors="pt")
+            batch = batch.to(self.device)
+            output = self.model.generate(
+                **batch,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.stops,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
+            for row in output[:, batch["input_ids"].shape[1] :].tolist():
+                end = next((i for i, token in enumerate(row) if token in self.stops), len(row) - 1)
+                completions.append(row[: end + 1])
+        return completions
+
+    def native_dflash(self, prompts: list[list[int]]) -> list[list[int]]:
+        """transformers' own DFlash decoding with our drafter; it takes one prompt at a time."""
+        return self.generate(prompts, 1, assistant_model=self.drafter, speculation_type="dflash")
+
+
+def differences(first: list[list[int]], second: list[list[int]]) -> int:
+    """Texts that are not the same, token for token."""
+    return sum(ours != theirs for ours, theirs in zip(first, second, strict=True))
+
+
+def main(args: argparse.Namespace) -> None:
+    engines = Engines("cuda" if torch.cuda.is_available() else "cpu", args.max_new_tokens)
+    prompts = read_prompts(engines.tokenizer, "heldout.jsonl", args.prompts)
+    plain = engines.ours(prompts, 64, drafter=False)
+    result = {
+        "prompts": len(prompts),
+        "tokens": sum(map(len, plain)),
+        "differs_from_plain_same_engine": differences(engines.ours(prompts, 64), plain),
+        "plain_differs_from_generate": differences(plain, engines.generate(prompts, 64)),
+        "native_dflash_differs": differences(engines.native_dflash(prompts[:32]), plain[:32]),
+    }
+    print(json.dumps(result, indent=2))
+
+    few = prompts[: args.speed_prompts]
+    runs: dict[str, Callable[[], list[list[int]]]] = {
+        "generate, batch 1": lambda: engines.generate(few[:16], 1),
+        "native dflash, batch 1": lambda: engines.native_dflash(few[:16]),
+        "ours plain, batch 1": lambda: engines.ours(few[:16], 1, drafter=False),
+        "ours, batch 1": lambda: engines.ours(few[:16], 1),
+        "generate, batch 16": lambda: engines.generate(few, 16),
+        "ours plain, batch 16": lambda: engines.ours(few, 16, drafter=False),
+        "ours, batch 16": lambda: engines.ours(few, 16),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(args.repeats), desc="Timing"):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            tokens = sum(map(len, run()))
+            speeds[name].append(tokens / (time.perf_counter() - start))
+    print("| engine | tokens/s, median [min, max] | ratio to generate, same batch |\n|---|---|---|")
+    for name, values in speeds.items():
+        peer = speeds[f"generate, {name.split(', ')[1]}"]
+        ratios = [ours / theirs for ours, theirs in zip(values, peer, strict=True)]
+        print(
+            f"| {name} | {statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}] "
+            f"| {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] |"
+        )
+        result[name] = {"tokens_per_second": statistics.median(values), "over_generate": statistics.median(ratios)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--speed-prompts", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    main(parser.parse_args())

@@ -1,0 +1,136 @@
+"""Train the pocket drafter by SFT until its acceptance length stands still, and say so with numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tasks import problems
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from draft_opd_trl import (
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    MuonWithAdamW,
+    SpeculationSettings,
+    Target,
+    create_drafter,
+    speculate,
+    stop_token_ids,
+)
+
+
+MAX_NEW_TOKENS = 512
+# What each architecture's `from_target` is given for a drafter of about half a million parameters.
+SHAPES = {"dflash": {"block_size": 8, "num_hidden_layers": 1}}
+
+
+def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> list[list[int]]:
+    """Tokenised prompts `first … last - 1` of the SFT split."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for row in problems("sft", last)[first:]
+    ]
+
+
+def written_texts(args: Namespace, target: Target, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> Dataset:
+    """Texts the target writes for the SFT prompts, kept in the work folder for a run that starts again."""
+    folder = Path(args.work_dir) / f"texts-{args.texts}"
+    if not folder.is_dir():
+        prompts = sft_prompts(tokenizer, 0, args.texts)
+        start = time.perf_counter()
+        rollout = speculate(target, None, prompts, SpeculationSettings(MAX_NEW_TOKENS, stops, batch_size=128))
+        seconds = time.perf_counter() - start
+        tokens = int(rollout.completion_lengths.sum())
+        print(f"{len(prompts)} texts, {tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)")
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()}).save_to_disk(scratch)
+        os.replace(scratch, folder)
+    return Dataset.load_from_disk(str(folder))
+
+
+def train_drafter(args: Namespace) -> None:
+    """Warm up, hold the learning rate, decay it over the third quarter, and hold it low over the last."""
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
+    target = Target(model)
+    stops = stop_token_ids(model, tokenizer)
+    texts = written_texts(args, target, tokenizer, stops)
+    torch.manual_seed(args.seed)
+    mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
+    drafter = create_drafter(args.drafter, target, mask_token_id=mask_token_id, **SHAPES[args.drafter])
+    config = DraftOPDConfig(
+        output_dir=str(Path(args.work_dir) / f"drafter-{args.drafter}"),
+        lmbda=0.0,
+        rollout_source="dataset",
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        num_anchors=args.num_anchors,
+        max_completion_length=MAX_NEW_TOKENS,
+        rollout_batch_size=64,
+        eval_strategy="steps",
+        eval_steps=max(args.steps // 16, 1),
+        logging_steps=max(args.steps // 64, 1),
+        save_steps=max(args.steps // 16, 1),
+        save_total_limit=1,
+        seed=args.seed,
+        report_to="none",
+        ddp_backend="gloo" if not torch.cuda.is_available() else None,
+    )
+    judged = sft_prompts(tokenizer, args.texts, args.texts + args.eval_prompts)
+    optimizer = MuonWithAdamW(drafter.parameters(), lr=args.learning_rate)
+    low = 0.1
+
+    def schedule(step: int) -> float:
+        share = step / args.steps
+        decay = min(max((share - 0.5) / 0.25, 0.0), 1.0)
+        return min((step + 1) / 50, 1 - (1 - low) * decay)
+
+    trainer = DraftOPDTrainer(
+        drafter,
+        model,
+        config,
+        train_dataset=texts,
+        eval_dataset=Dataset.from_dict({"prompt_ids": judged}),
+        processing_class=tokenizer,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
+    )
+    done = any(Path(config.output_dir).glob("checkpoint-*"))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=done)
+    seconds = time.perf_counter() - start
+    if trainer.is_world_process_zero():
+        curve = {log["step"]: log["eval_acceptance_length"] for log in trainer.state.log_history if _is_eval(log)}
+        write_drafter(args, trainer, curve, seconds)
+
+
+def _is_eval(log: dict) -> bool:
+    return "eval_acceptance_length" in log
+
+
+def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, float], seconds: float) -> None:
+    """The drafter's folder with its report."""
+    folder = Path(args.output)
+    trainer.drafter.save_pretrained(folder)
+    last_quarter = [tau for step, tau in curve.items() if step >= 0.75 * args.steps]
+    report = {
+        "acceptance_length_by_step": curve,
+        "change_over_last_quarter": last_quarter[-1] / last_quarter[0] - 1,
+        "steps": args.steps,
+        "texts": args.texts,
+        "batch_size": args.batch_size * trainer.accelerator.num_processes,
+        "num_anchors": args.num_anchors,
+        "learning_rate": args.learning_rate,
+        "eval_prompts": args.eval_prompts,
+        "parameters": sum(parameter.numel() for parameter in trainer.drafter.parameters()),
+        "seconds": seconds,
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2))
