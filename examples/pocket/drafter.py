@@ -1,4 +1,9 @@
-"""Train the pocket drafter by SFT until its acceptance length stands still, and say so with numbers."""
+"""Train the pocket drafter by SFT until its acceptance length stands still, and say so with numbers.
+
+Small models keep few cores busy, so on a CPU one process a core is much faster than one with many threads:
+
+    OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node 4 examples/pocket/build.py drafter
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tasks import problems
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,20 +45,25 @@ def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> li
     ]
 
 
-def written_texts(args: Namespace, target: Target, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> Dataset:
-    """Texts the target writes for the SFT prompts, kept in the work folder for a run that starts again."""
-    folder = Path(args.work_dir) / f"texts-{args.texts}"
-    if not folder.is_dir():
-        prompts = sft_prompts(tokenizer, 0, args.texts)
+def written_texts(args: Namespace, config: DraftOPDConfig, target: Target, prompts: list[list[int]]) -> Dataset:
+    """Texts the target writes, each process its share, kept in the work folder for a run that starts again."""
+    state = config.distributed_state
+    folders = [Path(args.work_dir) / f"texts-{len(prompts)}-{rank}of{state.num_processes}"
+               for rank in range(state.num_processes)]  # fmt: skip
+    mine = folders[state.process_index]
+    if not mine.is_dir():
+        share = prompts[state.process_index :: state.num_processes]
+        settings = SpeculationSettings(MAX_NEW_TOKENS, stop_token_ids(target.model), batch_size=64)
         start = time.perf_counter()
-        rollout = speculate(target, None, prompts, SpeculationSettings(MAX_NEW_TOKENS, stops, batch_size=128))
+        rollout = speculate(target, None, share, settings)
         seconds = time.perf_counter() - start
         tokens = int(rollout.completion_lengths.sum())
-        print(f"{len(prompts)} texts, {tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)")
-        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
-        Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()}).save_to_disk(scratch)
-        os.replace(scratch, folder)
-    return Dataset.load_from_disk(str(folder))
+        print(f"{len(share)} texts, {tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)")
+        scratch = mine.with_name(f"{mine.name}.{os.getpid()}")
+        Dataset.from_dict({"prompt_ids": share, "completion_ids": rollout.completions()}).save_to_disk(scratch)
+        os.replace(scratch, mine)
+    state.wait_for_everyone()
+    return concatenate_datasets([Dataset.load_from_disk(str(folder)) for folder in folders])
 
 
 def train_drafter(args: Namespace) -> None:
@@ -61,8 +71,6 @@ def train_drafter(args: Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     target = Target(model)
-    stops = stop_token_ids(model, tokenizer)
-    texts = written_texts(args, target, tokenizer, stops)
     torch.manual_seed(args.seed)
     mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
     drafter = create_drafter(args.drafter, target, mask_token_id=mask_token_id, **SHAPES[args.drafter])
@@ -78,12 +86,13 @@ def train_drafter(args: Namespace) -> None:
         eval_strategy="steps",
         eval_steps=max(args.steps // 16, 1),
         logging_steps=max(args.steps // 64, 1),
-        save_steps=max(args.steps // 16, 1),
+        save_steps=max(args.steps // 8, 1),
         save_total_limit=1,
         seed=args.seed,
         report_to="none",
         ddp_backend="gloo" if not torch.cuda.is_available() else None,
     )
+    texts = written_texts(args, config, target, sft_prompts(tokenizer, 0, args.texts))
     judged = sft_prompts(tokenizer, args.texts, args.texts + args.eval_prompts)
     optimizer = MuonWithAdamW(drafter.parameters(), lr=args.learning_rate)
     low = 0.1
