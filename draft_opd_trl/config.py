@@ -171,7 +171,8 @@ class DraftOPDConfig(_BaseConfig):
             need(name, getattr(self, name) >= 0, "it must be 0 or positive")
         for name in ("rejected_decay", "accepted_decay"):
             need(name, 0 < getattr(self, name) <= 1, "it must lie in (0, 1]")
-        for name in ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size"):
+        counts = ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size")
+        for name in (*counts, "steps_per_generation"):
             need(name, getattr(self, name) >= 1, "it must be at least 1")
         need("max_completion_length", self.max_completion_length >= 2, "a text of one token holds no block")
         need("top_p", 0 < self.top_p <= 1, "it must lie in (0, 1]")

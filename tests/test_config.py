@@ -69,6 +69,7 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"num_chains": 0}, "`num_chains` is 0; it must be at least 1"),
         ({"rollout_batch_size": 0}, "`rollout_batch_size` is 0; it must be at least 1"),
         ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0; it must be at least 1"),
+        ({"steps_per_generation": 0}, "`steps_per_generation` is 0; it must be at least 1"),
         ({"max_completion_length": 0}, "`max_completion_length` is 0; it must be at least 1"),
         ({"max_completion_length": 1}, "`max_completion_length` is 1; a text of one token holds no block"),
         ({"top_p": 0.0}, r"`top_p` is 0.0; it must lie in \(0, 1\]"),
