@@ -7,6 +7,7 @@ Scripted targets first, then every family with every kind of drafter, with trans
 import pytest
 import torch
 from conftest import (
+    FAMILIES,
     ScriptedDrafter,
     chi_square_p,
     continuation_law,
@@ -182,35 +183,40 @@ def test_speculation_leaves_the_target_alone(target, drafter, prompts):
 # -- sampling: the law (invariant 2) -------------------------------------------------------------------------------
 
 SETTINGS = {
-    "plain": SamplingParams(1.0),
-    "hot-top-k": SamplingParams(1.5, top_k=3),
+    "hot": SamplingParams(1.3),
+    "top-k": SamplingParams(0.7, top_k=3),
     "top-p": SamplingParams(0.8, top_p=0.7),
 }
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def small_target(request):
+    return Target(tiny_model(request.param, vocab_size=8, seed=3, initializer_range=0.2))
+
+
 @pytest.fixture(scope="module")
-def small_target():
-    return Target(tiny_model("qwen3", vocab_size=8, seed=3, initializer_range=0.2))
+def small_drafter(small_target, kind):
+    texts = [[3, 1], *random_prompts(5, vocab_size=8)]
+    return train_drafter(small_target, tiny_drafter(kind, small_target), texts, steps=40)
 
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
 @pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
-def test_sampled_text_follows_the_targets_law(small_target, kind, sampling, sample_proposals):
+def test_sampled_text_follows_the_targets_law(small_target, small_drafter, sampling, sample_proposals):
     count, prompt = 3000, [3, 1]
-    drafter = tiny_drafter(kind, small_target, block_size=4)
     settings = SpeculationSettings(4, [], sampling, sample_proposals, batch_size=1000)
-    rollout = speculate(small_target, drafter, [prompt] * count, settings, torch.Generator().manual_seed(0))
+    rollout = speculate(small_target, small_drafter, [prompt] * count, settings, torch.Generator().manual_seed(0))
     first = rollout.tokens[:, 2:5]
     cells = (first * torch.tensor([64, 8, 1])).sum(1)
     law = continuation_law(small_target, prompt, 3, sampling)
     torch.testing.assert_close(law.sum(), torch.ones(()))
     counts = torch.bincount(cells, minlength=512)
-    assert chi_square_p(counts, law) > 1e-3
+    assert chi_square_p(counts, law) > 1e-4
     # The same test sees a law that is off by a little temperature.
-    other = SamplingParams(sampling.temperature * 1.3, sampling.top_k, sampling.top_p)
-    assert chi_square_p(counts, continuation_law(small_target, prompt, 3, other)) < 1e-4
+    other = SamplingParams(sampling.temperature * 1.5, sampling.top_k, sampling.top_p)
+    assert chi_square_p(counts, continuation_law(small_target, prompt, 3, other)) < 1e-6
     accepted = rollout.blocks.num_accepted
-    assert 0 < (accepted > 0).float().mean() < 1, "the case must hold accepted and rejected proposals"
+    assert 0.02 < (accepted > 0).float().mean() < 0.98, "the case must hold accepted and rejected proposals"
 
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
@@ -223,12 +229,12 @@ def test_scripted_sampling_law(sample_proposals):
     settings = SpeculationSettings(4, [], SamplingParams(1.0), sample_proposals, batch_size=500)
     rollout = speculate(target, drafter, [[0]] * 4000, settings, torch.Generator().manual_seed(1))
     tokens = rollout.tokens[:, 2:5].flatten()
-    assert chi_square_p(torch.bincount(tokens, minlength=4), law) > 1e-3
+    assert chi_square_p(torch.bincount(tokens, minlength=4), law) > 1e-4
     first_blocks = rollout.blocks.select(rollout.blocks.anchors == 1)
     accepted = (first_blocks.num_accepted > 0).long()
     # Argmax: accepted with p(1) = 1/4. Sampled: the overlap Σ min = 1/8 + 1/4 + 1/8 + 1/8.
     rate = 0.625 if sample_proposals else 0.25
-    assert chi_square_p(torch.bincount(accepted, minlength=2), torch.tensor([1 - rate, rate])) > 1e-3
+    assert chi_square_p(torch.bincount(accepted, minlength=2), torch.tensor([1 - rate, rate])) > 1e-4
 
 
 def test_sampling_is_repeatable_from_a_generator(qwen_target, qwen_drafter, prompts):

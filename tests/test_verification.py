@@ -54,7 +54,7 @@ def test_no_proposal_is_plain_sampling():
         torch.zeros((COUNT, 0), dtype=torch.long), None, law.expand(COUNT, 1, -1), torch.Generator().manual_seed(0)
     )
     assert num_accepted.tolist() == [0] * COUNT
-    assert chi_square_p(torch.bincount(after, minlength=2), law) > 1e-3
+    assert chi_square_p(torch.bincount(after, minlength=2), law) > 1e-4
 
 
 def _wrong_rule(draft_tokens, draft_probs, target_probs, generator):
@@ -91,7 +91,7 @@ def _committed_pair_p(rule, sample_proposals):
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
 def test_committed_tokens_follow_the_targets_law(sample_proposals):
-    assert _committed_pair_p(verify_sampled, sample_proposals) > 1e-3
+    assert _committed_pair_p(verify_sampled, sample_proposals) > 1e-4
 
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
@@ -105,7 +105,7 @@ def test_acceptance_probability_is_the_overlap():
     draws = torch.Generator().manual_seed(2)
     draft_probs = draft_law.expand(COUNT, 1, -1)
     num_accepted, _ = verify_sampled(draw(draft_probs, draws), draft_probs, target_law.expand(COUNT, 2, -1), draws)
-    assert chi_square_p(torch.bincount(num_accepted, minlength=2), torch.tensor([0.4, 0.6])) > 1e-3
+    assert chi_square_p(torch.bincount(num_accepted, minlength=2), torch.tensor([0.4, 0.6])) > 1e-4
 
 
 def test_judge_against_text_by_hand():
