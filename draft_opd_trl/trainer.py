@@ -196,7 +196,7 @@ class DraftOPDTrainer(_BaseTrainer):
         self._rollout_step = -1
         self._batches: list[ReplayBatch] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._step_seconds = 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
         self.last_acceptance_length: float | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -241,6 +241,7 @@ class DraftOPDTrainer(_BaseTrainer):
         )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
+        start = time.perf_counter()
         micro = self._step % self.args.steps_per_generation
         accumulated = self._step % self.args.gradient_accumulation_steps
         if micro == 0 or not self._rollouts:
@@ -251,6 +252,7 @@ class DraftOPDTrainer(_BaseTrainer):
                 self._rollouts[micro : micro + self.args.gradient_accumulation_steps],
                 fresh=self._rollout_step == self.state.global_step,
             )
+        self._seconds["prepare"] += time.perf_counter() - start
         return self._batches[accumulated]
 
     def _write_rollouts(self, rows: list[dict]) -> list[Rollout]:
@@ -299,12 +301,14 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def compute_loss(self, model, inputs: ReplayBatch, return_outputs: bool = False, num_items_in_batch: Any = None):
         """Two-stream loss over the global denominator; `num_items_in_batch` of the Trainer is not used."""
+        start = time.perf_counter()
         unwrapped = self.accelerator.unwrap_model(model)
         parts = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs)
         for name in ("accepted_loss", "rejected_loss"):
             if name == "accepted_loss" or inputs.draft_states is not None:
                 mean = parts[name] / inputs.denominator.clamp(min=1e-8)
                 self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean.item())
+        self._seconds["forward"] += time.perf_counter() - start
         return (parts["loss"], None) if return_outputs else parts["loss"]
 
     def _compute_loss(self, model: Drafter | PeftModel, inputs: ReplayBatch) -> dict[str, torch.Tensor]:
@@ -320,10 +324,13 @@ class DraftOPDTrainer(_BaseTrainer):
         start = time.perf_counter()
         output = super().training_step(model, inputs, num_items_in_batch)
         self._step += 1
-        self._step_seconds += time.perf_counter() - start
+        self._seconds["step"] += time.perf_counter() - start
         if self._step % self.args.gradient_accumulation_steps == 0:
-            self._metrics["step_time"].append(self._step_seconds)
-            self._step_seconds = 0.0
+            spent = self._seconds
+            self._metrics["step_time"].append(spent["step"])
+            self._metrics["time/forward"].append(spent["forward"])
+            self._metrics["time/backward"].append(spent["step"] - spent["prepare"] - spent["forward"])
+            self._seconds = defaultdict(float)
             self._batches = []
         return output
 

@@ -224,6 +224,8 @@ def test_logs_carry_trl_names_and_ours(drafter_folder, model, texts, tmp_path):
         "time/rollout",
         "time/target_text",
         "time/replay",
+        "time/forward",
+        "time/backward",
         "loss/accepted",
         "loss/rejected",
     ):

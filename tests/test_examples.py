@@ -1,0 +1,87 @@
+"""The shipped scripts on the shipped pocket world, small enough to run everywhere."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draft_opd_trl import DraftOPDConfig, SpeculationSettings, Target, load_drafter, speculate, stop_token_ids
+
+
+ROOT = Path(__file__).parents[1]
+POCKET = ROOT / "examples" / "pocket"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """`examples/` and the pocket world's own folder, importable as the scripts see them."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(POCKET))
+
+
+def test_quickstart_writes_what_it_promises(scripts, tmp_path):
+    from pocket.quickstart import Recipe, run_quickstart
+
+    recipe = Recipe(steps=2, batch_size=2, eval_prompts=4, max_new_tokens=48)
+    results = run_quickstart(DraftOPDConfig(str(tmp_path), seed=3), recipe)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    for name in ("tau_start", "tau_sft", "tau_sft_equal_time", "tau_opd"):
+        assert 1 < results[name] < 8, name
+    assert results["prompts"] == 4
+    assert results["seed"] == 3
+    assert set(results["texts_changed"].values()) == {0}
+    difference = results["opd_minus_sft"]
+    assert difference["mean"] == pytest.approx(results["tau_opd"] - results["tau_sft"])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    table = (tmp_path / "results.md").read_text()
+    assert f"{results['tau_opd']:.3f}" in table
+    assert (tmp_path / "tau.png").read_bytes().startswith(b"\x89PNG")
+    start, trained = load_drafter(str(POCKET / "drafter-dflash")), load_drafter(str(tmp_path / "drafter-opd"))
+    assert not torch.equal(start.fc.weight, trained.fc.weight)
+    assert (tmp_path / "drafter-sft" / "config.json").is_file()
+
+
+def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4", "--baseline"]
+    command += ["--max_new_tokens", "64"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["texts_changed"] == 0
+    assert result["interval"][0] <= result["acceptance_length"] <= result["interval"][1]
+
+
+def test_the_shipped_drafter_keeps_its_acceptance_length(scripts):
+    """The weights in the repository are those the card speaks of: same target, same τ, to sampling of prompts."""
+    from pocket.quickstart import read_prompts
+
+    report = json.loads((POCKET / "drafter-dflash" / "report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    target, tokenizer = Target(model), AutoTokenizer.from_pretrained(POCKET / "target")
+    drafter = load_drafter(str(POCKET / "drafter-dflash")).bind(target)
+    prompts = read_prompts(tokenizer, "heldout.jsonl", 24)
+    rollout = speculate(target, drafter, prompts, SpeculationSettings(512, stop_token_ids(model, tokenizer)))
+    tau = float((rollout.completion_lengths - 1).sum()) / len(rollout.blocks)
+    final = list(report["acceptance_length_by_step"].values())[-1]
+    assert tau == pytest.approx(final, rel=0.15)
+    assert abs(report["change_over_last_quarter"]) < 0.01
+
+
+def test_pocket_problems_are_checked_and_splits_are_disjoint(scripts):
+    import tasks
+
+    for kind in tasks.KINDS:
+        problem = tasks.make_problem(random.Random(kind), kind)
+        assert tasks.check_answer(problem, problem["answer_text"]), kind
+        assert not tasks.check_answer(problem, "Answer: nothing of the kind"), kind
+    splits = {split: {row["prompt"] for row in tasks.problems(split, 60)} for split in ("train", "sft", "heldout")}
+    assert all(len(prompts) == 60 for prompts in splits.values())
+    assert not splits["train"] & splits["heldout"]
+    assert not splits["sft"] & splits["heldout"]
