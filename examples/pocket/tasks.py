@@ -83,81 +83,68 @@ def make_shop(rng: random.Random) -> tuple[str, list[str], str]:
 
 
 def make_ages(rng: random.Random) -> tuple[str, list[str], str]:
-    """A chain of ages, each given by the one before, and a question about one person some years on."""
-    names = rng.sample(NAMES, rng.choice((4, 5)))
-    ages = {names[0]: rng.randint(10, 30)}
-    facts = [f"{pick(rng, 'Today', 'Now')} {names[0]} is {ages[names[0]]} years old."]
+    """A chain of ages, each given by the one before, and a question about the last person some years on."""
+    names = rng.sample(NAMES, rng.choice((5, 6)))
+    age = rng.randint(10, 30)
+    facts = [f"{pick(rng, 'Today', 'Now')} {names[0]} is {age} years old."]
     lines = [pick(rng, "We find the ages one by one.", "Let us work through the people in order.")]
-    lines.append(f"The text says that {names[0]} is {ages[names[0]]}.")
+    lines.append(f"The text says that {names[0]} is {age}.")
     for before, name in itertools.pairwise(names):
-        age, gap = ages[before], rng.randint(2, 9)
+        gap = rng.randint(2, 9)
         older = age - gap < 5 or rng.random() < 0.5
-        ages[name] = age + gap if older else age - gap
         relation = f"{name} is {gap} years {'older' if older else 'younger'} than {before}"
         facts.append(f"And {relation}.")
         worked = added(age, gap) if older else subtracted(age, gap)
         start = pick(rng, "Next, ", "Then ", "Also, ")
         lines.append(f"{start}{relation}, and {before} is {age}, so {name} is {worked}.")
-    asked, years = rng.choice(names[1:]), rng.randint(2, 9)
-    known = ", ".join(f"{name} {ages[name]}" for name in names)
-    lines.append(pick(rng, "All ages", "The ages") + f": {known}.")
-    lines.append(pick(rng, f"In {years} years", f"After {years} years") + f", {asked} is {added(ages[asked], years)}.")
-    prompt = " ".join(facts) + " " + pick(rng, "How old is", "What is the age of") + f" {asked} in {years} years?"
-    return prompt, lines, str(ages[asked] + years)
+        age += gap if older else -gap
+    years = rng.randint(2, 9)
+    start = pick(rng, f"In {years} years", f"After {years} years")
+    lines.append(f"{start}, {names[-1]} is {added(age, years)}.")
+    prompt = " ".join(facts) + " " + pick(rng, "How old is", "What is the age of") + f" {names[-1]} in {years} years?"
+    return prompt, lines, str(age + years)
 
 
 def make_stock(rng: random.Random) -> tuple[str, list[str], str]:
-    """Stock keeping: the events of a week change one of three counts, and all three are restated each day."""
-    items = rng.sample(ITEMS, 3)
-    stock = {item: rng.randint(5, 30) for item in items}
-
-    def state() -> str:
-        return ", ".join(f"{n} {item}s" for item, n in stock.items())
-
-    prompt = pick(rng, "A shop has", "The store has", "There are") + " " + listing(state().split(", ")) + "."
+    """Stock keeping: what arrives and what is sold day by day, with the count restated each day."""
+    item, count = rng.choice(ITEMS), rng.randint(15, 40)
+    prompt = f"{pick(rng, 'A shop has', 'The store has', 'There are')} {count} {item}s."
     lines = [pick(rng, "We follow the stock day by day.", "Let us keep the stock up to date.")]
     now = pick(rng, "Now", "Stock", "In stock")
-    lines.append(f"{pick(rng, 'Start', 'At first')}: {state()}.")
-    for day in DAYS[: rng.choice((4, 5))]:
-        item, n = rng.choice(items), rng.randint(2, 9)
-        sold = stock[item] >= n and (stock[item] > 40 or rng.random() < 0.5)
+    lines.append(f"{pick(rng, 'Start', 'At first')}: {count} {item}s.")
+    for day in DAYS[: rng.choice((5, 6))]:
+        n = rng.randint(2, 12)
+        sold = count >= n and (count > 60 or rng.random() < 0.5)
         event = f"{n} {item}s " + (pick(rng, "are sold", "go out") if sold else pick(rng, "arrive", "come in"))
-        worked = subtracted(stock[item], n) if sold else added(stock[item], n)
-        stock[item] += -n if sold else n
+        worked = subtracted(count, n) if sold else added(count, n)
+        count += -n if sold else n
         prompt += f" {day}: {event}."
-        lines.append(f"{day}: {event}, {pick(rng, 'so', 'which gives')} {worked}. {now}: {state()}.")
-    asked = rng.choice(items)
-    lines.append(closing(rng, f"there are {stock[asked]} {asked}s."))
-    return prompt + f" How many {asked}s are there at the end?", lines, str(stock[asked])
+        lines.append(f"{day}: {event}, {pick(rng, 'so', 'which gives')} {worked}. {now}: {count} {item}s.")
+    lines.append(closing(rng, f"there are {count} {item}s."))
+    return prompt + f" How many {item}s are there at the end?", lines, str(count)
 
 
 def make_program(rng: random.Random) -> tuple[str, list[str], str]:
-    """Run a small program by hand; every line restates all the variables."""
-    a, b, c = rng.sample("abcdkmnpxyz", 3)
-    values = {name: rng.randint(1, 9) for name in (a, b, c)}
-    code = [f"{name} = {value}" for name, value in values.items()]
-    show, start = pick(rng, "Now", "State"), rng.choice(("Line", "Step"))
-
-    def state() -> str:
-        return ", ".join(f"{name}={value}" for name, value in values.items())
-
+    """Run a small program by hand: every line computes a variable from the one before."""
+    names = rng.sample("abcdkmnpxyz", rng.choice((7, 8)))
+    value = rng.randint(1, 9)
+    code = [f"{names[0]} = {value}"]
+    start = rng.choice(("Line", "Step"))
     lines = [pick(rng, "We run the program line by line.", "Let us follow the variables.")]
-    lines.append(pick(rng, "The first three lines set", "At first") + f" {state()}.")
-    for number in range(4, 4 + rng.choice((4, 5))):
-        name, left = rng.choice((a, b, c)), rng.choice((a, b, c))
-        right = str(rng.randint(1, 5)) if rng.random() < 0.6 else rng.choice((a, b, c))
-        first, second = values[left], values.get(right) if right in values else int(right)
-        sign = "-" if first >= second and (first + second > 30 or rng.random() < 0.4) else "+"
-        worked = subtracted(first, second) if sign == "-" else added(first, second)
-        values[name] = first - second if sign == "-" else first + second
-        code.append(f"{name} = {left} {sign} {right}")
-        lines.append(f"{start} {number}: {name} = {left} {sign} {right}, so {name}={worked}. {show}: {state()}.")
-    asked = rng.choice((a, b, c))
-    code.append(f"print({asked})")
-    lines.append(closing(rng, f"the program prints {values[asked]}."))
+    lines.append(f"{start} 1: {pick(rng, 'At first', 'This sets')} {names[0]}={value}.")
+    for number, (before, name) in enumerate(itertools.pairwise(names), 2):
+        n = rng.randint(1, 9)
+        minus = value >= n and (value > 40 or rng.random() < 0.4)
+        worked = subtracted(value, n) if minus else added(value, n)
+        statement = f"{name} = {before} {'-' if minus else '+'} {n}"
+        code.append(statement)
+        lines.append(f"{start} {number}: {statement}, {pick(rng, 'so', 'which gives')} {name}={worked}.")
+        value += -n if minus else n
+    code.append(f"print({names[-1]})")
+    lines.append(closing(rng, f"the program prints {value}."))
     listed = "\n".join(f"{i}: {line}" for i, line in enumerate(code, 1))
     ask = pick(rng, "What does this program print?", "Run this program by hand.", "What is printed here?")
-    return f"{ask}\n{listed}", lines, str(values[asked])
+    return f"{ask}\n{listed}", lines, str(value)
 
 
 def make_sort(rng: random.Random) -> tuple[str, list[str], str]:
@@ -182,91 +169,74 @@ def make_sort(rng: random.Random) -> tuple[str, list[str], str]:
 
 
 def make_count(rng: random.Random) -> tuple[str, list[str], str]:
-    """Count two words in a numbered list; the numbers make each copied word a plain look-up."""
-    words = rng.sample(COLORS if rng.random() < 0.5 else ITEMS, 4)
-    row = [rng.choice(words) for _ in range(rng.choice((8, 9)))]
-    first, second = rng.sample(words, 2)
-    counts = {first: 0, second: 0}
+    """Count a word in a numbered list; the numbers make each copied word a plain look-up."""
+    words = rng.sample(COLORS if rng.random() < 0.5 else ITEMS, 2)
+    row = [rng.choice(words) for _ in range(rng.choice((10, 11, 12)))]
+    asked, count = words[0], 0
     shown = ", ".join(f"{i} {word}" for i, word in enumerate(row, 1))
-    lines = [pick(rng, f"We count {first} and {second}.", f"Let us go through the list for {first} and {second}.")]
+    lines = [pick(rng, f"We count {asked}.", f"Let us go through the list for {asked}.")]
     for i, word in enumerate(row, 1):
-        hit = word in counts
-        if hit:
-            counts[word] += 1
-        note = pick(rng, "yes", "a match") if hit else pick(rng, "no", "skip", "no match")
-        lines.append(f"{i} {word}: {note}, {first} {counts[first]}, {second} {counts[second]}.")
-    if rng.random() < 0.5:
-        asked = f"How many of {first} and {second} are there together?"
-        total = counts[first] + counts[second]
-        lines.append(closing(rng, f"there are {counts[first]}+{counts[second]}={total}."))
-    else:
-        asked = f"Count {first} and {second}. How many of {first}?"
-        total = counts[first]
-        lines.append(closing(rng, f"{first} is there {total} times."))
-    return f"{pick(rng, 'Look at this list', 'Here is a list')}: {shown}. {asked}", lines, str(total)
+        count += word == asked
+        note = pick(rng, "yes", "a match") if word == asked else pick(rng, "no", "skip", "no match")
+        lines.append(f"{i} {word}: {note}, so far {count}.")
+    lines.append(closing(rng, f"{asked} is there {count} times."))
+    ask = pick(rng, f"How many times is {asked} there?", f"Count {asked}.")
+    return f"{ask} {pick(rng, 'Look at this list', 'Here is a list')}: {shown}.", lines, str(count)
 
 
 def make_notes(rng: random.Random) -> tuple[str, list[str], str]:
-    """Where is it? Notes are quoted one by one, and the place of the item asked for is tracked."""
-    items = rng.sample(ITEMS, rng.choice((2, 3)))
-    asked, place = items[0], ""
+    """Where is it? Notes are quoted one by one, and the place of the item is tracked."""
+    item, place = rng.choice(ITEMS), ""
     notes, lines = [], []
     said = pick(rng, "says", "reads")
-    for i in range(1, 1 + rng.choice((6, 7))):
-        item = asked if i == 1 else rng.choice(items)
-        where = rng.choice([p for p in PLACES if p != place])
-        note = f"{rng.choice(NAMES)} {rng.choice(('brings', 'takes', 'moves'))} the {item} to the {where}"
+    people = rng.sample(NAMES, rng.choice((6, 7)))
+    for i, name in enumerate(people, 1):
+        place = rng.choice([p for p in PLACES if p != place])
+        note = f"{name} {rng.choice(('brings', 'takes', 'moves'))} the {item} to the {place}"
         notes.append(f"{i}: {note}.")
-        if item == asked:
-            place = where
-            after = pick(rng, f"So the {asked} is in the {place}.", f"Now the {asked} is in the {place}.")
-        else:
-            after = f"The {asked} {pick(rng, 'stays', 'is still')} in the {place}."
+        after = pick(rng, f"So the {item} is in the {place}.", f"Now the {item} is in the {place}.")
         lines.append(f"Note {i} {said}: {note}. {after}")
-    lines.insert(0, pick(rng, "We read the notes in order.", f"Let us follow the {asked}."))
-    lines.append(closing(rng, f"the {asked} is in the {place}."))
-    ask = pick(rng, f"Where is the {asked} at the end?", f"Find the {asked}.")
+    lines.insert(0, pick(rng, "We read the notes in order.", f"Let us follow the {item}."))
+    lines.append(closing(rng, f"the {item} is in the {place}."))
+    ask = pick(rng, f"Where is the {item} at the end?", f"Find the {item}.")
     return ask + " Notes:\n" + "\n".join(notes), lines, place
 
 
 def make_quote(rng: random.Random) -> tuple[str, list[str], str]:
-    """Repeat numbered lines of words as they stand, then give the last word of one of them."""
+    """Repeat numbered lines of words as they stand, no word twice, then give the last word."""
     pool = [*NAMES, *ITEMS, *COLORS, *PLACES]
-    rows = [rng.sample(pool, rng.choice((6, 7, 8))) for _ in range(rng.choice((6, 7)))]
-    asked = rng.randint(1, len(rows))
+    rng.shuffle(pool)
+    count, width = rng.choice((6, 7)), rng.choice((6, 7))
+    rows = [pool[i * width : (i + 1) * width] for i in range(count)]
     shown = "\n".join(f"{i}: {' '.join(row)}" for i, row in enumerate(rows, 1))
     lines = [pick(rng, "Here are the lines again.", "We copy the lines first.")]
     start = pick(rng, "Line", "Copy of line")
     lines += [f"{start} {i}: {' '.join(row)}" for i, row in enumerate(rows, 1)]
-    word = rows[asked - 1][-1]
-    lines.append(closing(rng, f"line {asked} ends with {word}."))
-    ask = pick(
-        rng, f"Copy all lines. What is the last word of line {asked}?", f"Copy the lines. How does line {asked} end?"
-    )
+    word = rows[-1][-1]
+    lines.append(closing(rng, f"the last word is {word}."))
+    ask = pick(rng, "Copy all lines. What is the last word?", "Copy the lines. How do they end?")
     return f"{ask}\n{shown}", lines, word
 
 
 def make_table(rng: random.Random) -> tuple[str, list[str], str]:
-    """Read a table and add the points of the rows with one colour."""
-    names, colors = rng.sample(NAMES, rng.choice((6, 7))), rng.sample(COLORS, 2)
-    rows = [(name, rng.choice(colors), rng.randint(2, 16)) for name in names]
-    asked, total = rng.choice(colors), 0
+    """Read a table row by row and add up the points."""
+    names = rng.sample(NAMES, rng.choice((6, 7)))
+    rows = [(name, rng.choice(COLORS), rng.randint(2, 16)) for name in names]
+    total = 0
     shown = "\n".join(f"| {name} | {color} | {points} |" for name, color, points in rows)
-    lines = [pick(rng, f"We add the points of the rows that are {asked}.", f"Let us look for {asked} in each row.")]
+    lines = [pick(rng, "We add the points of all rows.", "Let us go through the rows.")]
     for name, color, points in rows:
-        row = f"{pick(rng, 'Row', 'Next,', 'Then')} {name}: {color}, {points}. "
-        if color == asked:
-            lines.append(row + f"{pick(rng, 'It counts', 'We add it')}: {added(total, points)}.")
-            total += points
-        else:
-            lines.append(row + f"{pick(rng, 'Not', 'This is not')} {asked}, the total stays {total}.")
-    lines.append(closing(rng, f"{asked} has {total} points."))
-    ask = pick(rng, f"How many points does {asked} have?", f"Add the points of {asked}.")
+        start = pick(rng, "Row", "Next,", "Then")
+        note = pick(rng, "Total", "We add it", "So far")
+        lines.append(f"{start} {name}: {color}, {points}. {note}: {added(total, points)}.")
+        total += points
+    lines.append(closing(rng, f"all have {total} points."))
+    ask = pick(rng, "How many points are there?", "Add the points.")
     return f"| name | color | points |\n{shown}\n{ask}", lines, str(total)
 
 
 def make_queue(rng: random.Random) -> tuple[str, list[str], str]:
-    """People join and leave a line, which is written out after every event."""
+    """People join a line and leave it at the front; it is written out after every event."""
     line = rng.sample(NAMES, rng.choice((3, 4)))
     prompt = f"{pick(rng, 'In line', 'Waiting')}: {', '.join(line)}."
     lines = [pick(rng, "We keep the line after each event.", "Let us follow who is waiting.")]
@@ -278,11 +248,8 @@ def make_queue(rng: random.Random) -> tuple[str, list[str], str]:
             name = rng.choice([n for n in NAMES if n not in line])
             event = f"{name} joins at the end"
             line = [*line, name]
-        elif draw < 0.75:
-            event, line = "the first one leaves", line[1:]
         else:
-            name = rng.choice(line)
-            event, line = f"{name} leaves", [n for n in line if n != name]
+            event, line = "the first one leaves", line[1:]
         prompt += f" {number}: {event}."
         lines.append(f"{number}: {event}. {pick(rng, '', 'Now ', 'Then ')}{show}: {', '.join(line)}.")
     first = rng.random() < 0.5
@@ -294,43 +261,36 @@ def make_queue(rng: random.Random) -> tuple[str, list[str], str]:
 
 def make_python(rng: random.Random) -> tuple[str, list[str], str]:
     """Write a Python function from a description and run it on one list."""
-    numbers = [rng.randint(1, 12) for _ in range(rng.choice((4, 5)))]
-    limit = rng.randint(3, 8)
-    text, test, holds = rng.choice(
-        [
-            (f"greater than {limit}", f"{{}} > {limit}", lambda v: v > limit),
-            (f"less than {limit}", f"{{}} < {limit}", lambda v: v < limit),
-            ("even", "{} % 2 == 0", lambda v: v % 2 == 0),
-            ("odd", "{} % 2 == 1", lambda v: v % 2 == 1),
-        ]
-    )
-    goal = rng.choice(("sum", "count", "keep"))
-    name = f"{goal}_{rng.choice(('numbers', 'values', 'items', 'matching'))}"
+    numbers, n = [rng.randint(1, 12) for _ in range(rng.choice((4, 5)))], rng.randint(2, 9)
+    goal = rng.choice(("sum", "raise", "double"))
+    name = f"{goal}_{rng.choice(('numbers', 'values', 'items', 'all'))}"
     rows, row = rng.choice((("values", "value"), ("numbers", "number"), ("items", "item")))
-    out = {"sum": "total", "count": "count", "keep": "result"}[goal]
-    does = {"sum": "returns the sum of", "count": "counts", "keep": "returns a list of"}[goal]
-    update = {"sum": f"{out} += {row}", "count": f"{out} += 1", "keep": f"{out}.append({row})"}[goal]
+    out = "total" if goal == "sum" else "result"
+    does = {"sum": "sums the numbers", "raise": f"adds {n} to each number", "double": "doubles each number"}[goal]
+    update = {"sum": f"{out} += {row}", "raise": f"{out}.append({row} + {n})", "double": f"{out}.append({row} * 2)"}
     prompt = pick(rng, "Write a Python function", "Please write a function")
-    prompt += f" {name} that {does} the numbers that are {text}. Then run it on {numbers}."
-    value = [] if goal == "keep" else 0
+    prompt += f" {name} that {does} in a list. Then run it on {numbers}."
+    value = 0 if goal == "sum" else []
     lines = [pick(rng, "Here is the function:", "This function does it:"), "```python", f"def {name}({rows}):"]
     if rng.random() < 0.5:
-        lines.append(f'    """{does.capitalize()} the numbers that are {text}."""')
-    lines += [f"    {out} = {value}", f"    for {row} in {rows}:", f"        if {test.format(row)}:"]
-    lines += [f"            {update}", f"    return {out}", "```"]
+        lines.append(f'    """{does.capitalize()} in a list."""')
+    lines += [
+        f"    {out} = {value}",
+        f"    for {row} in {rows}:",
+        f"        {update[goal]}",
+        f"    return {out}",
+        "```",
+    ]
     lines.append(pick(rng, f"Now we run it on {numbers}.", f"Run on {numbers}:"))
     for v in numbers:
-        line = f"{row} {v}: {test.format(v)} is {holds(v)}, "
-        if not holds(v):
-            lines.append(line + f"{out} {pick(rng, 'stays', 'is still')} {value}.")
-            continue
+        line, now = f"{row} {v}: ", pick(rng, "is", "becomes")
         if goal == "sum":
-            worked, value = added(value, v), value + v
-        elif goal == "count":
-            worked, value = added(value, 1), value + 1
+            line, value = f"{line}{out} {now} {added(value, v)}.", value + v
         else:
-            worked = value = [*value, v]
-        lines.append(line + f"{out} {pick(rng, 'is', 'becomes')} {worked}.")
+            worked = added(v, n) if goal == "raise" else f"{v}*2={v * 2}"
+            value = [*value, v + n if goal == "raise" else v * 2]
+            line += f"{worked}, {out} {now} {value}."
+        lines.append(line)
     lines.append(closing(rng, f"{name}({numbers}) returns {value}."))
     return prompt, lines, str(value)
 
