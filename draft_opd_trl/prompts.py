@@ -73,8 +73,14 @@ def completion_ids(
 def check_columns(dataset: Dataset, needs_completions: bool, name: str) -> None:
     """
     Raises:
+        `TypeError`: A streaming data set, whose rows cannot be counted.
         `ValueError`: The data set is empty or lacks the columns.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__}; prompts must be a `datasets.Dataset`, whose rows can be counted "
+            "and drawn in any order. Take a part of a stream with `Dataset.from_list(list(stream.take(n)))`."
+        )
     columns = set(dataset.column_names)
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty; it needs at least one row.")

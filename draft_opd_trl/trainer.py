@@ -108,7 +108,6 @@ class DraftOPDTrainer(_BaseTrainer):
         set_seed(args.seed)
         # Data first: what is wrong with it must show before models are loaded.
         tokenizer = load_tokenizer(teacher_model, args, processing_class)
-
         self._tokenize = partial(_tokenize, tokenizer, args)
         if train_dataset is not None:
             train_dataset = self._tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
@@ -123,10 +122,7 @@ class DraftOPDTrainer(_BaseTrainer):
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
-        if peft_config is not None:
-            model = get_peft_model(drafter, check_peft(peft_config))
-        else:
-            model = drafter
+        model = drafter if peft_config is None else get_peft_model(drafter, check_peft(peft_config))
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
@@ -160,7 +156,8 @@ class DraftOPDTrainer(_BaseTrainer):
             teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         # accelerate may wrap the model to upcast its outputs; the taps are read below any wrapper.
         self.teacher_model = teacher
-        if not getattr(self.target.model, "hf_device_map", None):
+        spread = getattr(self.target.model, "hf_device_map", None)
+        if not spread and self.target.device.type != self.accelerator.device.type:
             self.target.model.to(self.accelerator.device)
 
     def _prepare_rooms(self) -> None:

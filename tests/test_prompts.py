@@ -114,3 +114,9 @@ def test_missing_completions():
     check_columns(rows, False, "train_dataset")
     with pytest.raises(ValueError, match="rollout_source='dataset' reads texts.*'completion_ids'. Add one, or use"):
         check_columns(rows, True, "train_dataset")
+
+
+def test_a_stream_is_refused():
+    stream = Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()
+    with pytest.raises(TypeError, match="is a IterableDataset; prompts must be a `datasets.Dataset`"):
+        check_columns(stream, False, "train_dataset")
