@@ -18,6 +18,7 @@ from .drafters.base import Drafter
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
 from .target import Target
+from .vocabulary import to_draft_ids
 
 
 def row_generator(seed: int, step: int, tokens: torch.Tensor) -> torch.Generator:
@@ -142,6 +143,8 @@ class ReplayMetrics:
     errors: int = 0
     blocks: int = 0
     supervised: int = 0
+    text_tokens: int = 0
+    outside_vocab: int = 0
     accepted_by_slot: list[int] = field(default_factory=list)
     valid_by_slot: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -149,17 +152,20 @@ class ReplayMetrics:
     def counts(self) -> list[int]:
         """What is added over ranks, flat."""
         totals = [self.committed, self.verifications, self.errors, self.blocks, self.supervised]
+        totals += [self.text_tokens, self.outside_vocab]
         return [*totals, *self.accepted_by_slot, *self.valid_by_slot]
 
     def with_counts(self, counts: list[float]) -> ReplayMetrics:
         """The same with [`counts`] replaced by their sums over ranks."""
         slots = len(self.accepted_by_slot)
-        return ReplayMetrics(*counts[:5], counts[5 : 5 + slots], counts[5 + slots :], self.seconds)
+        return ReplayMetrics(*counts[:7], counts[7 : 7 + slots], counts[7 + slots :], self.seconds)
 
     def logs(self) -> dict[str, float]:
         """Names and values for the Trainer's log; acceptance only where texts were replayed on-policy."""
         logged = {"replay/blocks": self.blocks, "replay/supervised_tokens": self.supervised}
         logged.update({f"time/{name}": seconds for name, seconds in self.seconds.items()})
+        if self.text_tokens:
+            logged["replay/outside_vocab"] = self.outside_vocab / self.text_tokens
         if self.verifications:
             logged["acceptance/length"] = self.committed / self.verifications
             logged["replay/error_share"] = self.errors / self.verifications
@@ -334,6 +340,13 @@ class BatchMaker:
     def _count(
         self, rollout: Rollout, blocks: DraftBlocks, on_policy_rows: list[bool], metrics: ReplayMetrics
     ) -> None:
+        if self.drafter.vocab_map is not None:
+            # Completion tokens that the drafter cannot propose, whatever it learns.
+            places = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
+            written = (places >= rollout.prompt_lengths[:, None]) & (places < rollout.lengths[:, None])
+            _, inside = to_draft_ids(rollout.tokens[written], self.drafter.vocab_map)
+            metrics.text_tokens += inside.numel()
+            metrics.outside_vocab += int((~inside).sum())
         on_policy = torch.tensor(on_policy_rows, device=rollout.lengths.device)
         committed = (rollout.completion_lengths - 1).clamp(min=0)
         metrics.committed += int(committed[on_policy].sum())

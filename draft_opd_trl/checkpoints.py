@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from .drafters import DRAFTERS
-from .drafters.base import Drafter
+from .drafters.base import Drafter, check_keys
 
 
 def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -40,7 +40,7 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
 def _kind_of(config: dict[str, Any], folder: Path) -> str:
     architectures = config.get("architectures") or []
     for kind, drafter_class in DRAFTERS.items():
-        if drafter_class.__name__ in architectures:
+        if drafter_class.recognises(config):
             return kind
     known = ", ".join(f"{drafter_class.__name__} ({kind})" for kind, drafter_class in DRAFTERS.items())
     raise ValueError(
@@ -49,29 +49,13 @@ def _kind_of(config: dict[str, Any], folder: Path) -> str:
     )
 
 
-def check_keys(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: object) -> None:
-    """
-    Raises:
-        `ValueError`: A tensor is missing, unexpected or of the wrong shape, by name.
-    """
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{name} is {list(found[name])}, not {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
-    ]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"The tensors in {where} are not this drafter's. Missing: {missing or 'none'}. Unexpected: "
-            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export it in its published layout."
-        )
-
-
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file.")
+    files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
+    if not files and not pickles:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors file and no pytorch_model*.bin.")
     tensors = {}
+    for file in [] if files else pickles:
+        tensors.update(torch.load(file, map_location="cpu", weights_only=True))
     for file in files:
         with safe_open(file, framework="pt") as handle:
             tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
@@ -106,15 +90,15 @@ def load_drafter(
         raise FileNotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
     kind = _kind_of(json.loads(config_file.read_text()), folder)
     drafter_class = DRAFTERS[kind]
-    drafter = drafter_class(drafter_class.config_class.from_pretrained(folder))
-    tensors = _read_tensors(folder)
-    state = drafter.state_dict()
-    check_keys({k: v.shape for k, v in state.items()}, {k: v.shape for k, v in tensors.items()}, folder)
+    config = drafter_class.config_class.from_pretrained(folder)
+    tensors = drafter_class.canonical_tensors(_read_tensors(folder), config)
+    drafter = drafter_class(config)
+    check_keys(*({k: v.shape for k, v in state.items()} for state in (drafter.state_dict(), tensors)), folder)
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.fill_(float("nan"))
     if dtype == "auto":
-        dtype = next(iter(tensors.values())).dtype
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     # Parameters alone: `drafter.to(dtype)` would round the rotary frequencies too, and turn far positions wrongly.
     for parameter in drafter.parameters():

@@ -15,9 +15,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .records import ReplayBatch
+from .vocabulary import to_draft_ids
 
 
 LOSSES = ("ce", "forward_kl", "reverse_kl", "jsd", "tv", "bernoulli_forward_kl", "k3")
+# Those that read one token of each slot; the others compare whole distributions.
+TOKEN_LOSSES = ("ce", "bernoulli_forward_kl", "k3")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def divergence(
     Returns:
         `torch.Tensor` of shape `(S,)`, in nats (`tv` in probability).
     """
-    if settings.kind in ("ce", "bernoulli_forward_kl", "k3"):
+    if settings.kind in TOKEN_LOSSES:
         log_q = draft_logps.gather(-1, tokens[:, None])[:, 0]
     if settings.kind == "ce":
         loss = -log_q
@@ -129,8 +132,9 @@ class Heads:
     Args:
         draft_weight (`torch.Tensor` of shape `(DV, H)`): The drafter's head.
         target_logits (`Callable`): Target states `(S, H)` → logits `(S, V)`, float32.
-        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; the target is then
-            renormalised over the draft vocabulary, and slots whose token lies outside it carry no loss.
+        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id, ascending. The target is
+            then renormalised over the draft vocabulary. A slot carries no loss where what it would teach lies outside:
+            the token, for losses that read one, else the target's most likely token.
     """
 
     draft_weight: torch.Tensor
@@ -143,14 +147,17 @@ def _chunk_loss(
 ) -> torch.Tensor:
     weight = heads.draft_weight
     draft_logps = functional.linear(hidden.to(weight.dtype), weight).float().log_softmax(-1)
-    target_logps = None
+    target_logps, inside = None, None
     if settings.kind != "ce":
         with torch.no_grad():
             logits = heads.target_logits(states)
             if heads.vocab_map is not None:
+                if settings.kind not in TOKEN_LOSSES:
+                    _, inside = to_draft_ids(logits.argmax(-1), heads.vocab_map)
                 logits = logits[:, heads.vocab_map]
             target_logps = (logits / settings.temperature).log_softmax(-1)
-    return divergence(draft_logps, target_logps, tokens, settings)
+    losses = divergence(draft_logps, target_logps, tokens, settings)
+    return losses if inside is None else losses.masked_fill(~inside, 0.0)
 
 
 def slot_losses(
@@ -209,11 +216,12 @@ def stream_loss(
     chosen = weights > 0
     hidden, states, tokens, weights = hidden[chosen], states[chosen], tokens[chosen], weights[chosen]
     if heads.vocab_map is not None:
-        match = tokens[:, None] == heads.vocab_map
-        inside = match.any(-1)
-        tokens, weights = match.long().argmax(-1), weights * inside
+        tokens, inside = to_draft_ids(tokens, heads.vocab_map)
+        if settings.kind in TOKEN_LOSSES:
+            weights = weights * inside
     losses = slot_losses(hidden, states, tokens, heads, settings, chunk_size)
-    return (losses * weights).sum() + 0.0 * hidden.float().sum()
+    # Where nothing is supervised, both the states and a head of the drafter's own still get a gradient (of 0).
+    return (losses * weights).sum() + 0.0 * (hidden.float().sum() + heads.draft_weight[:1].float().sum())
 
 
 def batch_loss(

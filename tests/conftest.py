@@ -26,6 +26,7 @@ from draft_opd_trl.replay import text_blocks  # noqa: E402
 from draft_opd_trl.sampling import draw, probabilities  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
+from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -34,7 +35,15 @@ FAMILIES = ("qwen3", "llama", "gemma3")
 KINDS = tuple(DRAFTERS)
 VOCAB = 48
 # What `from_target` of each kind is given for a tiny drafter.
-TINY = {"dflash": {"mask_token_id": VOCAB - 1, "block_size": 5, "num_hidden_layers": 2, "target_layer_ids": [1, 2]}}
+TINY = {
+    "dflash": {"mask_token_id": VOCAB - 1, "block_size": 5, "num_hidden_layers": 2, "target_layer_ids": [1, 2]},
+    # Five target tokens cannot be drafted.
+    "eagle3": {
+        "num_draft_tokens": 4,
+        "target_layer_ids": [0, 1, 2],
+        "draft_token_ids": [token for token in range(VOCAB) if token % 10 != 7],
+    },
+}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
@@ -79,6 +88,14 @@ def tiny_drafter(kind, target, seed=1, **overrides):
     return drafter
 
 
+def draft_labels(drafter, tokens):
+    """Target ids as labels of the drafter's own vocabulary; where it has none −100, which cross-entropy leaves out."""
+    if drafter.vocab_map is None:
+        return tokens
+    ids, inside = to_draft_ids(tokens, drafter.vocab_map)
+    return torch.where(inside, ids, -100)
+
+
 def random_prompts(count, vocab_size=VOCAB, longest=9, seed=0):
     """Ragged prompts of 1 … `longest` tokens."""
     draws = torch.Generator().manual_seed(seed)
@@ -98,7 +115,8 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
         anchors = rollout.prompt_lengths[rows] + (share * (max_new_tokens - 6)).long()
         blocks = text_blocks(rollout, rows, anchors, drafter.num_draft_tokens)
         logits = drafter.replay(features, rollout.tokens, blocks) @ drafter.output_weight().T
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks.draft_tokens.flatten())
+        labels = draft_labels(drafter, blocks.draft_tokens)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,8 +20,8 @@ NAME = "draft_opd_trl"
 LAYERS = (
     ("_trl_compat",),
     ("records",),
-    ("sampling", "prompts", "losses", "verification", "cache", "optim", "callbacks"),
-    ("target", "drafters.base", "config"),
+    ("sampling", "prompts", "losses", "verification", "cache", "optim", "callbacks", "vocabulary"),
+    ("target", "drafters.base", "drafters.parts", "config"),
     ("drafters",),
     ("speculation",),
     ("rollout", "replay", "evaluation", "checkpoints", "model_card", "loading"),
@@ -50,7 +50,12 @@ def _is_within(name: str, ancestor: str) -> bool:
 
 
 def _is_concrete_drafter(module: str) -> bool:
-    return module.startswith("drafters.") and module != "drafters.base"
+    return module.startswith("drafters.") and module not in ("drafters.base", "drafters.parts")
+
+
+def _same_drafter(module: str, other: str) -> bool:
+    """`drafters.x` and `drafters.x_config` are one drafter in two files."""
+    return module.split("_")[0] == other.split("_")[0]
 
 
 def _layer(module: str) -> int | None:
@@ -143,7 +148,7 @@ def _check_import(module: str, name: str, imported: str | None) -> str | None:
                     return f"{room} must not know {ancestor}"
     if imported is None:
         return None
-    if _is_concrete_drafter(imported) and module not in ("drafters", "", imported):
+    if _is_concrete_drafter(imported) and module not in ("drafters", "") and not _same_drafter(module, imported):
         if _is_concrete_drafter(module):
             return "drafters do not import each other"
         return "drafter kinds are known to drafters/__init__.py alone: go through DRAFTERS"
@@ -206,7 +211,9 @@ HOUSE = {
     "drafters/__init__.py": "from .base import Drafter\nfrom .dflash import DFlashDrafter\nfrom .. import target",
     "drafters/base.py": "from ..records import DraftBlocks\nfrom ..target import Target",
     "drafters/dflash.py": "from .base import Drafter\nfrom ..sampling import Chooser",
-    "drafters/eagle3.py": "from . import base",
+    "drafters/eagle3.py": "from . import base\nfrom .eagle3_config import Eagle3Config\nfrom .parts import rotate",
+    "drafters/eagle3_config.py": "from .parts import shape_of",
+    "drafters/parts.py": "import torch",
     "speculation.py": "from .drafters import load_drafter\nfrom .drafters.base import Drafter\nimport torch",
     "rollout.py": "from .speculation import speculate",
     "replay.py": "from .rollout import generate\nfrom .losses import reduce",
@@ -252,6 +259,13 @@ REGISTRY = "go through DRAFTERS"
         ("trainer.py", "from trl import data_utils", "trainer:1", COMPAT),
         ("_trl_compat.py", "from trl.experimental.gkd import GKDConfig", "_trl_compat:1", "nothing may import it"),
         ("drafters/eagle3.py", "from .dflash import x", "drafters.eagle3:1", "drafters do not import each other"),
+        (
+            "drafters/dflash.py",
+            "from .eagle3_config import x",
+            "drafters.dflash:1",
+            "drafters do not import each other",
+        ),
+        ("drafters/parts.py", "from .dflash import x", "drafters.parts:1", REGISTRY),
         (
             "drafters/dflash.py",
             "from ..losses import x",

@@ -152,7 +152,11 @@ def _reference(hidden, states, tokens, heads, settings):
     if heads.vocab_map is not None:
         logits = logits[:, heads.vocab_map]
     target_logps = None if settings.kind == "ce" else (logits / settings.temperature).log_softmax(-1)
-    return divergence(draft_logps, target_logps, tokens, settings)
+    losses = divergence(draft_logps, target_logps, tokens, settings)
+    if heads.vocab_map is not None and settings.kind not in ("ce", "bernoulli_forward_kl", "k3"):
+        best = heads.target_logits(states).argmax(-1)
+        losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, 0.0)
+    return losses
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 256])

@@ -7,9 +7,10 @@ from typing import Any
 from ..target import Target
 from .base import Drafter, Proposal
 from .dflash import DFlashConfig, DFlashDraftModel
+from .eagle3 import LlamaForCausalLMEagle3
 
 
-DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel}
+DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": LlamaForCausalLMEagle3}
 
 
 def create_drafter(kind: str, target: Target, init_from_target: bool = True, **config: Any) -> Drafter:

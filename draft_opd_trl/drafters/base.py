@@ -6,6 +6,7 @@ one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,24 @@ class Proposal:
 
     tokens: torch.Tensor
     probs: torch.Tensor | None = None
+
+
+def check_keys(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: object) -> None:
+    """
+    Raises:
+        `ValueError`: A tensor is missing, unexpected or of the wrong shape, by name.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"The tensors in {where} are not this drafter's. Missing: {missing or 'none'}. Unexpected: "
+            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export it in its published layout."
+        )
 
 
 class Drafter(PreTrainedModel, ABC):
@@ -122,6 +141,38 @@ class Drafter(PreTrainedModel, ABC):
     @abstractmethod
     def output_weight(self) -> torch.Tensor:
         """Head `(DV, H)` that turns states into draft logits."""
+
+    # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
+
+    @classmethod
+    def recognises(cls, config: dict[str, Any]) -> bool:
+        """Whether a folder with this `config.json` holds a drafter of this class."""
+        return cls.__name__ in (config.get("architectures") or [])
+
+    @classmethod
+    def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """A folder's tensors under the names this class gives them; what only they tell is settled in `config`."""
+        return tensors
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write the folder, whole or not at all.
+
+        Raises:
+            `ValueError`: `state_dict` lacks a tensor, or holds one that is not the drafter's, by name.
+        """
+        if state_dict is not None:
+            check_keys(
+                *({k: v.shape for k, v in state.items()} for state in (self.state_dict(), state_dict)),
+                "the state to save",
+            )
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     # -- shared --------------------------------------------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
 from ..target import Target
 from .base import Drafter, Proposal
+from .parts import copy_norm, init_layer, rotate, shape_of, with_rope_fields
 
 
 class DFlashConfig(Qwen3Config):
@@ -63,10 +64,7 @@ class DFlashConfig(Qwen3Config):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        output = super().to_dict()
-        # transformers 5 writes rope_parameters only; the engines read the older top-level field.
-        output["rope_theta"] = (output.get("rope_parameters") or {}).get("rope_theta")
-        return output
+        return with_rope_fields(super().to_dict())
 
     @classmethod
     def from_target(
@@ -89,21 +87,7 @@ class DFlashConfig(Qwen3Config):
             target_layer_ids (`list[int]`, *optional*): Taps; z-lab's spacing by default.
             overrides: Further config fields.
         """
-        rope = target_config.rope_parameters
-        rope = rope.get("full_attention", rope)
-        shape = {
-            "vocab_size": target_config.vocab_size,
-            "hidden_size": target_config.hidden_size,
-            "intermediate_size": target_config.intermediate_size,
-            "num_attention_heads": target_config.num_attention_heads,
-            "num_key_value_heads": target_config.num_key_value_heads,
-            "head_dim": getattr(target_config, "head_dim", None)
-            or target_config.hidden_size // target_config.num_attention_heads,
-            "rms_norm_eps": target_config.rms_norm_eps,
-            "max_position_embeddings": target_config.max_position_embeddings,
-            "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
-            "num_hidden_layers": num_hidden_layers,
-        }
+        shape = {**shape_of(target_config), "num_hidden_layers": num_hidden_layers}
         return cls(
             block_size=block_size,
             num_target_layers=target_config.num_hidden_layers,
@@ -122,12 +106,6 @@ def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int
         return [min(num_target_layers // 2, num_target_layers - 2)]
     span = (num_target_layers - 4) / (num_draft_layers - 1)
     return [int(round(1 + index * span)) for index in range(num_draft_layers)]
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return states * cos + rotate_half(states) * sin
 
 
 class DFlashAttention(nn.Module):
@@ -152,7 +130,7 @@ class DFlashAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normed, rotated keys and values `(B, Q, kv_heads, head_dim)` of states `(B, Q, H)`."""
         keys = self.k_norm(self._split(self.k_proj(states)))
-        return _rotate(keys, *rotary), self._split(self.v_proj(states))
+        return rotate(keys, *rotary), self._split(self.v_proj(states))
 
     def forward(
         self,
@@ -162,7 +140,7 @@ class DFlashAttention(nn.Module):
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        queries = _rotate(self.q_norm(self._split(self.q_proj(noise))), *rotary)
+        queries = rotate(self.q_norm(self._split(self.q_proj(noise))), *rotary)
         attended = nn.functional.scaled_dot_product_attention(
             queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, enable_gqa=True
         )
@@ -377,30 +355,9 @@ class DFlashDraftModel(Drafter):
         """
         last = target.decoder.layers[-len(self.layers) :]
         for layer, source in zip(self.layers, last, strict=False):
-            theirs = dict(source.named_modules())
-            # Where norms stand on both sides of a sub-layer (Gemma), the one before the MLP has a name of its own.
-            theirs["post_attention_layernorm"] = theirs.get(
-                "pre_feedforward_layernorm", theirs["post_attention_layernorm"]
-            )
-            for name, module in layer.named_modules():
-                if isinstance(module, Qwen3RMSNorm):
-                    _copy_fitting(module.weight, _norm_scale(theirs.get(name), module.weight))
-                elif isinstance(module, nn.Linear):
-                    _copy_fitting(module.weight, getattr(theirs.get(name), "weight", None))
+            init_layer(layer, source)
         taps = len(self.target_layer_ids)
         eye = torch.eye(self.config.hidden_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         self.fc.weight.copy_(eye.repeat(1, taps) / taps)
-        _copy_fitting(self.norm.weight, _norm_scale(target.decoder.norm, self.norm.weight))
+        copy_norm(self.norm, target.decoder.norm)
         return self
-
-
-def _copy_fitting(parameter: torch.Tensor, source: torch.Tensor | None) -> None:
-    if source is not None and source.shape == parameter.shape:
-        parameter.copy_(source)
-
-
-def _norm_scale(norm: nn.Module | None, like: torch.Tensor) -> torch.Tensor | None:
-    """What an RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w."""
-    if norm is None or norm.weight.shape != like.shape:
-        return None
-    return norm(torch.ones_like(norm.weight))

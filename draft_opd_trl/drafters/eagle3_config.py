@@ -1,0 +1,160 @@
+"""The EAGLE-3 config in its published flat layout: taps in both spellings, and every unknown request refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+
+from .parts import shape_of, with_rope_fields
+
+
+NUM_TAPS = 3
+# Fields that other writers leave behind and that change nothing of what is computed.
+_IDLE_FIELDS = {"auto_map", "max_window_layers", "name_or_path", "rope_scaling", "rope_theta", "sliding_window"}
+_IDLE_FIELDS |= {"target_model_type", "torch_dtype"}
+# The only value of each that this architecture computes.
+_ONLY_VALUES = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "logit_scale": 1.0}
+_ONLY_VALUES |= {"num_aux_hidden_states": NUM_TAPS, "layer_types": ["full_attention"]}
+
+
+class Eagle3Config(LlamaConfig):
+    """
+    Flat EAGLE-3 config.
+
+    Args:
+        draft_vocab_size (`int`, *optional*):
+            Tokens that can be proposed; the target's whole vocabulary by default.
+        target_hidden_size (`int`, *optional*):
+            Width of the target; `hidden_size` by default.
+        num_draft_tokens (`int`, *optional*, defaults to `7`):
+            K. Published configs leave it to the engine's launch; 7 is the depth they train to.
+        eagle_aux_hidden_state_layer_ids (`list[int]`, *optional*):
+            The three taps as indices of the target's `hidden_states` (0 is the embedding), as vLLM reads them. Unset,
+            as in most published configs, they follow from the target's depth.
+        eagle_config (`dict`, *optional*):
+            Holds the taps as SGLang reads them: layers counted from 0, one less than above.
+        norm_output (`bool`, *optional*, defaults to `False`):
+            Feed back the normed hidden state (EAGLE 3.1).
+        norm_before_residual (`bool`, *optional*, defaults to `False`):
+            Take the residual after `hidden_norm`, not before it.
+        fc_norm (`bool`, *optional*, defaults to `False`):
+            Norm each tap before `fc` (EAGLE 3.1).
+        own_embeddings (`bool`, *optional*):
+            Whether the drafter has embeddings; by default only where its width is not the target's. Not written: the
+            tensors of a folder say so.
+        draft_token_ids (`list[int]`, *optional*):
+            Target ids of the draft vocabulary, ascending. Not written: the buffers `d2t` and `t2d` hold them.
+        kwargs:
+            [`~transformers.LlamaConfig`] fields.
+
+    Raises:
+        `ValueError`: A field asks for something that is not computed here, or the two spellings of the taps disagree.
+    """
+
+    def __init__(
+        self,
+        draft_vocab_size: int | None = None,
+        target_hidden_size: int | None = None,
+        num_draft_tokens: int = 7,
+        eagle_aux_hidden_state_layer_ids: list[int] | None = None,
+        eagle_config: dict[str, Any] | None = None,
+        norm_output: bool = False,
+        norm_before_residual: bool = False,
+        fc_norm: bool = False,
+        own_embeddings: bool | None = None,
+        draft_token_ids: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
+        kwargs.setdefault("num_hidden_layers", 1)
+        _check_features(kwargs, eagle_config or {})
+        super().__init__(**kwargs)
+        self.draft_token_ids = None if draft_token_ids is None else [int(token) for token in draft_token_ids]
+        self.draft_vocab_size = draft_vocab_size or len(self.draft_token_ids or range(self.vocab_size))
+        self.target_hidden_size = target_hidden_size or self.hidden_size
+        self.num_draft_tokens = num_draft_tokens
+        self.norm_output, self.norm_before_residual, self.fc_norm = norm_output, norm_before_residual, fc_norm
+        self.own_embeddings = own_embeddings
+        nested = (eagle_config or {}).get("eagle_aux_hidden_state_layer_ids")
+        taps = eagle_aux_hidden_state_layer_ids or (nested and [index + 1 for index in nested])
+        if nested and taps != [index + 1 for index in nested]:
+            raise ValueError(
+                f"eagle_aux_hidden_state_layer_ids is {taps} at the top level and {nested} in eagle_config, where "
+                "each must be one less. Correct the one that is wrong."
+            )
+        self.eagle_aux_hidden_state_layer_ids = taps
+
+    @property
+    def target_layer_ids(self) -> list[int] | None:
+        """Taps as layers counted from 0; `None` until the target's depth is known."""
+        taps = self.eagle_aux_hidden_state_layer_ids
+        return None if taps is None else [index - 1 for index in taps]
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for transient in ("own_embeddings", "draft_token_ids"):
+            output.pop(transient, None)
+        if self.eagle_aux_hidden_state_layer_ids is not None:
+            output["eagle_config"] = {
+                "eagle_aux_hidden_state_layer_ids": self.target_layer_ids,
+                "use_aux_hidden_state": True,
+            }
+        return with_rope_fields(output)
+
+    @classmethod
+    def from_target(
+        cls,
+        target_config: PreTrainedConfig,
+        num_draft_tokens: int = 7,
+        target_layer_ids: list[int] | None = None,
+        draft_token_ids: list[int] | None = None,
+        **overrides: Any,
+    ) -> Eagle3Config:
+        """
+        A drafter config shaped after its target (Qwen3-, Llama- or Gemma3-like).
+
+        Args:
+            target_config ([`~transformers.PreTrainedConfig`]): The target's (text) config.
+            num_draft_tokens (`int`, *optional*, defaults to `7`): K.
+            target_layer_ids (`list[int]`, *optional*): Three taps, as outputs of layers counted from 0.
+            draft_token_ids (`list[int]`, *optional*): See [`draft_vocabulary`]; the whole vocabulary by default.
+            overrides: Further config fields.
+        """
+        taps = target_layer_ids or default_layer_ids(target_config.num_hidden_layers)
+        shape = {
+            **shape_of(target_config),
+            "target_hidden_size": target_config.hidden_size,
+            "eagle_aux_hidden_state_layer_ids": [index + 1 for index in taps],
+            **{name: getattr(target_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        }
+        return cls(num_draft_tokens=num_draft_tokens, draft_token_ids=draft_token_ids, **{**shape, **overrides})
+
+
+def default_layer_ids(num_target_layers: int) -> list[int]:
+    """The published taps, `hidden_states[2, n // 2, n − 3]`, as outputs of layers counted from 0."""
+    return [1, num_target_layers // 2 - 1, num_target_layers - 4]
+
+
+def _check_features(fields: dict[str, Any], eagle_config: dict[str, Any]) -> None:
+    known = {*LlamaConfig().to_dict(), *GenerationConfig().to_dict(), *_IDLE_FIELDS, *_ONLY_VALUES}
+    asked = {name: value for name, value in fields.items() if value and name not in known and name[0] != "_"}
+    asked |= {
+        name: fields[name]
+        for name, only in _ONLY_VALUES.items()
+        if fields.get(name) not in (None, only)
+    }  # fmt: skip
+    if fields.get("sliding_window") and fields.get("use_sliding_window") is not False:
+        asked["sliding_window"] = fields["sliding_window"]
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope", "mrope") or rope.get("mrope_section"):
+        asked["rope_scaling"] = rope
+    idle = ("eagle_aux_hidden_state_layer_ids", "use_aux_hidden_state")
+    asked |= {f"eagle_config.{name}": value for name, value in eagle_config.items() if value and name not in idle}
+    if eagle_config.get("use_aux_hidden_state") is False:
+        asked["eagle_config.use_aux_hidden_state"] = False
+    if asked:
+        raise ValueError(
+            f"This EAGLE-3 config asks for what is not computed here: {asked}. Take a drafter without it; if a field "
+            "changes nothing in this one, remove it from config.json."
+        )

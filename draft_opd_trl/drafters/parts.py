@@ -1,0 +1,78 @@
+"""Pieces that drafters share: the shape and start they take from a target, rotation, what engines read of RoPE.
+
+Knows no drafter kinds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import rotate_half
+
+
+def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
+    """Config fields of a draft layer as wide as the (text) target's (Qwen3-, Llama- or Gemma3-like)."""
+    rope = target_config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    return {
+        "vocab_size": target_config.vocab_size,
+        "hidden_size": target_config.hidden_size,
+        "intermediate_size": target_config.intermediate_size,
+        "num_attention_heads": target_config.num_attention_heads,
+        "num_key_value_heads": target_config.num_key_value_heads,
+        "head_dim": getattr(target_config, "head_dim", None)
+        or target_config.hidden_size // target_config.num_attention_heads,
+        "rms_norm_eps": target_config.rms_norm_eps,
+        "max_position_embeddings": target_config.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+    }
+
+
+def with_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the top-level fields that engines read; transformers 5 writes `rope_parameters` only."""
+    rope = dict(config.get("rope_parameters") or {})
+    fields = {"rope_theta": rope.pop("rope_theta", None)}
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = rope
+    return {**config, **fields}
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return states * cos + rotate_half(states) * sin
+
+
+def init_layer(layer: nn.Module, source: nn.Module) -> None:
+    """
+    Start a draft layer from a target's where shapes fit.
+
+    A matrix that reads more than the target's takes the target's in its last columns. Queries and keys that the target
+    norms and the draft layer does not are left out: without their norm they say something else.
+    """
+    mine, theirs = dict(layer.named_modules()), dict(source.named_modules())
+    # Where norms stand on both sides of a sub-layer (Gemma), the one before the MLP has a name of its own.
+    theirs["post_attention_layernorm"] = theirs.get("pre_feedforward_layernorm", theirs["post_attention_layernorm"])
+    for name, module in mine.items():
+        norm = name.replace("_proj", "_norm")
+        if name not in theirs or (norm in theirs and norm not in mine):
+            continue
+        if isinstance(module, nn.Linear):
+            weight = theirs[name].weight
+            copy_fitting(module.weight[:, -weight.shape[1] :], weight)
+        elif "norm" in name:
+            copy_norm(module, theirs[name])
+
+
+def copy_fitting(parameter: torch.Tensor, source: torch.Tensor) -> None:
+    if source.shape == parameter.shape:
+        parameter.copy_(source)
+
+
+def copy_norm(norm: nn.Module, source: nn.Module) -> None:
+    """What the other RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w."""
+    if source.weight.shape == norm.weight.shape:
+        norm.weight.copy_(source(torch.ones_like(source.weight)))
