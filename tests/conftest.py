@@ -80,8 +80,12 @@ def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
 def tiny_drafter(kind, target, seed=1, **overrides):
     """A seeded, untrained drafter whose norms are not all ones, so that no weight is without effect."""
     torch.manual_seed(seed)
-    options = {**TINY.get(kind, {}), **({"mask_token_id": target.vocab_size - 1} if kind == "dflash" else {})}
-    drafter = create_drafter(kind, target, **{**options, **overrides}).eval()
+    options = {**TINY.get(kind, {}), **overrides}
+    if "mask_token_id" in options:
+        options["mask_token_id"] = min(options["mask_token_id"], target.vocab_size - 1)
+    if "draft_token_ids" in options:
+        options["draft_token_ids"] = [token for token in options["draft_token_ids"] if token < target.vocab_size]
+    drafter = create_drafter(kind, target, **options).eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -320,21 +320,43 @@ def test_drawn_error_positions_are_drafted_afresh(qwen_target, qwen_drafter, kin
 
 def test_metrics_by_hand():
     metrics = ReplayMetrics(
-        committed=12, verifications=4, errors=3, blocks=5, supervised=9, accepted_by_slot=[3, 1], valid_by_slot=[4, 2]
+        committed=12,
+        verifications=4,
+        errors=3,
+        blocks=5,
+        supervised=9,
+        text_tokens=20,
+        outside_vocab=5,
+        accepted_by_slot=[3, 1],
+        valid_by_slot=[4, 2],
     )
-    assert metrics.counts() == [12, 4, 3, 5, 9, 3, 1, 4, 2]
+    assert metrics.counts() == [12, 4, 3, 5, 9, 20, 5, 3, 1, 4, 2]
     metrics.seconds["replay"] += 0.5
     doubled = metrics.with_counts([2 * count for count in metrics.counts()])
-    assert doubled.counts() == [24, 8, 6, 10, 18, 6, 2, 8, 4]
+    assert doubled.counts() == [24, 8, 6, 10, 18, 40, 10, 6, 2, 8, 4]
     assert doubled.logs() == {
         "replay/blocks": 10,
         "replay/supervised_tokens": 18,
         "time/replay": 0.5,
+        "replay/outside_vocab": 0.25,
         "acceptance/length": 3.0,
         "replay/error_share": 0.75,
         "acceptance/slot_1": 0.75,
         "acceptance/slot_2": 0.5,
     }
+
+
+def test_text_tokens_outside_the_draft_vocabulary_are_counted(qwen_target, qwen_drafter, rollout):
+    (batch,), metrics = BatchMaker(qwen_target, qwen_drafter, STREAMS, 0.5)([rollout], step=0)
+    if qwen_drafter.vocab_map is None:
+        assert metrics.text_tokens == 0 and "replay/outside_vocab" not in metrics.logs()
+        return
+    known = set(qwen_drafter.vocab_map.tolist())
+    written = [token for text in rollout.completions() for token in text]
+    outside = sum(token not in known for token in written)
+    assert 0 < outside < len(written)
+    assert (metrics.text_tokens, metrics.outside_vocab) == (len(written), outside)
+    assert set(batch.blocks.draft_tokens[batch.rejected_weights > 0].tolist()) <= known
 
 
 def test_metrics_of_a_fresh_rollout_equal_its_record(qwen_target, qwen_drafter, rollout):

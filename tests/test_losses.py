@@ -229,9 +229,11 @@ def test_stream_loss_by_hand():
 def test_a_stream_without_slots_is_zero_and_differentiable():
     hidden = torch.zeros(2, 2, 3, requires_grad=True)
     tokens = torch.zeros((2, 2), dtype=torch.long)
-    loss = stream_loss(hidden, hidden, tokens, torch.zeros(2, 2), _identity_heads(), LossSettings("ce", 0.0))
+    heads = Heads(torch.eye(3, requires_grad=True), lambda states: states)
+    loss = stream_loss(hidden, hidden, tokens, torch.zeros(2, 2), heads, LossSettings("ce", 0.0))
     loss.backward()
     assert loss.item() == 0 and hidden.grad.abs().sum() == 0
+    assert heads.draft_weight.grad.abs().sum() == 0, "a drafter's own head must not be without a gradient"
 
 
 def test_tokens_outside_the_draft_vocabulary_carry_no_loss():
@@ -242,6 +244,23 @@ def test_tokens_outside_the_draft_vocabulary_carry_no_loss():
     loss = stream_loss(hidden, hidden.detach(), tokens, torch.ones(1, 3), heads, LossSettings("ce", 0.0))
     # Over tokens 0 and 2 the drafter says 2/3 and 1/3; token 1 is not there to be said.
     assert loss.item() == pytest.approx(math.log(1.5) + math.log(3))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tv"])
+def test_slots_whose_target_argmax_lies_outside_the_draft_vocabulary_carry_no_loss(kind):
+    """The published rule for soft targets: the most likely token decides, not the one the text happens to hold."""
+    heads = _identity_heads(vocab_map=torch.tensor([0, 2]))
+    hidden = torch.tensor([[Q, Q]]).log().requires_grad_()
+    outside, within = (0.2, 0.6, 0.2), P
+    states = torch.tensor([[outside, within]]).log()
+    text = torch.tensor([[0, 1]])
+    loss = stream_loss(hidden, states, text, torch.ones(1, 2), heads, LossSettings(kind, 1.0))
+    # Over tokens 0 and 2 the drafter says 2/3 and 1/3, the target of the second slot 1/3 and 2/3.
+    draft, target = torch.tensor([[2 / 3, 1 / 3]]).log(), torch.tensor([[1 / 3, 2 / 3]]).log()
+    expected = divergence(draft, target, torch.tensor([0]), LossSettings(kind, 1.0))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert hidden.grad[0, 0].abs().sum() == 0 and hidden.grad[0, 1].abs().sum() > 0
 
 
 def _batch(draft_states=True):

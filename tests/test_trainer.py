@@ -68,7 +68,7 @@ def make_trainer(drafter_folder, model, dataset, output_dir, **options):
 
 
 def parameters_of(trainer):
-    return {name: value.detach().clone() for name, value in trainer.drafter.state_dict().items()}
+    return {name: value.detach().clone() for name, value in trainer.drafter.named_parameters()}
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
@@ -134,8 +134,8 @@ def test_two_ranks_equal_one_process(drafter_folder, model, texts, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        results[ranks] = load_drafter(str(out)).state_dict()
-    start = load_drafter(drafter_folder).state_dict()
+        results[ranks] = dict(load_drafter(str(out)).named_parameters())
+    start = dict(load_drafter(drafter_folder).named_parameters())
     for name, value in results[1].items():
         assert not torch.equal(value, start[name]), name
         torch.testing.assert_close(value, results[2][name], atol=1e-5, rtol=1e-4)
