@@ -44,6 +44,15 @@ TINY = {
         "draft_token_ids": [token for token in range(VOCAB) if token % 10 != 7],
     },
 }
+# What published EAGLE-3 checkpoints vary.
+EAGLE3_VARIANTS = {
+    "plain": {},
+    "norms": {"fc_norm": True, "norm_output": True},
+    "before-residual": {"norm_before_residual": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "narrow": {"hidden_size": 16},
+    "full-vocabulary": {"draft_token_ids": None},
+}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
@@ -83,7 +92,7 @@ def tiny_drafter(kind, target, seed=1, **overrides):
     options = {**TINY.get(kind, {}), **overrides}
     if "mask_token_id" in options:
         options["mask_token_id"] = min(options["mask_token_id"], target.vocab_size - 1)
-    if "draft_token_ids" in options:
+    if options.get("draft_token_ids"):
         options["draft_token_ids"] = [token for token in options["draft_token_ids"] if token < target.vocab_size]
     drafter = create_drafter(kind, target, **options).eval()
     with torch.no_grad():

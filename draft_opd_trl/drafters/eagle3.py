@@ -190,14 +190,17 @@ class LlamaForCausalLMEagle3(Drafter):
     def check_target(self, target: Target) -> None:
         config, faults = self.config, []
         if config.target_hidden_size != target.hidden_size:
-            faults.append(f"drafter target_hidden_size {config.target_hidden_size} is not {target.hidden_size}")
+            faults.append(
+                f"drafter target_hidden_size {config.target_hidden_size} is not the target's {target.hidden_size}"
+            )
         if config.vocab_size != target.vocab_size:
             faults.append(f"drafter vocab_size {config.vocab_size} is not the target's {target.vocab_size}")
         ids = config.target_layer_ids
-        if len(ids) != NUM_TAPS or not all(0 <= index < target.num_layers - 1 for index in ids):
+        inside = [index for index in sorted(set(ids)) if 0 <= index < target.num_layers - 1]
+        if ids != inside or len(ids) != NUM_TAPS:
             faults.append(
-                f"target_layer_ids {ids} must name {NUM_TAPS} of the layers 0 … {target.num_layers - 2} (the last "
-                "layer's output is normed in some engines and not in others)"
+                f"target_layer_ids {ids} must name {NUM_TAPS} of the layers 0 … {target.num_layers - 2} in ascending "
+                "order (the last layer's output is normed in some engines and not in others)"
             )
         if config.num_draft_tokens < 1:
             faults.append(f"num_draft_tokens {config.num_draft_tokens} leaves no slot to propose")

@@ -70,8 +70,8 @@ class Eagle3Config(LlamaConfig):
         kwargs.setdefault("num_hidden_layers", 1)
         _check_features(kwargs, eagle_config or {})
         super().__init__(**kwargs)
-        self.draft_token_ids = None if draft_token_ids is None else [int(token) for token in draft_token_ids]
-        self.draft_vocab_size = draft_vocab_size or len(self.draft_token_ids or range(self.vocab_size))
+        self.draft_token_ids = draft_token_ids
+        self.draft_vocab_size = len(draft_token_ids) if draft_token_ids else draft_vocab_size or self.vocab_size
         self.target_hidden_size = target_hidden_size or self.hidden_size
         self.num_draft_tokens = num_draft_tokens
         self.norm_output, self.norm_before_residual, self.fc_norm = norm_output, norm_before_residual, fc_norm
@@ -120,7 +120,15 @@ class Eagle3Config(LlamaConfig):
             target_layer_ids (`list[int]`, *optional*): Three taps, as outputs of layers counted from 0.
             draft_token_ids (`list[int]`, *optional*): See [`draft_vocabulary`]; the whole vocabulary by default.
             overrides: Further config fields.
+
+        Raises:
+            `ValueError`: The size of a draft vocabulary without its tokens.
         """
+        if draft_token_ids is None and overrides.get("draft_vocab_size") not in (None, target_config.vocab_size):
+            raise ValueError(
+                f"draft_vocab_size={overrides['draft_vocab_size']} says how many tokens, not which. Pass "
+                "`draft_token_ids` (see `draft_vocabulary`), or neither for the target's whole vocabulary."
+            )
         taps = target_layer_ids or default_layer_ids(target_config.num_hidden_layers)
         shape = {
             **shape_of(target_config),
@@ -132,7 +140,14 @@ class Eagle3Config(LlamaConfig):
 
 
 def default_layer_ids(num_target_layers: int) -> list[int]:
-    """The published taps, `hidden_states[2, n // 2, n − 3]`, as outputs of layers counted from 0."""
+    """
+    The published taps, `hidden_states[2, n // 2, n − 3]`, as outputs of layers counted from 0.
+
+    Below 7 layers these do not ascend, and engines collect taps in the layers' order; then the first layer, the last
+    that can be tapped, and one between them.
+    """
+    if num_target_layers < 7:
+        return [0, (num_target_layers - 2) // 2, num_target_layers - 2]
     return [1, num_target_layers // 2 - 1, num_target_layers - 4]
 
 

@@ -1,0 +1,239 @@
+"""EAGLE-3 configs and folders: what fits, what is written, every published layout, and what is refused by name."""
+
+import json
+
+import pytest
+import torch
+from conftest import EAGLE3_VARIANTS, TINY, VOCAB, random_prompts, tiny_drafter
+from safetensors.torch import load_file, save_file
+
+from draft_opd_trl.checkpoints import load_drafter
+from draft_opd_trl.drafters import create_drafter
+from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
+from draft_opd_trl.drafters.eagle3_config import Eagle3Config
+from draft_opd_trl.speculation import SpeculationSettings, speculate
+
+
+@pytest.fixture(params=EAGLE3_VARIANTS)
+def variant(request, qwen_target):
+    return tiny_drafter("eagle3", qwen_target, **EAGLE3_VARIANTS[request.param])
+
+
+# -- fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_hidden_size": 16}, "target_hidden_size 16 is not the target's 32"),
+        ({"vocab_size": 50}, "vocab_size 50 is not the target's 48"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}, r"\[1, 2, 3\] must name 3 of the layers 0 … 2"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 2, 3]}, r"\[1, 1, 2\] must name 3 of the layers.*ascending"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3]}, r"\[0, 2\] must name 3"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, r"\[-1, 0, 1\] must name 3"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens 0 leaves no slot"),
+        ({"draft_token_ids": [5, 2, 9]}, "d2t and t2d do not hold the same tokens in ascending order"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused(qwen_target, changes, message):
+    config = Eagle3Config(
+        **{**Eagle3Config.from_target(qwen_target.config).to_dict(), "eagle_config": None, **changes}
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        LlamaForCausalLMEagle3(config).bind(qwen_target)
+    assert "make one with `create_drafter`" in str(caught.value)
+
+
+def test_a_size_without_tokens_is_refused(qwen_target):
+    with pytest.raises(ValueError, match="draft_vocab_size=20 says how many tokens, not which"):
+        create_drafter("eagle3", qwen_target, draft_vocab_size=20)
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+LAYER_KEYS = {f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+LAYER_KEYS |= {f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"}
+LAYER_KEYS |= {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+KEYS = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} | LAYER_KEYS
+
+
+@pytest.fixture
+def drafter(qwen_target):
+    return tiny_drafter("eagle3", qwen_target)
+
+
+@pytest.fixture
+def folder(drafter, tmp_path):
+    drafter.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _change(folder, tensors=None, **config):
+    written = json.loads((folder / "config.json").read_text())
+    for name, value in config.items():
+        if value is ...:
+            written.pop(name, None)
+        else:
+            written[name] = value
+    (folder / "config.json").write_text(json.dumps(written))
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
+
+
+def _same(first, second):
+    theirs = second.state_dict()
+    assert first.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in first.state_dict().items())
+
+
+def test_the_written_folder(folder):
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors.keys() == KEYS
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
+    assert tensors["fc.weight"].shape == (32, 96)
+    config = json.loads((folder / "config.json").read_text())
+    expected = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "vocab_size": VOCAB,
+        "draft_vocab_size": len(TINY["eagle3"]["draft_token_ids"]),
+        "target_hidden_size": 32,
+        "norm_output": False,
+        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
+        "tie_word_embeddings": False,
+    }
+    assert {name: config.get(name) for name in expected} == expected
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert "draft_token_ids" not in config and "own_embeddings" not in config
+
+
+def test_every_variant_survives_saving_and_loading(variant, qwen_target, tmp_path):
+    variant.save_pretrained(tmp_path)
+    loaded = load_drafter(str(tmp_path)).bind(qwen_target)
+    _same(loaded, variant)
+    rollouts = [speculate(qwen_target, d, [[3, 1]], SpeculationSettings(12, [])).blocks for d in (variant, loaded)]
+    assert torch.equal(rollouts[0].draft_tokens, rollouts[1].draft_tokens)
+
+
+def test_scaled_rope_is_written_as_engines_read_it(qwen_target, tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    tiny_drafter("eagle3", qwen_target, rope_parameters=rope).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == 5e5
+    assert written["rope_scaling"] == {name: value for name, value in rope.items() if name != "rope_theta"}
+    _change(tmp_path, rope_parameters=...)
+    assert load_drafter(str(tmp_path)).config.rope_parameters == rope
+
+
+@pytest.mark.parametrize("spelling", ["midlayer.", "layers.0."])
+@pytest.mark.parametrize("embeddings", [False, True], ids=["borrowed", "own"])
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_published_layouts(drafter, folder, qwen_target, spelling, embeddings, pickled):
+    """SpecForge writes embeddings and safetensors, SafeAILab plain Llama's name and a pickle; neither writes taps."""
+    tensors = {name.replace("midlayer.", spelling): value for name, value in drafter.state_dict().items()}
+    if embeddings:
+        tensors["embed_tokens.weight"] = qwen_target.embedding.weight.clone()
+    names = ["LlamaForCausalLM"] if pickled else ["LlamaForCausalLMEagle3"]
+    _change(
+        folder,
+        tensors,
+        architectures=names,
+        eagle_config=...,
+        eagle_aux_hidden_state_layer_ids=...,
+        num_draft_tokens=...,
+        target_hidden_size=...,
+        norm_output=...,
+        norm_before_residual=...,
+        fc_norm=...,
+        sliding_window=512,
+        use_sliding_window=False,
+        max_window_layers=36,
+        torch_dtype="float16",
+    )
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        torch.save({"not": "weights"}, folder / "training_args.bin")
+    loaded = load_drafter(str(folder)).bind(qwen_target)
+    assert loaded.num_draft_tokens == 7 and loaded.target_layer_ids == [0, 1, 2]
+    assert hasattr(loaded, "embed_tokens") == embeddings
+    assert loaded.config.architectures == names
+    for name, value in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    prompts = random_prompts(3)
+    plain = speculate(qwen_target, None, prompts, SpeculationSettings(10, []))
+    assert speculate(qwen_target, loaded, prompts, SpeculationSettings(10, [])).completions() == plain.completions()
+    again = folder / "again"
+    loaded.save_pretrained(again)
+    assert load_file(again / "model.safetensors").keys() == KEYS | ({"embed_tokens.weight"} if embeddings else set())
+    assert json.loads((again / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
+    _same(load_drafter(str(again)), loaded)
+
+
+class Callable:
+    """Something a pickle would have to run code for."""
+
+
+def test_a_pickle_that_could_run_code_is_not_read(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"fc.weight": Callable()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load_drafter(str(folder))
+
+
+def test_a_whole_vocabulary_may_come_without_its_map(qwen_target, tmp_path):
+    whole = tiny_drafter("eagle3", qwen_target, draft_token_ids=None)
+    whole.save_pretrained(tmp_path)
+    tensors = {name: value for name, value in whole.state_dict().items() if name not in ("d2t", "t2d")}
+    _change(tmp_path, tensors)
+    _same(load_drafter(str(tmp_path)), whole)
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_every_missing_tensor_is_named(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    _change(folder, tensors)
+    with pytest.raises(ValueError, match=rf"Missing: \['{name}'\]. Unexpected: none. Wrong shape: none"):
+        load_drafter(str(folder))
+
+
+def test_a_tensor_spelled_both_ways_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.0.hidden_norm.weight"] = tensors["midlayer.hidden_norm.weight"].clone()
+    _change(folder, tensors)
+    with pytest.raises(ValueError, match=r"Unexpected: \['layers.0.hidden_norm.weight'\]"):
+        load_drafter(str(folder))
+
+
+def test_saving_something_else_is_refused(drafter, tmp_path):
+    state = {f"module.{name}" if name == "fc.weight" else name: value for name, value in drafter.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Missing: \['fc.weight'\]. Unexpected: \['module.fc.weight'\]"):
+        drafter.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"norm_before_fc": True}, r"asks for what is not computed here: \{'norm_before_fc': True\}"),
+        ({"num_hidden_layers": 2}, "'num_hidden_layers': 2"),
+        ({"tie_word_embeddings": True}, "'tie_word_embeddings': True"),
+        ({"parallel_drafting": True}, "'parallel_drafting': True"),
+        ({"model_type": "deepseek_v3"}, "'model_type': 'deepseek_v3'"),
+        ({"sliding_window": 512}, "'sliding_window': 512"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'rope_scaling'"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "'eagle_config.use_aux_hidden_state': False"),
+        ({"eagle_config": {"parallel": 2}}, "'eagle_config.parallel': 2"),
+        ({"transformer_layer_config": {"hidden_size": 3}}, "'transformer_layer_config'"),
+        ({"logit_scale": 0.5}, "'logit_scale': 0.5"),
+    ],
+)
+def test_what_is_not_computed_is_refused(folder, asked, message):
+    _change(folder, **asked)
+    with pytest.raises(ValueError, match=message):
+        load_drafter(str(folder))
