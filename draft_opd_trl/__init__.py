@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .speculation import SpeculationSettings, speculate
     from .target import Target, stop_token_ids
     from .trainer import DraftOPDTrainer
+    from .vocabulary import draft_vocabulary
 
 __version__ = "0.1.0.dev0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Target",
     "bootstrap_interval",
     "create_drafter",
+    "draft_vocabulary",
     "load_drafter",
     "measure_acceptance",
     "speculate",
@@ -45,6 +47,7 @@ _HOME = {
     "Target": "target",
     "bootstrap_interval": "evaluation",
     "create_drafter": "drafters",
+    "draft_vocabulary": "vocabulary",
     "load_drafter": "checkpoints",
     "measure_acceptance": "evaluation",
     "speculate": "speculation",
