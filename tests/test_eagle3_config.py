@@ -32,7 +32,7 @@ def variant(request, qwen_target):
         ({"eagle_aux_hidden_state_layer_ids": [1, 3]}, r"\[0, 2\] must name 3"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, r"\[-1, 0, 1\] must name 3"),
         ({"num_draft_tokens": 0}, "num_draft_tokens 0 leaves no slot"),
-        ({"draft_token_ids": [5, 2, 9]}, "d2t and t2d do not hold the same tokens in ascending order"),
+        ({"draft_token_ids": [2, 9, 5, 11]}, "d2t and t2d do not hold the same tokens in ascending order"),
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused(qwen_target, changes, message):
@@ -42,6 +42,12 @@ def test_a_drafter_that_does_not_fit_is_refused(qwen_target, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         LlamaForCausalLMEagle3(config).bind(qwen_target)
     assert "make one with `create_drafter`" in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [[0, 48], [-1, 5], [9, 3]])
+def test_draft_tokens_outside_the_vocabulary_are_refused(qwen_target, ids):
+    with pytest.raises(ValueError, match=rf"from {ids[0]} to {ids[1]} must lie in the target's vocabulary of 48"):
+        create_drafter("eagle3", qwen_target, draft_token_ids=ids)
 
 
 def test_a_size_without_tokens_is_refused(qwen_target):

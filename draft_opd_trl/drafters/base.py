@@ -172,7 +172,7 @@ class Drafter(PreTrainedModel, ABC):
                 *({k: v.shape for k, v in state.items()} for state in (self.state_dict(), state_dict)),
                 "the state to save",
             )
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
     # -- shared --------------------------------------------------------------------------------------------------
 

@@ -128,8 +128,7 @@ class LlamaForCausalLMEagle3(Drafter):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
-        own = config.own_embeddings
-        if config.hidden_size != config.target_hidden_size or own:
+        if config.own_embeddings or config.hidden_size != config.target_hidden_size:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             # Where the widths agree SGLang serves the target's own embeddings whatever the folder holds.
             self.embed_tokens.weight.requires_grad_(config.hidden_size != config.target_hidden_size)

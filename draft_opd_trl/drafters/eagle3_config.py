@@ -49,7 +49,8 @@ class Eagle3Config(LlamaConfig):
             [`~transformers.LlamaConfig`] fields.
 
     Raises:
-        `ValueError`: A field asks for something that is not computed here, or the two spellings of the taps disagree.
+        `ValueError`: A field asks for something that is not computed here, the two spellings of the taps disagree, or
+            `draft_token_ids` leave the vocabulary.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class Eagle3Config(LlamaConfig):
         kwargs.setdefault("num_hidden_layers", 1)
         _check_features(kwargs, eagle_config or {})
         super().__init__(**kwargs)
+        if draft_token_ids and not 0 <= draft_token_ids[0] <= draft_token_ids[-1] < self.vocab_size:
+            raise ValueError(
+                f"draft_token_ids from {draft_token_ids[0]} to {draft_token_ids[-1]} must lie in the target's "
+                f"vocabulary of {self.vocab_size}, in ascending order. Make them with `draft_vocabulary`."
+            )
         self.draft_token_ids = draft_token_ids
         self.draft_vocab_size = len(draft_token_ids) if draft_token_ids else draft_vocab_size or self.vocab_size
         self.target_hidden_size = target_hidden_size or self.hidden_size
@@ -134,7 +140,7 @@ class Eagle3Config(LlamaConfig):
             **shape_of(target_config),
             "target_hidden_size": target_config.hidden_size,
             "eagle_aux_hidden_state_layer_ids": [index + 1 for index in taps],
-            **{name: getattr(target_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            **{name: getattr(target_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         }
         return cls(num_draft_tokens=num_draft_tokens, draft_token_ids=draft_token_ids, **{**shape, **overrides})
 
