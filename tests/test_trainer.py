@@ -300,6 +300,32 @@ def test_lora_trains_the_adapter_alone(drafter_folder, model, texts, tmp_path):
     assert moved == {name for name in before if "lora_" in name}
 
 
+def test_adapters_on_all_matrices_leave_the_head_alone(drafter_folder, model, texts, tmp_path):
+    """The losses read the head's weight, so an adapter there would train nothing."""
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    trainer = make_trainer(drafter_folder, model, texts, tmp_path, peft_config=config)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    trainer.train()
+    assert before and not any("lm_head" in name for name in before)
+    unmoved = [
+        name for name, value in trainer.model.named_parameters() if torch.equal(before.get(name, value + 1), value)
+    ]
+    assert unmoved == []
+
+
+def test_soft_targets_train_and_text_outside_a_draft_vocabulary_is_logged(drafter_folder, model, texts, tmp_path):
+    trainer = make_trainer(drafter_folder, model, texts, tmp_path, lmbda=0.0, teacher_temperature=1.0)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert not [name for name, value in parameters_of(trainer).items() if torch.equal(before[name], value)]
+    log = trainer.state.log_history[0]
+    assert log["loss/accepted"] > 0
+    if trainer.drafter.vocab_map is None:
+        assert "replay/outside_vocab" not in log
+    else:
+        assert 0 < log["replay/outside_vocab"] < 1
+
+
 def refuses(message, drafter_folder, model, dataset, tmp_path, error=ValueError, **options):
     with pytest.raises(error, match=message):
         make_trainer(drafter_folder, model, dataset, tmp_path, **options)

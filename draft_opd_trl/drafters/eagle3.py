@@ -213,6 +213,10 @@ class LlamaForCausalLMEagle3(Drafter):
                 + ". Take the drafter made for this target, or make one with `create_drafter`."
             )
 
+    def get_output_embeddings(self) -> nn.Module:
+        # Adapters ask for it, to leave the head alone: losses read its weight, not the module.
+        return self.lm_head
+
     def output_weight(self) -> torch.Tensor:
         return self.lm_head.weight
 
