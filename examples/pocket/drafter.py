@@ -125,11 +125,12 @@ def _is_eval(log: dict) -> bool:
 
 
 def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, float], seconds: float) -> None:
-    """The drafter's folder with its report."""
+    """The drafter's folder with its report and card."""
     folder = Path(args.output)
     trainer.drafter.save_pretrained(folder)
     last_quarter = [tau for step, tau in curve.items() if step >= 0.75 * args.steps]
     report = {
+        "drafter": args.drafter,
         "acceptance_length_by_step": curve,
         "change_over_last_quarter": last_quarter[-1] / last_quarter[0] - 1,
         "steps": args.steps,
@@ -139,7 +140,47 @@ def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, fl
         "learning_rate": args.learning_rate,
         "eval_prompts": args.eval_prompts,
         "parameters": sum(parameter.numel() for parameter in trainer.drafter.parameters()),
+        "block_size": trainer.drafter.num_draft_tokens + 1,
         "seconds": seconds,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2))
+    (folder / "README.md").write_text(card(report))
     print(json.dumps(report, indent=2))
+
+
+def card(report: dict) -> str:
+    """The model card of a pocket drafter, from its report."""
+    curve = "\n".join(f"| {step} | {tau:.3f} |" for step, tau in report["acceptance_length_by_step"].items())
+    final = list(report["acceptance_length_by_step"].values())[-1]
+    return f"""---
+license: apache-2.0
+tags: [speculative-decoding, draft-opd, {report["drafter"]}]
+---
+
+# Pocket drafter ({report["drafter"]})
+
+A {report["drafter"]} drafter of {report["parameters"]:,} parameters and blocks of {report["block_size"]}
+for the pocket target beside it (`../target`), trained by SFT until its acceptance length stood still.
+The quickstart starts here.
+
+- Acceptance length τ at temperature 0: **{final:.3f}** on {report["eval_prompts"]} prompts it was not trained on; it
+  moved by {report["change_over_last_quarter"]:+.2%} over the last quarter of the steps.
+- Trained on {report["texts"]:,} texts the target wrote, {report["steps"]:,} steps of {report["batch_size"]} texts with
+  {report["num_anchors"]} random anchors each, hard cross-entropy with the architecture's slot weights, Muon at
+  {report["learning_rate"]} on matrices and AdamW on the rest; the learning rate falls to a tenth in the third
+  quarter.
+- It took {report["seconds"]:.0f} s on 4 CPU cores, judging included.
+
+Rebuild it from the shipped target with
+
+```bash
+OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node 4 \\
+    examples/pocket/build.py drafter --drafter {report["drafter"]} \\
+    --texts {report["texts"]} --steps {report["steps"]} --batch-size {report["batch_size"] // 4} \\
+    --num-anchors {report["num_anchors"]}
+```
+
+| step | τ |
+|---|---|
+{curve}
+"""
