@@ -18,6 +18,9 @@ TORCH ?= torch==2.13.0
 ACCELERATE_CONFIG ?= examples/accelerate_configs/single_cpu.yaml
 endif
 
+# The shipped drafter that the quickstart starts from.
+DRAFTER ?= dflash
+
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
 	@echo "make test         run the tests"
@@ -36,7 +39,7 @@ venv: .venv/installed
 
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
 quickstart: .venv/installed
-	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/train.py
+	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/train.py --drafter $(DRAFTER)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
 test: .venv/installed

@@ -32,6 +32,7 @@ class ScriptArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Id, folder, or local .json / .jsonl file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to take prompts from."})
+    drafter: str = field(default="dflash", metadata={"help": "Architecture the pocket quickstart starts from."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure acceptance length on."})
 
 
@@ -55,7 +56,7 @@ def main(script: ScriptArguments, args: DraftOPDConfig) -> None:
     }
     missing = [option for option, value in named.items() if value is None]
     if len(missing) == len(named):
-        run_quickstart(args)
+        run_quickstart(args, kind=script.drafter)
         return
     if missing:
         raise SystemExit(

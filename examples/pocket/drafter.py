@@ -31,8 +31,14 @@ from draft_opd_trl import (
 
 
 MAX_NEW_TOKENS = 512
-# What each architecture's `from_target` is given for a drafter of about half a million parameters.
-SHAPES = {"dflash": {"block_size": 8, "num_hidden_layers": 1}}
+
+
+def shape_of(kind: str, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the architecture's `from_target` is given: one draft layer, seven proposals a block."""
+    if kind == "dflash":
+        mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
+        return {"block_size": 8, "num_hidden_layers": 1, "mask_token_id": mask_token_id}
+    return {"num_draft_tokens": 7}
 
 
 def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> list[list[int]]:
@@ -72,8 +78,7 @@ def train_drafter(args: Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     target = Target(model)
     torch.manual_seed(args.seed)
-    mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
-    drafter = create_drafter(args.drafter, target, mask_token_id=mask_token_id, **SHAPES[args.drafter])
+    drafter = create_drafter(args.drafter, target, **shape_of(args.drafter, tokenizer))
     config = DraftOPDConfig(
         output_dir=str(Path(args.work_dir) / f"drafter-{args.drafter}"),
         lmbda=0.0,

@@ -35,7 +35,7 @@ from draft_opd_trl.prompts import tokenize_dataset
 
 
 POCKET = Path(__file__).resolve().parent
-OUTPUT = Path("outputs/quickstart")
+OUTPUT = Path("outputs")
 
 
 @dataclass
@@ -57,6 +57,7 @@ def read_prompts(tokenizer: Any, name: str, count: int) -> list[list[int]]:
 
 
 def _train(
+    origin: str,
     folder: Path,
     lmbda: float,
     steps: int,
@@ -81,9 +82,7 @@ def _train(
         logging_steps=max(steps // 3, 1),
         report_to="none",
     )
-    trainer = DraftOPDTrainer(
-        str(POCKET / "drafter-dflash"), target, config, train_dataset=texts, processing_class=tokenizer
-    )
+    trainer = DraftOPDTrainer(origin, target, config, train_dataset=texts, processing_class=tokenizer)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -96,13 +95,18 @@ def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, 
     return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}
 
 
-def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[str, Any]:
+def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str = "dflash") -> dict[str, Any]:
     """
     Train both arms, measure all drafters on the same held-out prompts, write `outputs/quickstart/`.
 
     Args:
         args ([`DraftOPDConfig`]): `seed`, `max_steps` where positive, and `output_dir` where given, are taken from it.
         recipe ([`Recipe`], *optional*): Settings both arms share.
+        kind (`str`, *optional*, defaults to `"dflash"`): Which shipped drafter to start from; others than DFlash
+            write to `outputs/quickstart-<kind>/`.
+
+    Raises:
+        `SystemExit`: No drafter of that kind is shipped or built.
 
     Returns:
         What `results.json` holds.
@@ -112,7 +116,11 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     if args.max_steps > 0:
         recipe.steps = args.max_steps
     # "trainer_output" is what transformers fills in where no --output_dir was given.
-    output = OUTPUT if args.output_dir == "trainer_output" else Path(args.output_dir)
+    named = "quickstart" if kind == "dflash" else f"quickstart-{kind}"
+    output = OUTPUT / named if args.output_dir == "trainer_output" else Path(args.output_dir)
+    origin = str(POCKET / f"drafter-{kind}")
+    if not Path(origin, "config.json").is_file():
+        raise SystemExit(f"There is no {origin}. Build it with `examples/pocket/build.py drafter --drafter {kind}`.")
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
@@ -120,7 +128,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None) -> dict[s
     model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(device)
     target = Target(model)
     settings = SpeculationSettings(recipe.max_new_tokens, stop_token_ids(model, tokenizer), batch_size=64)
-    drafter = load_drafter(str(POCKET / "drafter-dflash")).to(device).bind(target)
+    drafter = load_drafter(origin).to(device).bind(target)
 
     prompts = read_prompts(tokenizer, "quickstart.jsonl", recipe.steps * recipe.batch_size)
     held_out = read_prompts(tokenizer, "heldout.jsonl", recipe.eval_prompts)
