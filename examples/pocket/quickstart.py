@@ -156,7 +156,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
             steps[name] = max(round(recipe.steps * seconds["opd"] / seconds["sft"]), 1)
         print(f"Training {name}: {steps[name]} steps …")
         trainer, seconds[name] = _train(
-            output / f"drafter-{name}", lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset
+            origin, output / f"drafter-{name}", lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset
         )
         reports[name] = measure_acceptance(
             trainer.target, trainer.drafter, held_out, settings, progress=f"Judging {name}"
