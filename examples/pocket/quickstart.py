@@ -97,6 +97,13 @@ def _train(
     return trainer, seconds
 
 
+def step_parts(trainer: DraftOPDTrainer) -> dict[str, float]:
+    """Mean seconds a step spends in each part, over the whole run."""
+    logs = [log for log in trainer.state.log_history if "step_time" in log]
+    names = [name for name in logs[0] if name.startswith("time/") or name == "step_time"]
+    return {name: sum(log[name] for log in logs if name in log) / len(logs) for name in names}
+
+
 def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
     low, high = bootstrap_interval(first, second)
     return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}
@@ -149,7 +156,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
     plain_speed = int(plain.completion_lengths.sum()) / (time.perf_counter() - start)
     reports = {"start": measure_acceptance(target, drafter, held_out, settings, progress="Judging the start")}
     seconds = {"texts": written}
-    steps = {"opd": recipe.steps, "sft": recipe.steps}
+    steps, parts = {"opd": recipe.steps, "sft": recipe.steps}, {}
     for name, lmbda in (("opd", 1.0), ("sft", 0.0), ("sft-equal-time", 0.0)):
         if name == "sft-equal-time":
             # As many SFT steps as fit the time Draft-OPD took, with a schedule of their own.
@@ -158,6 +165,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
         trainer, seconds[name] = _train(
             origin, output / f"drafter-{name}", lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset
         )
+        parts[name] = step_parts(trainer)
         reports[name] = measure_acceptance(
             trainer.target, trainer.drafter, held_out, settings, progress=f"Judging {name}"
         )
@@ -177,6 +185,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
         "seed": args.seed,
         "steps": steps,
         "seconds": {**seconds, "total": time.perf_counter() - started},
+        "seconds_a_step": parts,
         "texts_changed": changed,
         "plain_tokens_per_second": plain_speed,
         "drafters": {name: report.summary() for name, report in reports.items()},
