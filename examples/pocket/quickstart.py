@@ -83,6 +83,7 @@ def _train(
         save_strategy="no",
         logging_steps=max(steps // 3, 1),
         report_to="none",
+        disable_tqdm=False,  # quiet logging, set below, would turn the bar off too
     )
     drafter = load_drafter(origin)
     optimizer = MuonWithAdamW(drafter.parameters(), lr=recipe.learning_rate)
