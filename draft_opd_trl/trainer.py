@@ -9,6 +9,8 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,10 +257,8 @@ class DraftOPDTrainer(_BaseTrainer):
     def _write_rollouts(self, rows: list[dict]) -> list[Rollout]:
         start = time.perf_counter()
         settings = self.speculation_settings(self.args.rejected_weight > 0 and self.args.lmbda > 0)
-        was_training = self.drafter.training
-        self.drafter.eval()
-        rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
-        self.drafter.train(was_training)
+        with _in_eval_mode(self.drafter):
+            rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()
         self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
@@ -272,11 +272,9 @@ class DraftOPDTrainer(_BaseTrainer):
         return [rollout.rows(start, start + size) for start in range(0, len(rollout), size)]
 
     def _replay(self, rollouts: list[Rollout], fresh: bool) -> list[ReplayBatch]:
-        was_training = self.drafter.training
-        self.drafter.eval()
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
-        batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
-        self.drafter.train(was_training)
+        with _in_eval_mode(self.drafter):
+            batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
         weight = self.accelerator.reduce(sum(batch.denominator for batch in batches), reduction="sum")
         for batch in batches:
             # DDP averages gradients over ranks, so each rank divides by its share of the global weight.
@@ -339,14 +337,10 @@ class DraftOPDTrainer(_BaseTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = list(dataset["prompt_ids"])[rank::world]
         generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with _in_eval_mode(self.model):
             return measure_acceptance(
                 self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
             )
-        finally:
-            self.model.train(was_training)
 
     def evaluate(
         self,
@@ -369,8 +363,7 @@ class DraftOPDTrainer(_BaseTrainer):
         Raises:
             `ValueError`: There is no evaluation data set.
         """
-        given = eval_dataset is not None
-        dataset = eval_dataset if given else self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
         if isinstance(dataset, dict):
@@ -383,10 +376,8 @@ class DraftOPDTrainer(_BaseTrainer):
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
         metrics = merge_reports(gather_object([report])).metrics(metric_key_prefix)
-        was_training = self.model.training
-        self.model.eval()
-        self.log(metrics)
-        self.model.train(was_training)
+        with _in_eval_mode(self.model):
+            self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -457,6 +448,17 @@ class DraftOPDTrainer(_BaseTrainer):
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 dataset_name=dataset_name,
             )
+
+
+@contextmanager
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, whatever it was before outside, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _tokenize(

@@ -28,6 +28,7 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.prompts import prompt_ids
 
 
 MAX_NEW_TOKENS = 512
@@ -43,12 +44,8 @@ def shape_of(kind: str, tokenizer: PreTrainedTokenizerBase) -> dict:
 
 def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> list[list[int]]:
     """Tokenised prompts `first … last - 1` of the SFT split."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for row in problems("sft", last)[first:]
-    ]
+    rows = problems("sft", last)[first:]
+    return [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
 
 
 def written_texts(args: Namespace, config: DraftOPDConfig, target: Target, prompts: list[list[int]]) -> Dataset:
@@ -121,12 +118,9 @@ def train_drafter(args: Namespace) -> None:
     trainer.train(resume_from_checkpoint=done)
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
-        curve = {log["step"]: log["eval_acceptance_length"] for log in trainer.state.log_history if _is_eval(log)}
+        judged_at = [log for log in trainer.state.log_history if "eval_acceptance_length" in log]
+        curve = {log["step"]: log["eval_acceptance_length"] for log in judged_at}
         write_drafter(args, trainer, curve, seconds)
-
-
-def _is_eval(log: dict) -> bool:
-    return "eval_acceptance_length" in log
 
 
 def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, float], seconds: float) -> None:
