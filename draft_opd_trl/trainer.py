@@ -9,8 +9,6 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,9 @@ from .batching import BatchMaker, ReplayMetrics, StreamSettings
 from .callbacks import AcceptanceProgressCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
-from .drafters.base import Drafter
+from .drafters.base import Drafter, in_eval_mode
 from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
+from .feed import BatchFeed
 from .loading import (
     check_dataset_size,
     check_peft,
@@ -176,7 +175,7 @@ class DraftOPDTrainer(_BaseTrainer):
             args.accepted_decay,
             drafter.sft_decay if args.sft_decay is None else args.sft_decay,
         )
-        self.batch_maker = BatchMaker(
+        batch_maker = BatchMaker(
             self.target,
             drafter,
             streams,
@@ -187,14 +186,18 @@ class DraftOPDTrainer(_BaseTrainer):
             self.error_buffer if args.replay_buffer_size else None,
             args.replay_ratio,
         )
+        self.feed = BatchFeed(
+            self._write_texts,
+            batch_maker,
+            self.accelerator,
+            args.per_device_train_batch_size,
+            args.steps_per_generation,
+            args.gradient_accumulation_steps,
+        )
         set_seed(args.seed, device_specific=True)
         self._generator = torch.Generator(self.accelerator.device)
         self._generator.manual_seed(args.seed + 1000003 * self.accelerator.process_index)
-        self._step = 0
-        self._rollouts: list[Rollout] = []
-        self._rollout_step = -1
-        self._batches: list[ReplayBatch] = []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
         self.last_acceptance_length: float | None = None
 
@@ -241,24 +244,18 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
         start = time.perf_counter()
-        micro = self._step % self.args.steps_per_generation
-        accumulated = self._step % self.args.gradient_accumulation_steps
-        if micro == 0 or not self._rollouts:
-            self._rollouts = self._write_rollouts(generation_batch)
-            self._rollout_step = self.state.global_step
-        if accumulated == 0 or not self._batches:
-            self._batches = self._replay(
-                self._rollouts[micro : micro + self.args.gradient_accumulation_steps],
-                fresh=self._rollout_step == self.state.global_step,
-            )
+        # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
+        with in_eval_mode(self.drafter):
+            batch, met = self.feed.next(generation_batch, self.state.global_step)
+        if met is not None:
+            self._log_replay(met)
         self._seconds["prepare"] += time.perf_counter() - start
-        return self._batches[accumulated]
+        return batch
 
-    def _write_rollouts(self, rows: list[dict]) -> list[Rollout]:
+    def _write_texts(self, rows: list[dict]) -> Rollout:
         start = time.perf_counter()
         settings = self.speculation_settings(self.args.rejected_weight > 0 and self.args.lmbda > 0)
-        with _in_eval_mode(self.drafter):
-            rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
+        rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()
         self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
@@ -268,19 +265,7 @@ class DraftOPDTrainer(_BaseTrainer):
         ends = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)
         clipped = ~torch.isin(ends, torch.tensor(self.stop_token_ids, device=ends.device))
         self._metrics["completions/clipped_ratio"].append(self.accelerator.gather(clipped).float().mean().item())
-        size = self.args.per_device_train_batch_size
-        return [rollout.rows(start, start + size) for start in range(0, len(rollout), size)]
-
-    def _replay(self, rollouts: list[Rollout], fresh: bool) -> list[ReplayBatch]:
-        # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
-        with _in_eval_mode(self.drafter):
-            batches, metrics = self.batch_maker(rollouts, self.state.global_step, fresh)
-        weight = self.accelerator.reduce(sum(batch.denominator for batch in batches), reduction="sum")
-        for batch in batches:
-            # DDP averages gradients over ranks, so each rank divides by its share of the global weight.
-            batch.denominator = weight / self.accelerator.num_processes
-        self._log_replay(metrics)
-        return batches
+        return rollout
 
     def _log_replay(self, local: ReplayMetrics) -> None:
         counts = torch.tensor(local.counts(), device=self.accelerator.device, dtype=torch.long)
@@ -302,7 +287,7 @@ class DraftOPDTrainer(_BaseTrainer):
         for name in ("accepted_loss", "rejected_loss"):
             if name == "accepted_loss" or inputs.draft_states is not None:
                 mean = parts[name] / inputs.denominator.clamp(min=1e-8)
-                self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean.item())
+                self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean)
         self._seconds["forward"] += time.perf_counter() - start
         return (parts["loss"], None) if return_outputs else parts["loss"]
 
@@ -318,15 +303,13 @@ class DraftOPDTrainer(_BaseTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         output = super().training_step(model, inputs, num_items_in_batch)
-        self._step += 1
         self._seconds["step"] += time.perf_counter() - start
-        if self._step % self.args.gradient_accumulation_steps == 0:
+        if self.feed.micro_steps % self.args.gradient_accumulation_steps == 0:
             spent = self._seconds
             self._metrics["step_time"].append(spent["step"])
             self._metrics["time/forward"].append(spent["forward"])
             self._metrics["time/backward"].append(spent["step"] - spent["prepare"] - spent["forward"])
             self._seconds = defaultdict(float)
-            self._batches = []
         return output
 
     # -- evaluation ---------------------------------------------------------------------------------------------
@@ -337,7 +320,7 @@ class DraftOPDTrainer(_BaseTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = list(dataset["prompt_ids"])[rank::world]
         generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
-        with _in_eval_mode(self.model):
+        with in_eval_mode(self.model):
             return measure_acceptance(
                 self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
             )
@@ -376,7 +359,7 @@ class DraftOPDTrainer(_BaseTrainer):
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
         metrics = merge_reports(gather_object([report])).metrics(metric_key_prefix)
-        with _in_eval_mode(self.model):
+        with in_eval_mode(self.model):
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -386,7 +369,7 @@ class DraftOPDTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             for name, values in self._metrics.items():
-                finite = [value for value in values if not math.isnan(value)]
+                finite = [value for value in map(float, values) if not math.isnan(value)]
                 if finite:
                     logs[name] = sum(finite) / len(finite)
             self._metrics.clear()
@@ -394,9 +377,9 @@ class DraftOPDTrainer(_BaseTrainer):
         super().log(logs, start_time)
 
     def _print_completions(self) -> None:
-        if not (self.args.log_completions and self.accelerator.is_main_process and self._rollouts):
+        if not (self.args.log_completions and self.accelerator.is_main_process and self.feed.rollouts):
             return
-        rollout = self._rollouts[0]
+        rollout = self.feed.rollouts[0]
         for ids in rollout.completions()[: self.args.num_completions_to_print]:
             self.accelerator.print(f"--- step {self.state.global_step}\n{self.processing_class.decode(ids)}")
 
@@ -407,9 +390,7 @@ class DraftOPDTrainer(_BaseTrainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         os.makedirs(folder, exist_ok=True)
         state = {
-            "step": self._step,
-            "rollouts": [rollout.to("cpu") for rollout in self._rollouts],
-            "rollout_step": self._rollout_step,
+            "feed": self.feed.state_dict(),
             "error_buffer": self.error_buffer.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -428,9 +409,7 @@ class DraftOPDTrainer(_BaseTrainer):
                 "Resume from another checkpoint, or start a new run from this drafter."
             )
         state = torch.load(file, weights_only=False)
-        self._step = state["step"]
-        self._rollouts = [rollout.to(self.accelerator.device) for rollout in state["rollouts"]]
-        self._rollout_step = state["rollout_step"]
+        self.feed.load_state_dict(state["feed"])
         self.error_buffer.load_state_dict(state["error_buffer"])
         self._generator.set_state(state["generator"])
 
@@ -448,17 +427,6 @@ class DraftOPDTrainer(_BaseTrainer):
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 dataset_name=dataset_name,
             )
-
-
-@contextmanager
-def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside, whatever it was before outside, also after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _tokenize(

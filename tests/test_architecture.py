@@ -26,6 +26,7 @@ LAYERS = (
     ("speculation",),
     ("rollout", "replay", "evaluation", "checkpoints", "model_card", "loading"),
     ("batching",),
+    ("feed",),
     ("trainer",),
     ("cli",),
     ("",),

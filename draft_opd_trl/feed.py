@@ -1,0 +1,91 @@
+"""Micro-steps → replay batches: which texts serve which step, and what a checkpoint must remember of that.
+
+Holds the cycle (texts are written once for `steps_per_generation` micro-steps and replayed once an optimizer step) and
+the global denominator. Knows no losses, no models and no logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accelerate import Accelerator
+
+from .batching import BatchMaker, ReplayMetrics
+from .records import ReplayBatch, Rollout
+
+
+class BatchFeed:
+    """
+    The batches of a run, in order.
+
+    Args:
+        write (`Callable[[list[dict]], Rollout]`): Rows of a generation cycle → texts, in the order of the rows.
+        make_batches ([`BatchMaker`]): Texts of one optimizer step → its batches.
+        accelerator ([`~accelerate.Accelerator`]): Adds the denominators of all ranks.
+        batch_size (`int`): Texts a micro-step.
+        steps_per_generation, accumulation_steps (`int`): Micro-steps a set of texts serves, and an optimizer step has.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[list[dict]], Rollout],
+        make_batches: BatchMaker,
+        accelerator: Accelerator,
+        batch_size: int,
+        steps_per_generation: int,
+        accumulation_steps: int,
+    ) -> None:
+        self.write, self.make_batches, self.accelerator = write, make_batches, accelerator
+        self.batch_size = batch_size
+        self.steps_per_generation, self.accumulation_steps = steps_per_generation, accumulation_steps
+        self.micro_steps = 0
+        self.rollouts: list[Rollout] = []
+        self._written_at = -1
+        self._batches: list[ReplayBatch] = []
+
+    def next(self, rows: list[dict], step: int) -> tuple[ReplayBatch, ReplayMetrics | None]:
+        """
+        The batch of the next micro-step.
+
+        Args:
+            rows (`list[dict]`): Rows of the whole generation cycle; read at its first micro-step only.
+            step (`int`): Optimizer step.
+
+        Returns:
+            The batch, its denominator global, and what replay met, at the first micro-step of an optimizer step.
+        """
+        micro = self.micro_steps % self.steps_per_generation
+        accumulated = self.micro_steps % self.accumulation_steps
+        if micro == 0:
+            texts = self.write(rows)
+            self.rollouts = [
+                texts.rows(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
+            ]
+            self._written_at = step
+        metrics = None
+        if accumulated == 0:
+            self._batches = []  # freed before the next ones are made
+            served = self.rollouts[micro : micro + self.accumulation_steps]
+            self._batches, metrics = self.make_batches(served, step, fresh=self._written_at == step)
+            self._share_denominator()
+        self.micro_steps += 1
+        return self._batches[accumulated], metrics
+
+    def _share_denominator(self) -> None:
+        weight = self.accelerator.reduce(sum(batch.denominator for batch in self._batches), reduction="sum")
+        for batch in self._batches:
+            # DDP averages gradients over ranks, so each rank divides by its share of the global weight.
+            batch.denominator = weight / self.accelerator.num_processes
+
+    def state_dict(self) -> dict:
+        """What a run continues with, at the end of an optimizer step; texts on the CPU."""
+        return {
+            "micro_steps": self.micro_steps,
+            "rollouts": [rollout.to("cpu") for rollout in self.rollouts],
+            "written_at": self._written_at,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.micro_steps, self._written_at = state["micro_steps"], state["written_at"]
+        self.rollouts = [rollout.to(self.accelerator.device) for rollout in state["rollouts"]]
+        self._batches = []
