@@ -16,7 +16,8 @@ import torch
 
 from .drafters.base import Drafter
 from .records import DraftBlocks, ReplayBatch, Rollout
-from .replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from .replay import Coupling, ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from .sampling import SamplingParams
 from .target import Target
 from .vocabulary import to_draft_ids
 
@@ -190,6 +191,8 @@ class BatchMaker:
             holds does depend on the rank).
         buffer ([`ErrorBuffer`], *optional*): Error positions of earlier texts.
         replay_ratio (`float`): Texts drawn from the buffer for each new one; a fraction is drawn by chance.
+        proposals ([`SamplingParams`], *optional*): Replay proposals drawn at these settings, the text's own; argmax
+            proposals by default.
     """
 
     def __init__(
@@ -203,10 +206,11 @@ class BatchMaker:
         seed: int = 0,
         buffer: ErrorBuffer | None = None,
         replay_ratio: float = 0.0,
+        proposals: SamplingParams | None = None,
     ) -> None:
         self.target, self.drafter, self.streams = target, drafter, streams
         self.lmbda, self.num_anchors, self.num_chains, self.seed = lmbda, num_anchors, num_chains, seed
-        self.buffer, self.replay_ratio = buffer, replay_ratio
+        self.buffer, self.replay_ratio, self.proposals = buffer, replay_ratio, proposals
 
     def __call__(
         self, rollouts: list[Rollout], step: int, fresh: bool = False
@@ -241,12 +245,14 @@ class BatchMaker:
         clock = time.perf_counter()
         on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
         new_features = features[:num_new, : rollout.tokens.shape[1]]
-        blocks, kept_states = self._exposed_blocks(rollout, fresh, new_features, on_policy_rows)
+        coupling = self._coupling(texts, states, step)
+        blocks, kept_states = self._exposed_blocks(rollout, fresh, new_features, on_policy_rows, coupling)
         self._count(rollout, blocks, on_policy_rows, metrics)
         chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
         if len(drawn_rows):
             state = read_text(self.drafter, texts, features)
-            drawn_blocks = draft_at(self.drafter, state, texts, *grid_of(drawn_rows, drawn_anchors, len(texts)))
+            grid = grid_of(drawn_rows, drawn_anchors, len(texts))
+            drawn_blocks = draft_at(self.drafter, state, texts, *grid, coupling)
             chosen_blocks = [*chosen_blocks, drawn_blocks]
         if self.buffer is not None and len(blocks):
             self.buffer.add(rollout, blocks)
@@ -291,8 +297,25 @@ class BatchMaker:
                     parts.append(drawn)
         return Rollout.cat(parts), torch.cat(rows), torch.cat(anchors)
 
+    def _coupling(self, texts: Rollout, states: torch.Tensor, step: int) -> Coupling | None:
+        """Draws for every anchor of every text, where proposals are drawn at all."""
+        if self.proposals is None:
+            return None
+        shape = (self.drafter.num_draft_tokens, 2)
+        rows = [
+            torch.rand((length, *shape), generator=row_generator(self.seed + 1, step, row[:length]))
+            for row, length in zip(texts.tokens, texts.lengths.tolist(), strict=True)
+        ]
+        uniforms = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(states.device)
+        return Coupling(self.target, states, self.proposals, uniforms)
+
     def _exposed_blocks(
-        self, rollout: Rollout, fresh: bool, features: torch.Tensor, on_policy_rows: list[bool]
+        self,
+        rollout: Rollout,
+        fresh: bool,
+        features: torch.Tensor,
+        on_policy_rows: list[bool],
+        coupling: Coupling | None,
     ) -> tuple[DraftBlocks, torch.Tensor | None]:
         """Every block verification exposed on the on-policy rows, and what it kept of the target's states there."""
         on_policy = torch.tensor(on_policy_rows, device=features.device)
@@ -304,7 +327,8 @@ class BatchMaker:
         if not len(rows):
             return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device), None
         replayed = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
-        blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains)
+        coupling = None if coupling is None else coupling.rows(rows)
+        blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains, coupling)
         blocks.rows = rows[blocks.rows]
         return blocks, None
 

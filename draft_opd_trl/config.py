@@ -36,8 +36,7 @@ class DraftOPDConfig(_BaseConfig):
         temperature, top_k, top_p (`float`, `int`, `float`, *optional*, default to `0.0`, `0`, `1.0`):
             The law of the target's text, which is also the law verification will use.
         sample_proposals (`bool`, *optional*, defaults to `False`):
-            Evaluate with proposals drawn from the drafter instead of its argmax (temperature > 0). Training replays
-            argmax proposals.
+            Train and evaluate with proposals drawn from the drafter instead of its argmax (temperature > 0).
         max_prompt_length (`int`, *optional*, defaults to `512`):
             A longer prompt is an error unless `truncate_prompts`.
         truncate_prompts (`bool`, *optional*, defaults to `False`):
@@ -110,7 +109,7 @@ class DraftOPDConfig(_BaseConfig):
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the target; 0 is greedy."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the target; 0 keeps all."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
-    sample_proposals: bool = field(default=False, metadata={"help": "Evaluate with drawn proposals."})
+    sample_proposals: bool = field(default=False, metadata={"help": "Draw proposals instead of taking the argmax."})
     max_prompt_length: int | None = field(default=512, metadata={"help": "Longest prompt, in tokens."})
     truncate_prompts: bool = field(default=False, metadata={"help": "Cut longer prompts from the left."})
     max_completion_length: int = field(default=1024, metadata={"help": "Longest completion, in tokens."})

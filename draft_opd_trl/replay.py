@@ -2,22 +2,27 @@
 
 Speculation is lossless, so a text does not depend on the drafter that sped it up, and what the *current* drafter
 would have proposed along it, and what verification would have said, can be found without decoding. Holds that
-replay and the buffer of error positions. Knows no optimizer and no loss.
+replay, for argmax proposals and for drawn ones, and the buffer of error positions. Knows no optimizer and no loss.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
 from .drafters.base import Drafter
 from .records import DraftBlocks, Rollout, num_valid_slots, pack_rows
-from .sampling import Chooser
-from .verification import judge_against_text
+from .sampling import Chooser, SamplingParams, probabilities
+from .target import Target
+from .verification import couple_to_text, judge_against_text
+from .vocabulary import to_draft_ids
 
 
 ARGMAX = Chooser()
+# Anchors of a text drafted at once: all logits of a block are held while it is drafted.
+ANCHORS_AT_ONCE = 16
 
 
 def slot_labels(tokens: torch.Tensor, rows: torch.Tensor, anchors: torch.Tensor, num_draft_tokens: int):
@@ -43,9 +48,86 @@ def grid_of(rows: torch.Tensor, anchors: torch.Tensor, batch: int) -> tuple[torc
     return grid, live
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """
+    What drawing proposals along given texts takes (temperature > 0).
+
+    Args:
+        target ([`Target`]): Its head tells what the text was drawn from.
+        states (`torch.Tensor` of shape `(B, T, H)`): Target states of the texts, before the head.
+        sampling ([`SamplingParams`]): The law of both the text and the proposals.
+        uniforms (`torch.Tensor` of shape `(B, T, K, 2)`): In [0, 1), for each anchor and slot, so that what is drawn
+            at an anchor depends on nothing but the anchor.
+    """
+
+    target: Target
+    states: torch.Tensor
+    sampling: SamplingParams
+    uniforms: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> Coupling:
+        """The same for texts at `index`."""
+        return Coupling(self.target, self.states[index], self.sampling, self.uniforms[index])
+
+
+class TextChooser:
+    """
+    Keeps the contract of [`Chooser`]: draws each slot's proposal from its law given the text, while earlier ones of
+    the block were accepted, and freely from the drafter's after the first rejection or the text's end.
+
+    Args:
+        coupling ([`Coupling`]): Of the texts.
+        rollout ([`Rollout`]): The texts.
+        anchors (`torch.LongTensor` of shape `(B, M)`): A grid of anchors.
+        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): The drafter's.
+    """
+
+    def __init__(
+        self, coupling: Coupling, rollout: Rollout, anchors: torch.Tensor, vocab_map: torch.Tensor | None
+    ) -> None:
+        self.coupling, self.rollout, self.anchors, self.vocab_map = coupling, rollout, anchors, vocab_map
+        self.row_index = torch.arange(len(rollout), device=anchors.device)[:, None]
+        self.on_text = torch.ones_like(anchors, dtype=torch.bool)
+        self.slot = 0
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if logits.dim() == 3:
+            return self._draw(logits), None
+        return torch.stack([self._draw(slot_logits) for slot_logits in logits.unbind(2)], dim=-1), None
+
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draft ids `(B, M)` for the next slot."""
+        before = self.anchors + self.slot
+        self.on_text &= before < self.rollout.lengths[:, None] - 1
+        before = before.clamp(max=self.rollout.tokens.shape[1] - 2)
+        labels = self.rollout.tokens.gather(1, before + 1)
+        states = self.coupling.states[self.row_index, before]
+        target_probs = probabilities(self.coupling.target.logits(states), self.coupling.sampling)
+        bound = self.on_text
+        if self.vocab_map is not None:
+            target_probs = target_probs[..., self.vocab_map]
+            labels, inside = to_draft_ids(labels, self.vocab_map)
+            bound = bound & inside
+        drafted, accepted = couple_to_text(
+            probabilities(logits, self.coupling.sampling),
+            target_probs * self.on_text[..., None],
+            torch.where(bound, labels, -1),
+            self.coupling.uniforms[self.row_index, self.anchors, self.slot],
+        )
+        self.on_text &= accepted
+        self.slot += 1
+        return drafted
+
+
 @torch.no_grad()
 def draft_at(
-    drafter: Drafter, state: object, rollout: Rollout, anchors: torch.Tensor, live: torch.Tensor
+    drafter: Drafter,
+    state: object,
+    rollout: Rollout,
+    anchors: torch.Tensor,
+    live: torch.Tensor,
+    coupling: Coupling | None = None,
 ) -> DraftBlocks:
     """
     Draft afresh at chosen anchors and judge the proposals against the text.
@@ -56,12 +138,17 @@ def draft_at(
         rollout ([`Rollout`]): The texts.
         anchors (`torch.LongTensor` of shape `(B, M)`): A grid of anchors.
         live (`torch.BoolTensor` of shape `(B, M)`): Cells that hold one.
+        coupling ([`Coupling`], *optional*): Draw proposals; they are the drafter's argmax by default.
 
     Returns:
         [`DraftBlocks`] of the live cells, row by row.
     """
-    tokens = rollout.tokens.gather(1, anchors)
-    proposed = drafter.propose(state, tokens, anchors, rollout.tokens.shape[1], ARGMAX).tokens
+    parts = []
+    for part in anchors.split(ANCHORS_AT_ONCE, dim=1):
+        choose = ARGMAX if coupling is None else TextChooser(coupling, rollout, part, drafter.vocab_map)
+        tokens = rollout.tokens.gather(1, part)
+        parts.append(drafter.propose(state, tokens, part, rollout.tokens.shape[1], choose).tokens)
+    proposed = torch.cat(parts, dim=1)
     rows, columns = live.nonzero().T
     chosen = anchors[rows, columns]
     labels = slot_labels(rollout.tokens, rows, chosen, drafter.num_draft_tokens)
@@ -81,20 +168,28 @@ def read_text(drafter: Drafter, rollout: Rollout, features: torch.Tensor) -> obj
 
 
 @torch.no_grad()
-def replay_text(drafter: Drafter, rollout: Rollout, features: torch.Tensor, num_chains: int = 8) -> DraftBlocks:
+def replay_text(
+    drafter: Drafter,
+    rollout: Rollout,
+    features: torch.Tensor,
+    num_chains: int = 8,
+    coupling: Coupling | None = None,
+) -> DraftBlocks:
     """
     The blocks real speculation with this drafter would have judged on these texts, without decoding.
 
-    Proposals are argmax, so each is accepted exactly where the text agrees, at any rollout temperature. What happens
-    at an anchor depends on nothing but the anchor, so several chains run side by side from spread-out positions of
-    one text and stop where another has been; the chain from the completion's first token is then read off the
-    outcomes. Exact for any `num_chains`; more chains mean fewer sequential rounds and some wasted blocks.
+    An argmax proposal is accepted exactly where the text agrees, at any rollout temperature; drawn proposals come
+    from their law given the text, so they equal speculation's in law. What happens at an anchor depends on nothing
+    but the anchor, so several chains run side by side from spread-out positions of one text and stop where another
+    has been; the chain from the completion's first token is then read off the outcomes. Exact for any `num_chains`;
+    more chains mean fewer sequential rounds and some wasted blocks.
 
     Args:
         drafter ([`Drafter`]): Bound to its target.
         rollout ([`Rollout`]): Texts the target wrote.
         features (`torch.Tensor` of shape `(B, T, F)`): Tapped states of the texts.
         num_chains (`int`, *optional*, defaults to `8`): Chains started on each text.
+        coupling ([`Coupling`], *optional*): Draw proposals; they are the drafter's argmax by default.
 
     Returns:
         [`DraftBlocks`] in text order.
@@ -113,7 +208,7 @@ def replay_text(drafter: Drafter, rollout: Rollout, features: torch.Tensor, num_
         width = int(live.sum(1).max())
         order = torch.argsort(live.long(), dim=1, descending=True, stable=True)[:, :width]
         anchors, live = anchors.gather(1, order), live.gather(1, order)
-        blocks = draft_at(drafter, state, rollout, torch.where(live, anchors, 0), live)
+        blocks = draft_at(drafter, state, rollout, torch.where(live, anchors, 0), live, coupling)
         accepted_at[blocks.rows, blocks.anchors] = blocks.num_accepted
         drafts_at[blocks.rows, blocks.anchors] = blocks.draft_tokens
         anchors = anchors.clone()

@@ -78,20 +78,28 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     return flat.reshape(probs.shape[:-1])
 
 
+def draw_at(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[`draw`] from given uniforms `(…,)` in [0, 1) by inverting the cumulative sum, so that no other row matters."""
+    mass = probs.cumsum(-1)
+    # Kept off 1, where rounding could reach past the last token that has any mass.
+    point = uniforms.clamp(max=1 - 1e-6)[..., None] * mass[..., -1:]
+    return torch.searchsorted(mass, point, right=True)[..., 0]
+
+
 @dataclass(frozen=True)
 class Chooser:
     """
     How a drafter turns its logits into proposals.
 
     Drafters propose their argmax by default, as DFlash does; with `sampling` they draw, and verification needs the
-    distribution they drew from.
+    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order.
     """
 
     sampling: SamplingParams | None = None
     generator: torch.Generator | None = None
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(…, DV)` logits → `(…,)` draft ids, and `(…, DV)` probabilities unless the proposal is a point mass."""
+        """`(B, M, K, DV)` or `(B, M, DV)` logits → draft ids, and probabilities unless proposals are point masses."""
         if self.sampling is None or self.sampling.greedy:
             return logits.argmax(-1), None
         probs = probabilities(logits, self.sampling)

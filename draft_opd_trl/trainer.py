@@ -185,6 +185,7 @@ class DraftOPDTrainer(_BaseTrainer):
             args.seed,
             self.error_buffer if args.replay_buffer_size else None,
             args.replay_ratio,
+            self.speculation_settings().sampling if args.sample_proposals else None,
         )
         self.feed = BatchFeed(
             self._write_texts,
@@ -236,7 +237,7 @@ class DraftOPDTrainer(_BaseTrainer):
             max_new_tokens=args.max_completion_length,
             stop_token_ids=self.stop_token_ids,
             sampling=SamplingParams(args.temperature, args.top_k, args.top_p),
-            sample_proposals=args.sample_proposals and not self.model.training,
+            sample_proposals=args.sample_proposals,
             batch_size=args.rollout_batch_size,
             keep_states=keep_states,
             pad_token_id=self._pad_token_id,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .sampling import draw
+from .sampling import draw, draw_at
 
 
 def leading_run(agree: torch.Tensor) -> torch.Tensor:
@@ -93,3 +93,33 @@ def judge_against_text(draft_tokens: torch.Tensor, labels: torch.Tensor, num_val
     """
     slots = torch.arange(draft_tokens.shape[1], device=draft_tokens.device)
     return leading_run((draft_tokens == labels) & (slots < num_valid[:, None]))
+
+
+def couple_to_text(
+    draft_probs: torch.Tensor, target_probs: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Verification reversed for given text: a proposal drawn from its law given the token that verification committed.
+
+    The maximal coupling that rejection sampling builds, read backwards. With q the drafter's and p the target's
+    distribution, the text token y was the accepted proposal with probability min(1, q(y) / p(y)); otherwise the
+    proposal was another token, of law (q − p)₊. With y of law p, proposals are of law q.
+
+    Args:
+        draft_probs (`torch.Tensor` of shape `(…, V)`): What proposals are drawn from.
+        target_probs (`torch.Tensor` of shape `(…, V)`): What the text was drawn from. Over a draft vocabulary these
+            are the target's own probabilities of its tokens, not renormalised.
+        labels (`torch.LongTensor` of shape `(…,)`): The text's tokens, negative where the drafter has none such. A
+            proposal that no text token binds has a negative label and a target distribution of zeros.
+        uniforms (`torch.Tensor` of shape `(…, 2)`): In [0, 1); one decides acceptance, one the rejected token.
+
+    Returns:
+        Proposals `(…,)` and whether each was accepted `(…,)`.
+    """
+    index = labels.clamp(min=0)[..., None]
+    p_draft, p_target = (probs.gather(-1, index)[..., 0] for probs in (draft_probs, target_probs))
+    accepted = (labels >= 0) & (uniforms[..., 0] * p_target < p_draft)
+    residual = (draft_probs - target_probs).clamp(min=0)
+    # Rounding can empty the residual of a slot that was rejected against the odds.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, draft_probs)
+    return torch.where(accepted, index[..., 0], draw_at(residual, uniforms[..., 1])), accepted

@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
 
 from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling import draw, probabilities  # noqa: E402
+from draft_opd_trl.sampling import SamplingParams, draw, probabilities  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
 from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
@@ -218,6 +218,18 @@ def chi_square_p(counts, law):
     return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
+def same_law_p(first, second):
+    """p-value of two histograms coming from one law; cells that hold fewer than 10 together are merged into one."""
+    counts = torch.stack([torch.as_tensor(first).double().flatten(), torch.as_tensor(second).double().flatten()])
+    small = counts.sum(0) < 10
+    counts = torch.cat([counts[:, ~small], counts[:, small].sum(1, keepdim=True)], dim=1)
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    degrees = torch.tensor(max(counts.shape[1] - 1, 1), dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
+
+
 @torch.no_grad()
 def continuation_law(target, prompt, length, sampling):
     """Probability of each continuation of `length` tokens, by running the target on every one: `(V,) * length`."""
@@ -251,6 +263,26 @@ def prompts():
 def drafter(target, kind, prompts):
     """A drafter that is sometimes right."""
     return train_drafter(target, tiny_drafter(kind, target), prompts)
+
+
+# Laws of text that small vocabularies are tested under.
+LAWS = {
+    "hot": SamplingParams(1.3),
+    "top-k": SamplingParams(0.7, top_k=3),
+    "top-p": SamplingParams(0.8, top_p=0.7),
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def small_target(request):
+    """Eight tokens: few enough to count texts."""
+    return Target(tiny_model(request.param, vocab_size=8, seed=3, initializer_range=0.2))
+
+
+@pytest.fixture(scope="session")
+def small_drafter(small_target, kind):
+    texts = [[3, 1], *random_prompts(5, vocab_size=8)]
+    return train_drafter(small_target, tiny_drafter(kind, small_target), texts, steps=40)
 
 
 @pytest.fixture(scope="session")

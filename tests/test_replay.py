@@ -4,12 +4,23 @@ Replay equals speculation block for block (invariant 3), by hand and over famili
 
 import pytest
 import torch
-from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter
+from conftest import LAWS, ScriptedDrafter, counting_target, random_prompts, same_law_p, tiny_drafter
 
+from draft_opd_trl import replay
 from draft_opd_trl.records import DraftBlocks, Rollout
-from draft_opd_trl.replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.replay import (
+    Coupling,
+    ErrorBuffer,
+    draft_at,
+    grid_of,
+    read_text,
+    replay_text,
+    slot_labels,
+    text_blocks,
+)
+from draft_opd_trl.sampling import SamplingParams, draw_at
 from draft_opd_trl.speculation import SpeculationSettings, speculate
+from draft_opd_trl.verification import couple_to_text
 
 
 FIELDS = ("rows", "anchors", "draft_tokens", "num_accepted", "num_valid")
@@ -75,6 +86,7 @@ def test_replay_of_texts_without_blocks_is_empty():
 def test_chains_share_the_work(num_chains, rounds, monkeypatch):
     """A drafter that is always wrong visits all 64 anchors; each chain stops where the next one began."""
     drafter, calls = ScriptedDrafter([[0, 0]] * 12), []
+    monkeypatch.setattr(replay, "ANCHORS_AT_ONCE", 64)
     propose = drafter.propose
     monkeypatch.setattr(drafter, "propose", lambda *arguments: calls.append(1) or propose(*arguments))
     rollout = Rollout.from_ids([[1]], [[1 + at % 11 for at in range(65)]])
@@ -141,6 +153,99 @@ def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
     chosen = greedy_rollout.blocks.select(torch.arange(0, len(greedy_rollout.blocks), 3))
     grid = grid_of(chosen.rows, chosen.anchors, len(greedy_rollout))
     _assert_same(draft_at(drafter, state, greedy_rollout, *grid), chosen)
+
+
+# -- drawn proposals: speculation's law (invariant 2) --------------------------------------------------------------
+
+
+def _coupling(target, states, sampling, num_draft_tokens, seed=0):
+    shape = (*states.shape[:2], num_draft_tokens, 2)
+    return Coupling(target, states, sampling, torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def _replayed(target, drafter, rollout, sampling, num_chains=2):
+    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens)
+    return replay_text(drafter, rollout, features, num_chains, coupling)
+
+
+def _histograms(blocks):
+    """How often each first block, and each second anchor with its first proposal, came up."""
+    first = blocks.anchors == 2
+    draft = blocks.draft_tokens
+    blocks_seen = (draft[first, 0] * 8 + draft[first, 1]) * 5 + blocks.num_accepted[first]
+    later = (blocks.anchors[~first] * 8 + draft[~first, 0]) * 5 + blocks.num_accepted[~first]
+    return torch.bincount(blocks_seen, minlength=320), torch.bincount(later, minlength=400)
+
+
+@pytest.fixture(scope="module", params=LAWS.values(), ids=LAWS)
+def law_of_proposals(request, small_target, small_drafter):
+    """Texts of five tokens, what speculation with drawn proposals exposed on them, and as many the target wrote."""
+    prompts = [[3, 1]] * 4000
+    settings = SpeculationSettings(5, [], request.param, sample_proposals=True, batch_size=1000)
+    speculated = speculate(small_target, small_drafter, prompts, settings, torch.Generator().manual_seed(0))
+    plain = speculate(small_target, None, prompts, settings, torch.Generator().manual_seed(1))
+    assert 0.02 < (speculated.blocks.num_accepted > 0).float().mean() < 0.98
+    return request.param, _histograms(speculated.blocks), plain
+
+
+def test_drawn_replay_has_the_law_of_speculation(small_target, small_drafter, law_of_proposals):
+    sampling, expected, texts = law_of_proposals
+    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
+    for ours, theirs in zip(replayed, expected, strict=True):
+        assert same_law_p(ours, theirs) > 1e-4
+
+
+def _drawn_blind(draft_probs, target_probs, labels, uniforms):
+    drafted = draw_at(draft_probs, uniforms[..., 1])
+    return drafted, drafted == labels
+
+
+def _always_accepted(draft_probs, target_probs, labels, uniforms):
+    drafted, _ = couple_to_text(draft_probs, target_probs, labels, uniforms)
+    drafted = torch.where(labels >= 0, labels, drafted)
+    return drafted, labels >= 0
+
+
+# Colder laws are near point masses, where drawing blind is nearly right.
+@pytest.mark.parametrize("law_of_proposals", [LAWS["hot"]], ids=["hot"], indirect=True)
+@pytest.mark.parametrize("wrong", [_drawn_blind, _always_accepted])
+def test_a_wrong_coupling_has_another_law(small_target, small_drafter, law_of_proposals, wrong, monkeypatch):
+    monkeypatch.setattr(replay, "couple_to_text", wrong)
+    sampling, expected, texts = law_of_proposals
+    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
+    assert min(same_law_p(ours, theirs) for ours, theirs in zip(replayed, expected, strict=True)) < 1e-6
+
+
+def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, prompts):
+    """Stitched = sequential, and what is drawn for a text does not depend on its neighbours."""
+    sampling = SamplingParams(1.0)
+    rollout = speculate(
+        target, None, prompts, SpeculationSettings(40, [5], sampling), torch.Generator().manual_seed(0)
+    )
+    sequential = _replayed(target, drafter, rollout, sampling, num_chains=1)
+    assert len(set(sequential.num_accepted.tolist())) >= 3
+    for num_chains in CHAINS[1:]:
+        _assert_same(_replayed(target, drafter, rollout, sampling, num_chains), sequential)
+    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    rows = torch.tensor([4, 1])
+    part = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
+    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens).rows(rows)
+    alone = replay_text(drafter, part, features[rows], 1, coupling)
+    _assert_same(alone.select(alone.rows == 1), _in_row(sequential.select(sequential.rows == 1), 1))
+    _assert_same(alone.select(alone.rows == 0), _in_row(sequential.select(sequential.rows == 4), 0))
+
+
+def _in_row(blocks, row):
+    blocks.rows = torch.full_like(blocks.rows, row)
+    return blocks
+
+
+def test_many_anchors_are_drafted_in_parts(target, drafter, greedy_rollout, monkeypatch):
+    features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
+    whole = replay_text(drafter, greedy_rollout, features, 8)
+    monkeypatch.setattr(replay, "ANCHORS_AT_ONCE", 3)
+    _assert_same(replay_text(drafter, greedy_rollout, features, 8), whole)
 
 
 def _error_blocks():

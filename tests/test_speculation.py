@@ -7,7 +7,7 @@ Scripted targets first, then every family with every kind of drafter, with trans
 import pytest
 import torch
 from conftest import (
-    FAMILIES,
+    LAWS,
     ScriptedDrafter,
     chi_square_p,
     continuation_law,
@@ -15,14 +15,12 @@ from conftest import (
     random_prompts,
     scripted_target,
     tiny_drafter,
-    tiny_model,
     train_drafter,
 )
 from transformers.generation import candidate_generator
 
 from draft_opd_trl.sampling import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
-from draft_opd_trl.target import Target
 
 
 def _generated(target, prompt, max_new_tokens, stops=(), **options):
@@ -182,26 +180,9 @@ def test_speculation_leaves_the_target_alone(target, drafter, prompts):
 
 # -- sampling: the law (invariant 2) -------------------------------------------------------------------------------
 
-SETTINGS = {
-    "hot": SamplingParams(1.3),
-    "top-k": SamplingParams(0.7, top_k=3),
-    "top-p": SamplingParams(0.8, top_p=0.7),
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def small_target(request):
-    return Target(tiny_model(request.param, vocab_size=8, seed=3, initializer_range=0.2))
-
-
-@pytest.fixture(scope="module")
-def small_drafter(small_target, kind):
-    texts = [[3, 1], *random_prompts(5, vocab_size=8)]
-    return train_drafter(small_target, tiny_drafter(kind, small_target), texts, steps=40)
-
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
-@pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("sampling", LAWS.values(), ids=LAWS)
 def test_sampled_text_follows_the_targets_law(small_target, small_drafter, sampling, sample_proposals):
     count, prompt = 3000, [3, 1]
     settings = SpeculationSettings(4, [], sampling, sample_proposals, batch_size=1000)

@@ -4,8 +4,14 @@ import pytest
 import torch
 from conftest import chi_square_p
 
-from draft_opd_trl.sampling import draw
-from draft_opd_trl.verification import judge_against_text, leading_run, verify_greedy, verify_sampled
+from draft_opd_trl.sampling import draw, draw_at
+from draft_opd_trl.verification import (
+    couple_to_text,
+    judge_against_text,
+    leading_run,
+    verify_greedy,
+    verify_sampled,
+)
 
 
 SIZE = 8
@@ -106,6 +112,64 @@ def test_acceptance_probability_is_the_overlap():
     draft_probs = draft_law.expand(COUNT, 1, -1)
     num_accepted, _ = verify_sampled(draw(draft_probs, draws), draft_probs, target_law.expand(COUNT, 2, -1), draws)
     assert chi_square_p(torch.bincount(num_accepted, minlength=2), torch.tensor([0.4, 0.6])) > 1e-4
+
+
+def _coupled_p(rule, size=SIZE):
+    """p-value of (proposal, text token) pairs against rejection sampling's own, over a draft vocabulary of `size`."""
+    draws = torch.Generator().manual_seed(5)
+    target_law = torch.softmax(1.5 * torch.randn(SIZE, generator=draws), 0)
+    draft_law = torch.softmax(1.5 * torch.randn(size, generator=draws), 0)
+    text = draw(target_law.expand(COUNT, -1), draws)
+    draft, accepted = rule(
+        draft_law.expand(COUNT, -1),
+        target_law[:size].expand(COUNT, -1),
+        torch.where(text < size, text, -1),
+        torch.rand((COUNT, 2), generator=draws),
+    )
+    assert torch.equal(accepted, draft == text)
+    wide = torch.nn.functional.pad(draft_law, (0, SIZE - size))
+    surplus, deficit = (wide - target_law).clamp(min=0), (target_law - wide).clamp(min=0)
+    pairs = torch.diag(torch.minimum(wide, target_law)) + surplus[:, None] * deficit / deficit.sum()
+    torch.testing.assert_close(pairs.sum(1), wide)
+    torch.testing.assert_close(pairs.sum(0), target_law)
+    return chi_square_p(torch.bincount(draft * SIZE + text, minlength=SIZE * SIZE), pairs)
+
+
+def _from_the_whole_law(draft_probs, target_probs, labels, uniforms):
+    """Wrong: the rejected token is drawn from all of q but the text's token."""
+    drafted, accepted = couple_to_text(draft_probs, target_probs, labels, uniforms)
+    index = labels.clamp(min=0)[..., None]
+    others = draft_probs.scatter(-1, index, 0.0)
+    return torch.where(accepted, drafted, draw_at(others, uniforms[..., 1])), accepted
+
+
+def _text_blind(draft_probs, target_probs, labels, uniforms):
+    """Wrong: drawn from q whatever the text says."""
+    drafted = draw_at(draft_probs, uniforms[..., 1])
+    return drafted, drafted == labels
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE - 3])
+def test_coupled_proposals_have_the_joint_law_of_rejection_sampling(size):
+    assert _coupled_p(couple_to_text, size) > 1e-4
+
+
+@pytest.mark.parametrize("rule", [_from_the_whole_law, _text_blind])
+def test_the_chi_square_catches_a_wrong_coupling(rule):
+    assert _coupled_p(rule) < 1e-6
+
+
+def test_coupling_to_text_by_hand():
+    draft, target = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.25, 0.25, 0.5])
+    # Token 2: accepted below 0.2 / 0.5. Surplus of the drafter: (0.25, 0.05, 0), so token 1 from 5/6 on.
+    labels = torch.tensor([2, 2, 2, 2, 0])
+    uniforms = torch.tensor([[0.39, 0.0], [0.41, 0.0], [0.41, 0.83], [0.41, 0.84], [0.99, 0.5]])
+    drafted, accepted = couple_to_text(draft.expand(5, -1), target.expand(5, -1), labels, uniforms)
+    assert drafted.tolist() == [2, 0, 0, 1, 0]
+    assert accepted.tolist() == [True, False, False, False, True]
+    # No text token binds: drawn from the drafter alone.
+    free, accepted = couple_to_text(draft, torch.zeros(3), torch.tensor(-1), torch.tensor([0.0, 0.9]))
+    assert free == 2 and not accepted
 
 
 def test_judge_against_text_by_hand():
