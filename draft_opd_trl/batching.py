@@ -106,33 +106,26 @@ def make_batch(
     """
     num_draft_tokens = blocks.num_draft_tokens
     accepted, rejected = stream_weights(blocks, on_policy, streams)
-    before = slot_positions(blocks, rollout.tokens.shape[1]) - 1
-    text_states = states[blocks.rows[:, None], before]
-    draft_states = None
-    if streams.rejected_weight > 0:
-        if block_states is None:
-            block_states = target.score_blocks(rollout.tokens, blocks, cache)
-        slots = torch.arange(num_draft_tokens, device=before.device)
-        # Up to the first rejected slot the drafted prefix is the text.
-        on_text = (slots <= blocks.num_accepted[:, None])[..., None]
-        draft_states = torch.where(on_text, text_states, block_states)
-    return ReplayBatch(
+    batch = ReplayBatch(
         tokens=rollout.tokens,
+        lengths=rollout.lengths,
         features=features,
         blocks=blocks,
         labels=slot_labels(rollout.tokens, blocks.rows, blocks.anchors, num_draft_tokens),
-        text_states=text_states,
-        draft_states=draft_states,
+        states=states,
+        draft_states=None,
         accepted_weights=accepted,
         rejected_weights=rejected,
         denominator=accepted.sum() + rejected.sum(),
     )
-
-
-def slot_positions(blocks: DraftBlocks, length: int) -> torch.Tensor:
-    """Text positions of the K slots `(N, K)`, clamped into a text of `length`."""
-    slots = torch.arange(1, blocks.num_draft_tokens + 1, device=blocks.rows.device)
-    return (blocks.anchors[:, None] + slots).clamp(max=length - 1)
+    if streams.rejected_weight > 0:
+        if block_states is None:
+            block_states = target.score_blocks(rollout.tokens, blocks, cache)
+        slots = torch.arange(num_draft_tokens, device=blocks.rows.device)
+        # Up to the first rejected slot the drafted prefix is the text.
+        on_text = (slots <= blocks.num_accepted[:, None])[..., None]
+        batch.draft_states = torch.where(on_text, batch.text_states, block_states)
+    return batch
 
 
 @dataclass

@@ -74,6 +74,8 @@ class DraftOPDConfig(_BaseConfig):
             Texts whose error positions are remembered.
         replay_ratio (`float`, *optional*, defaults to `0.0`):
             Remembered texts drawn for each new one, drafted afresh.
+        replay_by_loss (`bool`, *optional*, defaults to `False`):
+            Draw remembered texts and anchors by their last loss instead of evenly.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
             Slots projected to the vocabulary at once; bounds memory.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -130,6 +132,7 @@ class DraftOPDConfig(_BaseConfig):
     num_chains: int = field(default=8, metadata={"help": "Replay chains a text; changes speed only."})
     replay_buffer_size: int = field(default=0, metadata={"help": "Texts whose error positions are remembered."})
     replay_ratio: float = field(default=0.0, metadata={"help": "Remembered texts drawn for each new one."})
+    replay_by_loss: bool = field(default=False, metadata={"help": "Draw remembered positions by their last loss."})
     loss_chunk_size: int = field(default=256, metadata={"help": "Slots projected to the vocabulary at once."})
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off in the drafter."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle prompts."})
@@ -199,6 +202,8 @@ class DraftOPDConfig(_BaseConfig):
             raise ValueError(
                 f"replay_ratio={self.replay_ratio} draws from a buffer of size 0. Set replay_buffer_size above 0."
             )
+        if self.replay_by_loss and self.replay_ratio == 0:
+            raise ValueError("replay_by_loss=True, but replay_ratio=0 draws nothing. Set replay_ratio above 0.")
         if self.lmbda == 0 and self.replay_ratio > 0:
             raise ValueError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
         if self.sample_proposals and self.temperature == 0:

@@ -143,7 +143,7 @@ class Heads:
 
 
 def _chunk_loss(
-    hidden: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor, heads: Heads, settings: LossSettings
+    hidden: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor, heads: Heads, settings: LossSettings
 ) -> torch.Tensor:
     weight = heads.draft_weight
     draft_logps = functional.linear(hidden.to(weight.dtype), weight).float().log_softmax(-1)
@@ -162,7 +162,7 @@ def _chunk_loss(
 
 def slot_losses(
     hidden: torch.Tensor,
-    states: torch.Tensor,
+    states: torch.Tensor | None,
     tokens: torch.Tensor,
     heads: Heads,
     settings: LossSettings,
@@ -173,7 +173,7 @@ def slot_losses(
 
     Args:
         hidden (`torch.Tensor` of shape `(S, H)`): Drafter states, with gradients.
-        states (`torch.Tensor` of shape `(S, H)`): Target states before the head.
+        states (`torch.Tensor` of shape `(S, H)`, *optional*): Target states before the head; unused by `ce`.
         tokens (`torch.LongTensor` of shape `(S,)`): As in [`divergence`], already in the drafter's vocabulary.
         heads ([`Heads`]): The two heads.
         settings ([`LossSettings`]): Divergence, temperature, clamps.
@@ -185,7 +185,7 @@ def slot_losses(
     parts = []
     for start in range(0, hidden.shape[0], chunk_size):
         part = slice(start, start + chunk_size)
-        arguments = (hidden[part], states[part], tokens[part], heads, settings)
+        arguments = (hidden[part], None if states is None else states[part], tokens[part], heads, settings)
         if hidden.shape[0] > chunk_size and torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
         else:
@@ -195,7 +195,7 @@ def slot_losses(
 
 def stream_loss(
     hidden: torch.Tensor,
-    states: torch.Tensor,
+    states: torch.Tensor | None,
     tokens: torch.Tensor,
     weights: torch.Tensor,
     heads: Heads,
@@ -203,25 +203,30 @@ def stream_loss(
     chunk_size: int = 256,
 ) -> torch.Tensor:
     """
-    Weighted sum of one stream's slot losses.
+    Each block's weighted sum of one stream's slot losses.
 
     Args:
-        hidden, states (`torch.Tensor` of shape `(N, K, H)`): Drafter and target states.
+        hidden (`torch.Tensor` of shape `(N, K, H)`): Drafter states.
+        states (`torch.Tensor` of shape `(N, K, H)`, *optional*): Target states; unused by `ce`.
         tokens (`torch.LongTensor` of shape `(N, K)`): Target ids, as in [`divergence`].
         weights (`torch.Tensor` of shape `(N, K)`): 0 leaves a slot out.
 
     Returns:
-        Scalar, float32, differentiable even when no slot is supervised.
+        `torch.Tensor` of shape `(N,)`, float32, differentiable even when no slot is supervised.
     """
     chosen = weights > 0
-    hidden, states, tokens, weights = hidden[chosen], states[chosen], tokens[chosen], weights[chosen]
+    block_of_slot = chosen.nonzero()[:, 0]
+    sums = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    hidden, tokens, weights = hidden[chosen], tokens[chosen], weights[chosen]
+    states = None if states is None else states[chosen]
     if heads.vocab_map is not None:
         tokens, inside = to_draft_ids(tokens, heads.vocab_map)
         if settings.kind in TOKEN_LOSSES:
             weights = weights * inside
     losses = slot_losses(hidden, states, tokens, heads, settings, chunk_size)
     # Where nothing is supervised, both the states and a head of the drafter's own still get a gradient (of 0).
-    return (losses * weights).sum() + 0.0 * (hidden.float().sum() + heads.draft_weight[:1].float().sum())
+    nothing = 0.0 * (hidden.float().sum() + heads.draft_weight[:1].float().sum())
+    return sums.index_add(0, block_of_slot, losses * weights) + nothing
 
 
 def batch_loss(
@@ -242,24 +247,24 @@ def batch_loss(
         accepted, rejected ([`LossSettings`]): A divergence a stream.
 
     Returns:
-        `loss` (scalar with gradients), and detached sums `accepted_loss`, `rejected_loss`.
+        `loss` (scalar with gradients), and detached: sums `accepted_loss`, `rejected_loss`, and `block_losses` `(N,)`.
     """
-    total = accepted_sum = stream_loss(
-        hidden, batch.text_states, batch.labels, batch.accepted_weights, heads, accepted, chunk_size
-    )
-    rejected_sum = torch.zeros_like(total)
+    text_states = None if accepted.kind == "ce" else batch.text_states
+    on_accepted = stream_loss(hidden, text_states, batch.labels, batch.accepted_weights, heads, accepted, chunk_size)
+    on_rejected = torch.zeros_like(on_accepted)
     if batch.draft_states is not None:
         tokens = batch.blocks.draft_tokens
         if rejected.kind == "ce":
             tokens = hard_tokens(batch.draft_states, batch.rejected_weights, heads, chunk_size)
-        rejected_sum = stream_loss(
+        on_rejected = stream_loss(
             hidden, batch.draft_states, tokens, batch.rejected_weights, heads, rejected, chunk_size
         )
-        total = total + rejected_sum
+    by_block = on_accepted + on_rejected
     return {
-        "loss": total / batch.denominator.clamp(min=1e-8),
-        "accepted_loss": accepted_sum.detach(),
-        "rejected_loss": rejected_sum.detach(),
+        "loss": by_block.sum() / batch.denominator.clamp(min=1e-8),
+        "accepted_loss": on_accepted.detach().sum(),
+        "rejected_loss": on_rejected.detach().sum(),
+        "block_losses": by_block.detach(),
     }
 
 

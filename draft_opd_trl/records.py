@@ -197,16 +197,18 @@ class ReplayBatch:
     Args:
         tokens (`torch.LongTensor` of shape `(B, T)`):
             Texts, right-padded.
+        lengths (`torch.LongTensor` of shape `(B,)`):
+            Tokens of each.
         features (`torch.Tensor` of shape `(B, T, F)`):
             Tapped target states.
         blocks (`DraftBlocks`):
             Blocks to draft with gradients.
         labels (`torch.LongTensor` of shape `(N, K)`):
             Text tokens at each slot; what stands outside the text carries no weight.
-        text_states (`torch.Tensor` of shape `(N, K, H)`):
-            Target states before the head, given the *text* before each slot.
+        states (`torch.Tensor` of shape `(B, T, H)`):
+            Target states of the texts, before the head.
         draft_states (`torch.Tensor` of shape `(N, K, H)`, *optional*):
-            The same given the *drafted* prefix; only slots of positive `rejected_weights` are meaningful.
+            The same at each slot, given the *drafted* prefix; meaningful where `rejected_weights` is positive.
         accepted_weights, rejected_weights (`torch.Tensor` of shape `(N, K)`):
             Weight of each slot in each stream, 0 where it is not in the stream.
         denominator (`torch.Tensor`, scalar):
@@ -214,11 +216,19 @@ class ReplayBatch:
     """
 
     tokens: torch.Tensor
+    lengths: torch.Tensor
     features: torch.Tensor
     blocks: DraftBlocks
     labels: torch.Tensor
-    text_states: torch.Tensor
+    states: torch.Tensor
     draft_states: torch.Tensor | None
     accepted_weights: torch.Tensor
     rejected_weights: torch.Tensor
     denominator: torch.Tensor
+
+    @property
+    def text_states(self) -> torch.Tensor:
+        """`(N, K, H)`: target states given the *text* before each slot; gathered only by losses that read them."""
+        slots = torch.arange(self.labels.shape[1], device=self.labels.device)
+        before = (self.blocks.anchors[:, None] + slots).clamp(max=self.states.shape[1] - 1)
+        return self.states[self.blocks.rows[:, None], before]

@@ -7,7 +7,6 @@ replay, for argmax proposals and for drawn ones, and the buffer of error positio
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -239,33 +238,66 @@ def _read_off(rollout: Rollout, accepted_at: torch.Tensor, drafts_at: torch.Tens
     )
 
 
+@dataclass
+class _Remembered:
+    """A text, and the last loss at each anchor whose block held an error; `None` until it has been trained on."""
+
+    tokens: list[int]
+    prompt_length: int
+    losses: dict[int, float | None]
+
+
 class ErrorBuffer:
     """
     Texts whose error positions are worth another look, drafted afresh when drawn.
 
-    Holds token ids and positions only, so old entries cost nothing to keep and never go stale: what the *current*
-    drafter proposes there is found when they are drawn.
+    Holds token ids, positions and a number for each, so old entries cost nothing to keep and never go stale: what the
+    *current* drafter proposes there is found when they are drawn.
 
     Args:
         size (`int`): Texts kept; the oldest leave first.
+        by_loss (`bool`, *optional*, defaults to `False`): Draw texts by their mean last loss and anchors by theirs,
+            instead of evenly. What has not been trained on yet counts as much as the greatest known loss.
     """
 
-    def __init__(self, size: int) -> None:
-        self.entries: deque[tuple[list[int], int, list[int]]] = deque(maxlen=size)
+    def __init__(self, size: int, by_loss: bool = False) -> None:
+        self.size, self.by_loss = size, by_loss
+        self.entries: dict[tuple[int, ...], _Remembered] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def add(self, rollout: Rollout, blocks: DraftBlocks) -> None:
-        """Remember each text with the anchors of its blocks that held an error."""
+        """Remember each text with the anchors of its blocks that held an error; a text seen before is renewed."""
         wrong = blocks.select(blocks.has_error)
-        rows, anchors = wrong.rows.tolist(), wrong.anchors.tolist()
-        for row, (tokens, prompt_length, length) in enumerate(
-            zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
-        ):
-            chosen = [anchor for owner, anchor in zip(rows, anchors, strict=True) if owner == row]
-            if chosen:
-                self.entries.append((tokens[:length], prompt_length, chosen))
+        anchors: dict[int, list[int]] = {}
+        for row, anchor in zip(wrong.rows.tolist(), wrong.anchors.tolist(), strict=True):
+            anchors.setdefault(row, []).append(anchor)
+        tokens, lengths = rollout.tokens.tolist(), rollout.lengths.tolist()
+        prompt_lengths = rollout.prompt_lengths.tolist()
+        for row, exposed in anchors.items():
+            text = tokens[row][: lengths[row]]
+            before = self.entries.pop(tuple(text), None)
+            known = before.losses if before is not None else {}
+            losses = {anchor: known.get(anchor) for anchor in exposed}
+            self.entries[tuple(text)] = _Remembered(text, prompt_lengths[row], losses)
+        while len(self.entries) > self.size:
+            del self.entries[next(iter(self.entries))]
+
+    def note(self, tokens: torch.Tensor, lengths: torch.Tensor, blocks: DraftBlocks, losses: torch.Tensor) -> None:
+        """
+        Take down what blocks have just cost.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(B, T)`), lengths (`torch.LongTensor` of shape `(B,)`): The texts.
+            blocks ([`DraftBlocks`]): Blocks trained on.
+            losses (`torch.Tensor` of shape `(N,)`): Weighted loss of each.
+        """
+        texts = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        for row, anchor, loss in zip(blocks.rows.tolist(), blocks.anchors.tolist(), losses.tolist(), strict=True):
+            entry = self.entries.get(texts[row])
+            if entry is not None and anchor in entry.losses:
+                entry.losses[anchor] = loss
 
     def draw(
         self, count: int, num_anchors: int, generator: torch.Generator, device: torch.device | str = "cpu"
@@ -282,23 +314,34 @@ class ErrorBuffer:
         Returns:
             The texts, and rows and anchors `(N,)` of the error positions remembered.
         """
-        index = torch.randperm(len(self.entries), generator=generator)[:count].tolist()
-        picked = [self.entries[i] for i in index]
+        held = list(self.entries.values())
+        weights = self._weights(held)
+        means = torch.stack([weight.mean() for weight in weights])
+        picked = torch.multinomial(means, min(count, len(held)), generator=generator).tolist()
         rollout = Rollout.from_ids(
-            [tokens[:prompt] for tokens, prompt, _ in picked],
-            [tokens[prompt:] for tokens, prompt, _ in picked],
+            [held[index].tokens[: held[index].prompt_length] for index in picked],
+            [held[index].tokens[held[index].prompt_length :] for index in picked],
             device=device,
         )
         rows, anchors = [], []
-        for row, (_, _, remembered) in enumerate(picked):
-            kept = torch.randperm(len(remembered), generator=generator)[:num_anchors].sort().values.tolist()
+        for row, index in enumerate(picked):
+            remembered = list(held[index].losses)
+            size = min(num_anchors, len(remembered))
+            kept = torch.multinomial(weights[index], size, generator=generator).sort().values.tolist()
             rows += [row] * len(kept)
             anchors += [remembered[i] for i in kept]
         return rollout, torch.tensor(rows, device=device), torch.tensor(anchors, device=device)
 
+    def _weights(self, held: list[_Remembered]) -> list[torch.Tensor]:
+        """How likely each anchor of each text is drawn, up to a factor."""
+        if not self.by_loss:
+            return [torch.ones(len(entry.losses)) for entry in held]
+        unknown = max((loss for entry in held for loss in entry.losses.values() if loss is not None), default=1.0)
+        losses = [[unknown if loss is None else loss for loss in entry.losses.values()] for entry in held]
+        return [torch.tensor(row).clamp(min=1e-6) for row in losses]
+
     def state_dict(self) -> dict:
-        return {"entries": list(self.entries)}
+        return {"entries": list(self.entries.values())}
 
     def load_state_dict(self, state: dict) -> None:
-        self.entries.clear()
-        self.entries.extend(state["entries"])
+        self.entries = {tuple(entry.tokens): entry for entry in state["entries"]}

@@ -167,7 +167,7 @@ class DraftOPDTrainer(_BaseTrainer):
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
         self.accepted_loss = LossSettings(args.accepted_loss, args.teacher_temperature, **loss)
         self.rejected_loss = LossSettings(args.rejected_loss, args.teacher_temperature, **loss)
-        self.error_buffer = ErrorBuffer(args.replay_buffer_size)
+        self.error_buffer = ErrorBuffer(args.replay_buffer_size, args.replay_by_loss)
         streams = StreamSettings(
             args.accepted_weight,
             args.rejected_weight,
@@ -289,6 +289,8 @@ class DraftOPDTrainer(_BaseTrainer):
             if name == "accepted_loss" or inputs.draft_states is not None:
                 mean = parts[name] / inputs.denominator.clamp(min=1e-8)
                 self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean)
+        if self.args.replay_by_loss:
+            self.error_buffer.note(inputs.tokens, inputs.lengths, inputs.blocks, parts["block_losses"])
         self._seconds["forward"] += time.perf_counter() - start
         return (parts["loss"], None) if return_outputs else parts["loss"]
 

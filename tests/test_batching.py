@@ -12,12 +12,12 @@ from draft_opd_trl.batching import (
     make_batch,
     random_anchors,
     row_generator,
-    slot_positions,
     stream_weights,
 )
 from draft_opd_trl.losses import Heads, LossSettings, batch_loss
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, text_blocks
+from draft_opd_trl.sampling import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
@@ -76,12 +76,6 @@ def test_both_kinds_of_blocks_in_one_batch():
     )
     assert accepted.tolist() == [[1, 0.5, 0.25, 0.125], [1, 1, 0, 0]]
     assert rejected.tolist() == [[0, 0, 0, 0], [0, 1, 0.5, 0.25]]
-
-
-def test_slot_positions_stay_inside():
-    blocks = DraftBlocks.cat([_block(0, 4), _block(0, 4)])
-    blocks.anchors = torch.tensor([2, 5])
-    assert slot_positions(blocks, 8).tolist() == [[3, 4, 5, 6], [6, 7, 7, 7]]
 
 
 # -- which blocks --------------------------------------------------------------------------------------------------
@@ -169,13 +163,17 @@ def _union(rollouts, batches):
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("fresh", [False, True], ids=["replayed", "fresh"])
-def test_draws_do_not_depend_on_the_batch_layout(qwen_target, qwen_drafter, rollout, lmbda, fresh):
+@pytest.mark.parametrize(
+    ("fresh", "proposals"),
+    [(False, None), (False, SamplingParams(1.0)), (True, None)],
+    ids=["replayed", "replayed-drawn", "fresh"],
+)
+def test_draws_do_not_depend_on_the_batch_layout(qwen_target, qwen_drafter, rollout, lmbda, fresh, proposals):
     """Invariant 6: eight rows at once are two batches of four."""
     whole, halves = [rollout], [rollout.rows(0, 4), rollout.rows(4, 8)]
     results = []
     for layout in (whole, halves):
-        maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, lmbda, num_anchors=5, seed=3)
+        maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, lmbda, num_anchors=5, seed=3, proposals=proposals)
         batches, metrics = maker(layout, step=2, fresh=fresh)
         denominator = sum(batch.denominator for batch in batches).item()
         counts = (metrics.committed, metrics.verifications, metrics.errors, metrics.blocks, metrics.supervised)
@@ -296,7 +294,7 @@ def test_drawn_error_positions_are_drafted_afresh(qwen_target, qwen_drafter, kin
         qwen_target.forward_text(rollout.tokens, qwen_drafter.target_layer_ids)[0],
     )
     buffer.add(rollout, stale)
-    old = [(tuple(tokens), anchor) for tokens, _, anchors in buffer.entries for anchor in anchors]
+    old = [(tokens, anchor) for tokens, entry in buffer.entries.items() for anchor in entry.losses]
     new = rollout.rows(0, 2)
     maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, 1.0, num_anchors=4, buffer=buffer, replay_ratio=1.0)
     (batch,), metrics = maker([new], step=0, fresh=True)
@@ -314,8 +312,8 @@ def test_drawn_error_positions_are_drafted_afresh(qwen_target, qwen_drafter, kin
     assert metrics.verifications == len(new.blocks)
     chosen = batch.rejected_weights > 0
     assert batch.draft_states[chosen].abs().sum(-1).min() > 0
-    # The new texts joined the buffer.
-    assert any(entry[0] == new.tokens[0, : new.lengths[0]].tolist() for entry in list(buffer.entries)[-2:])
+    # The new texts, renewed, are the last to leave.
+    assert tuple(new.tokens[0, : new.lengths[0]].tolist()) in list(buffer.entries)[-2:]
 
 
 def test_metrics_by_hand():

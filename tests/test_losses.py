@@ -231,8 +231,8 @@ def test_a_stream_without_slots_is_zero_and_differentiable():
     tokens = torch.zeros((2, 2), dtype=torch.long)
     heads = Heads(torch.eye(3, requires_grad=True), lambda states: states)
     loss = stream_loss(hidden, hidden, tokens, torch.zeros(2, 2), heads, LossSettings("ce", 0.0))
-    loss.backward()
-    assert loss.item() == 0 and hidden.grad.abs().sum() == 0
+    loss.sum().backward()
+    assert loss.tolist() == [0, 0] and hidden.grad.abs().sum() == 0
     assert heads.draft_weight.grad.abs().sum() == 0, "a drafter's own head must not be without a gradient"
 
 
@@ -264,14 +264,14 @@ def test_slots_whose_target_argmax_lies_outside_the_draft_vocabulary_carry_no_lo
 
 
 def _batch(draft_states=True):
-    states = torch.tensor([[P, P]]).log()
     blocks = DraftBlocks(*(torch.tensor(value) for value in ([0], [1], [[0, 1]], [0], [2])))
     return ReplayBatch(
         tokens=torch.zeros((1, 4), dtype=torch.long),
+        lengths=torch.tensor([4]),
         features=torch.zeros(1, 4, 1),
         blocks=blocks,
         labels=torch.tensor([[2, 2]]),
-        text_states=states,
+        states=torch.tensor([[P, P, P, P]]).log(),
         draft_states=torch.tensor([[P, Q]]).log() if draft_states else None,
         accepted_weights=torch.tensor([[1.0, 0.0]]),
         rejected_weights=torch.tensor([[0.5, 0.25]]),
@@ -288,6 +288,7 @@ def test_batch_loss_divides_by_the_global_denominator():
     assert parts["rejected_loss"].item() == pytest.approx(rejected, rel=1e-5)
     # The denominator is given, not the batch's own weight of 1.75.
     assert parts["loss"].item() == pytest.approx((accepted + rejected) / 7, rel=1e-5)
+    assert parts["block_losses"].tolist() == pytest.approx([accepted + rejected], rel=1e-5)
 
 
 def test_batch_loss_without_a_rejected_stream():

@@ -2,7 +2,7 @@
 
 import torch
 
-from draft_opd_trl.records import DraftBlocks, Rollout, num_valid_slots, pack_rows
+from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots, pack_rows
 
 
 def _blocks():
@@ -102,3 +102,22 @@ def test_to_moves_nested_blocks_and_leaves_none_alone():
     moved = _rollout().to("meta")
     assert moved.tokens.is_meta and moved.blocks.anchors.is_meta and moved.block_states.is_meta
     assert Rollout.from_ids([[1]], [[2]]).to("meta").blocks is None
+
+
+def test_text_states_stand_before_their_slots_and_inside_the_text():
+    index = torch.zeros(2, dtype=torch.long)
+    blocks = DraftBlocks(index, torch.tensor([2, 5]), torch.zeros((2, 4), dtype=torch.long), index, index)
+    weights = torch.zeros(2, 4)
+    batch = ReplayBatch(
+        tokens=torch.zeros((1, 8), dtype=torch.long),
+        lengths=torch.tensor([8]),
+        features=torch.zeros(1, 8, 1),
+        blocks=blocks,
+        labels=blocks.draft_tokens,
+        states=torch.arange(8.0).reshape(1, 8, 1),
+        draft_states=None,
+        accepted_weights=weights,
+        rejected_weights=weights,
+        denominator=weights.sum(),
+    )
+    assert batch.text_states[..., 0].tolist() == [[2, 3, 4, 5], [5, 6, 7, 7]]
