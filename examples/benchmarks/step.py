@@ -1,0 +1,213 @@
+"""What a training step costs: SFT, Draft-OPD by replay, and Draft-OPD with a real rollout each step, in turns.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/step.py --drafter dflash
+
+Same texts, same number of blocks, same optimizer. Ratios are taken within a round, so that a machine that slows down
+slows all of them. Ends by printing one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+
+from draft_opd_trl import (  # noqa: E402
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    MuonWithAdamW,
+    SpeculationSettings,
+    Target,
+    load_drafter,
+    speculate,
+    stop_token_ids,
+)
+from draft_opd_trl.records import Rollout  # noqa: E402
+from draft_opd_trl.replay import replay_text  # noqa: E402
+
+
+ARMS = {
+    "SFT": {"lmbda": 0.0, "rollout_source": "dataset"},
+    "Draft-OPD by replay": {"lmbda": 1.0, "rollout_source": "dataset"},
+    "Draft-OPD by replay, rejected stream": {"lmbda": 1.0, "rollout_source": "dataset", "rejected_weight": 0.1},
+    "Draft-OPD by rollout": {"lmbda": 1.0, "rollout_source": "speculation"},
+}
+CHAINS = (1, 8, 32, 128)
+PARTS = ("rollout", "target_text", "replay", "scoring", "drafter_forward", "head", "backward", "optimizer")
+
+
+class Arm:
+    """One way of training, a step at a time."""
+
+    def __init__(self, options: dict, args: argparse.Namespace, model, tokenizer, dataset: Dataset, folder: str):
+        config = DraftOPDConfig(
+            output_dir=folder,
+            per_device_train_batch_size=args.batch_size,
+            num_anchors=args.num_anchors,
+            max_completion_length=args.max_new_tokens,
+            report_to="none",
+            **options,
+        )
+        drafter = load_drafter(str(POCKET / f"drafter-{args.drafter}"))
+        self.optimizer = MuonWithAdamW(drafter.parameters(), lr=4e-4)
+        self.trainer = DraftOPDTrainer(
+            drafter,
+            model,
+            config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            optimizers=(self.optimizer, None),
+        )
+        self.rows = self._rows()
+        self.forget()
+        # The forward pass, split into the drafter's and the losses'.
+        self.replay, drafter.replay = drafter.replay, self._timed_replay
+
+    def forget(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.blocks: list[float] = []
+
+    def _rows(self) -> Iterator[list[dict]]:
+        while True:
+            yield from self.trainer.get_train_dataloader()
+
+    def _timed_replay(self, *arguments) -> torch.Tensor:
+        start = time.perf_counter()
+        hidden = self.replay(*arguments)
+        self.seconds["drafter_forward"] += time.perf_counter() - start
+        return hidden
+
+    def step(self) -> float:
+        """One optimizer step; returns its seconds."""
+        trainer, rows = self.trainer, next(self.rows)
+        start = time.perf_counter()
+        trainer.training_step(trainer.model, rows)
+        middle = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        self.seconds["optimizer"] += end - middle
+        trainer.state.global_step += 1
+        for name, values in trainer._metrics.items():
+            self.seconds[name.removeprefix("time/")] += sum(values)
+        self.blocks += trainer._metrics["replay/blocks"]
+        trainer._metrics.clear()
+        return end - start
+
+    def parts(self, steps: int) -> dict[str, float]:
+        """Mean milliseconds a step in each part."""
+        spent = dict(self.seconds, head=self.seconds["forward"] - self.seconds["drafter_forward"])
+        return {name: 1e3 * spent.get(name, 0.0) / steps for name in PARTS}
+
+
+def chains_table(drafter, target: Target, texts: list[list[int]], lengths: list[int], repeats: int) -> bool:
+    """Print replay's speed by number of chains on long texts; returns whether every number gave the same blocks."""
+    written = torch.tensor([token for text in texts for token in text], device=target.device)
+    equal = True
+    print("| tokens | texts | blocks | " + " | ".join(f"{chains} chains" for chains in CHAINS[1:]) + " |")
+    print("|---|---|---|" + "---|" * (len(CHAINS) - 1))
+    for length in lengths:
+        # No text of the pocket world is that long: they are laid end to end.
+        count = min(4, len(written) // length)
+        rollout = Rollout(
+            written[: count * length].reshape(count, length),
+            written.new_ones(count),
+            written.new_full((count,), length),
+        )
+        features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+        seconds: dict[int, list[float]] = defaultdict(list)
+        found = {}
+        for _ in range(repeats):
+            for chains in CHAINS:
+                start = time.perf_counter()
+                found[chains] = replay_text(drafter, rollout, features, chains)
+                seconds[chains].append(time.perf_counter() - start)
+        for blocks in found.values():
+            equal &= all(torch.equal(getattr(found[1], name), getattr(blocks, name)) for name in vars(blocks))
+        cells = [_ratio(seconds[1], seconds[chains]) for chains in CHAINS[1:]]
+        print(f"| {length} | {count} | {len(found[1])} | " + " | ".join(cells) + " |")
+    return equal
+
+
+def _ratio(first: list[float], second: list[float]) -> str:
+    ratios = [one / other for one, other in zip(first, second, strict=True)]
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+
+
+def peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(device)
+    target = Target(model)
+    prompts = read_prompts(tokenizer, "quickstart.jsonl", args.texts)
+    settings = SpeculationSettings(args.max_new_tokens, stop_token_ids(model, tokenizer), batch_size=64)
+    completions = speculate(target, None, prompts, settings).completions()
+    dataset = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": completions})
+    rounds: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {name: Arm(options, args, model, tokenizer, dataset, folder) for name, options in ARMS.items()}
+        for arm in arms.values():
+            arm.step()
+            arm.forget()
+        for _ in tqdm(range(args.rounds), desc="Rounds"):
+            for name, arm in arms.items():
+                rounds[name].append(sum(arm.step() for _ in range(args.steps)) / args.steps)
+    print("| arm | ms a step, median [min, max] | over SFT | blocks a step | " + " | ".join(PARTS) + " |")
+    print("|---|---|---|---|" + "---|" * len(PARTS))
+    for name, arm in arms.items():
+        values = [1e3 * seconds for seconds in rounds[name]]
+        parts = arm.parts(args.rounds * args.steps)
+        print(
+            f"| {name} | {statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}] "
+            f"| {_ratio(rounds[name], rounds['SFT'])} | {statistics.mean(arm.blocks):.0f} | "
+            + " | ".join(f"{value:.0f}" for value in parts.values())
+            + " |"
+        )
+    drafter = load_drafter(str(POCKET / f"drafter-{args.drafter}")).to(device).bind(target)
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    equal = chains_table(drafter, target, texts, args.lengths, args.repeats)
+    by_replay, by_rollout = rounds["Draft-OPD by replay"], rounds["Draft-OPD by rollout"]
+    result = {
+        "opd_step_over_sft_step": statistics.median(o / s for o, s in zip(by_replay, rounds["SFT"], strict=True)),
+        "rollout_over_replay_step": statistics.median(r / o for r, o in zip(by_rollout, by_replay, strict=True)),
+        "peak_memory_mb": peak_memory_mb(),
+        "stitched_equal": equal,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafter", default="dflash")
+    parser.add_argument("--texts", type=int, default=256, help="texts to train on")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-anchors", type=int, default=32, help="most blocks a text, in every arm")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="steps of each arm a round")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--repeats", type=int, default=3, help="of each replay of long texts")
+    main(parser.parse_args())
