@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._trl_compat import _BaseConfig
-from .losses import LOSSES
+from .losses import HARD_LOSSES, LOSSES
 
 
 ROLLOUT_SOURCES = ("speculation", "generate", "dataset")
@@ -193,11 +193,16 @@ class DraftOPDConfig(_BaseConfig):
             )
         streams = [("accepted_loss", self.accepted_weight), ("rejected_loss", self.rejected_weight)]
         for name, weight in streams:
-            if weight > 0 and self.teacher_temperature == 0 and getattr(self, name) != "ce":
+            if weight > 0 and self.teacher_temperature == 0 and getattr(self, name) not in HARD_LOSSES:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} compares distributions, but teacher_temperature=0 makes the "
-                    "target a point mass. Use 'ce', or set teacher_temperature above 0."
+                    f"target a point mass. Use one of {', '.join(HARD_LOSSES)}, or set teacher_temperature above 0."
                 )
+        if self.rejected_weight > 0 and self.rejected_loss == "accepted_length":
+            raise ValueError(
+                "rejected_loss='accepted_length' counts slots from the block's first, but the rejected stream begins "
+                "later. Use it for the accepted stream only."
+            )
         if self.replay_ratio > 0 and self.replay_buffer_size == 0:
             raise ValueError(
                 f"replay_ratio={self.replay_ratio} draws from a buffer of size 0. Set replay_buffer_size above 0."

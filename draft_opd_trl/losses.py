@@ -18,9 +18,22 @@ from .records import ReplayBatch
 from .vocabulary import to_draft_ids
 
 
-LOSSES = ("ce", "forward_kl", "reverse_kl", "jsd", "tv", "bernoulli_forward_kl", "k3")
-# Those that read one token of each slot; the others compare whole distributions.
-TOKEN_LOSSES = ("ce", "bernoulli_forward_kl", "k3")
+LOSSES = (
+    "ce",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tv",
+    "log_acceptance",
+    "lk",
+    "accepted_length",
+    "bernoulli_forward_kl",
+    "k3",
+)
+# The paper's estimators, which read one token of each slot.
+SAMPLED_LOSSES = ("bernoulli_forward_kl", "k3")
+# Those that mean something when the target is a point mass.
+HARD_LOSSES = ("ce", "tv", "lk", "accepted_length")
 
 
 @dataclass(frozen=True)
@@ -31,10 +44,13 @@ class LossSettings:
     Args:
         kind (`str`):
             `ce`: cross-entropy of the teacher's hard token. Exact over the vocabulary: `forward_kl` (target ‖
-            drafter), `reverse_kl` (drafter ‖ target), `jsd`, `tv` (1 − Σ min). The paper's estimators, which read
-            one token only: `bernoulli_forward_kl`, `k3`.
+            drafter), `reverse_kl` (drafter ‖ target), `jsd`; with acceptance α = Σ min: `tv` (1 − α),
+            `log_acceptance` (−log α), `lk` (forward KL and `tv`, blended by exp(−3α)) and `accepted_length` (one minus
+            the chance that this slot and all before it are accepted). The paper's estimators, which read one token
+            only: `bernoulli_forward_kl`, `k3`.
         temperature (`float`):
-            Teacher temperature; 0 makes the target a point mass, which leaves only `ce` meaningful.
+            Teacher temperature; 0 makes the target a point mass on the hard token, which leaves `ce`, `tv`, `lk` and
+            `accepted_length` meaningful.
         beta (`float`, *optional*, defaults to `0.5`):
             Interpolation of `jsd`: near 0 it acts like forward, near 1 like reverse KL.
         max_clamp (`float`, *optional*):
@@ -54,13 +70,23 @@ class LossSettings:
             raise ValueError(f"Unknown loss {self.kind!r}; known losses are {', '.join(LOSSES)}.")
         if self.temperature < 0:
             raise ValueError(f"The teacher temperature is {self.temperature}; it must be 0 or positive.")
-        if self.temperature == 0 and self.kind != "ce":
+        if self.temperature == 0 and self.kind not in HARD_LOSSES:
             raise ValueError(
                 f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "
-                "Use 'ce', or set `teacher_temperature` above 0."
+                f"Use one of {', '.join(HARD_LOSSES)}, or set `teacher_temperature` above 0."
             )
         if not 0 <= self.beta <= 1:
             raise ValueError(f"`beta` is {self.beta}; it must lie in [0, 1].")
+
+    @property
+    def hard(self) -> bool:
+        """Whether the teacher is its hard token alone."""
+        return self.kind == "ce" or self.temperature == 0
+
+    @property
+    def reads_token(self) -> bool:
+        """Whether one token of each slot is read, instead of whole distributions."""
+        return self.hard or self.kind in SAMPLED_LOSSES
 
 
 def divergence(
@@ -74,23 +100,30 @@ def divergence(
 
     Args:
         draft_logps (`torch.Tensor` of shape `(S, V)`): Drafter, float32.
-        target_logps (`torch.Tensor` of shape `(S, V)`, *optional*): Target at the teacher temperature; unused by `ce`.
-        tokens (`torch.LongTensor` of shape `(S,)`): The hard token (`ce`), the text token (`bernoulli_forward_kl`)
-            or the drafted token (`k3`).
+        target_logps (`torch.Tensor` of shape `(S, V)`, *optional*): Target at the teacher temperature; unused where
+            the teacher is its hard token.
+        tokens (`torch.LongTensor` of shape `(S,)`): The hard token, the text token (`bernoulli_forward_kl`) or the
+            drafted token (`k3`).
 
     Returns:
-        `torch.Tensor` of shape `(S,)`, in nats (`tv` in probability).
+        `torch.Tensor` of shape `(S,)`, in nats; `tv` and `accepted_length`, which [`stream_loss`] accumulates over a
+        block, are the probability of rejecting a proposal drawn from the drafter.
     """
-    if settings.kind in TOKEN_LOSSES:
+    if settings.reads_token:
         log_q = draft_logps.gather(-1, tokens[:, None])[:, 0]
     if settings.kind == "ce":
         loss = -log_q
     elif settings.kind == "forward_kl":
-        loss = (target_logps.exp() * (target_logps - draft_logps)).sum(-1)
+        loss = _kl(target_logps, draft_logps)
     elif settings.kind == "reverse_kl":
-        loss = (draft_logps.exp() * (draft_logps - target_logps)).sum(-1)
-    elif settings.kind == "tv":
-        loss = 1 - torch.minimum(draft_logps.exp(), target_logps.exp()).sum(-1)
+        loss = _kl(draft_logps, target_logps)
+    elif settings.kind == "log_acceptance":
+        loss = -torch.minimum(draft_logps, target_logps).logsumexp(-1)
+    elif settings.kind in ("tv", "lk", "accepted_length"):
+        loss = 1 - (log_q.exp() if settings.hard else torch.minimum(draft_logps, target_logps).exp().sum(-1))
+        if settings.kind == "lk":
+            share = torch.exp(-3 * (1 - loss.detach()))
+            loss = share * (-log_q if settings.hard else _kl(target_logps, draft_logps)) + (1 - share) * loss
     elif settings.kind == "jsd":
         loss = _jsd(draft_logps, target_logps, settings.beta)
     else:
@@ -105,16 +138,19 @@ def divergence(
     return loss if settings.max_clamp is None else loss.clamp(max=settings.max_clamp)
 
 
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(first ‖ second) from log-probabilities, over the last dimension."""
+    return (first.exp() * (first - second)).sum(-1)
+
+
 def _jsd(draft_logps: torch.Tensor, target_logps: torch.Tensor, beta: float) -> torch.Tensor:
     """Generalised JSD with mixture β·target + (1 − β)·drafter; its ends are forward (0) and reverse (1) KL."""
     if beta == 0:
-        return (target_logps.exp() * (target_logps - draft_logps)).sum(-1)
+        return _kl(target_logps, draft_logps)
     if beta == 1:
-        return (draft_logps.exp() * (draft_logps - target_logps)).sum(-1)
+        return _kl(draft_logps, target_logps)
     mixture = (beta * target_logps.exp() + (1 - beta) * draft_logps.exp()).clamp_min(1e-30).log()
-    to_target = (target_logps.exp() * (target_logps - mixture)).sum(-1)
-    to_draft = (draft_logps.exp() * (draft_logps - mixture)).sum(-1)
-    return beta * to_target + (1 - beta) * to_draft
+    return beta * _kl(target_logps, mixture) + (1 - beta) * _kl(draft_logps, mixture)
 
 
 def _bernoulli_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -148,11 +184,11 @@ def _chunk_loss(
     weight = heads.draft_weight
     draft_logps = functional.linear(hidden.to(weight.dtype), weight).float().log_softmax(-1)
     target_logps, inside = None, None
-    if settings.kind != "ce":
+    if not settings.hard:
         with torch.no_grad():
             logits = heads.target_logits(states)
             if heads.vocab_map is not None:
-                if settings.kind not in TOKEN_LOSSES:
+                if not settings.reads_token:
                     _, inside = to_draft_ids(logits.argmax(-1), heads.vocab_map)
                 logits = logits[:, heads.vocab_map]
             target_logps = (logits / settings.temperature).log_softmax(-1)
@@ -173,7 +209,8 @@ def slot_losses(
 
     Args:
         hidden (`torch.Tensor` of shape `(S, H)`): Drafter states, with gradients.
-        states (`torch.Tensor` of shape `(S, H)`, *optional*): Target states before the head; unused by `ce`.
+        states (`torch.Tensor` of shape `(S, H)`, *optional*): Target states before the head; unused where
+            the teacher is its hard token.
         tokens (`torch.LongTensor` of shape `(S,)`): As in [`divergence`], already in the drafter's vocabulary.
         heads ([`Heads`]): The two heads.
         settings ([`LossSettings`]): Divergence, temperature, clamps.
@@ -207,7 +244,7 @@ def stream_loss(
 
     Args:
         hidden (`torch.Tensor` of shape `(N, K, H)`): Drafter states.
-        states (`torch.Tensor` of shape `(N, K, H)`, *optional*): Target states; unused by `ce`.
+        states (`torch.Tensor` of shape `(N, K, H)`, *optional*): Target states, as in [`slot_losses`].
         tokens (`torch.LongTensor` of shape `(N, K)`): Target ids, as in [`divergence`].
         weights (`torch.Tensor` of shape `(N, K)`): 0 leaves a slot out.
 
@@ -215,18 +252,21 @@ def stream_loss(
         `torch.Tensor` of shape `(N,)`, float32, differentiable even when no slot is supervised.
     """
     chosen = weights > 0
-    block_of_slot = chosen.nonzero()[:, 0]
-    sums = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    hidden, tokens, weights = hidden[chosen], tokens[chosen], weights[chosen]
+    by_slot = hidden.new_zeros(weights.shape, dtype=torch.float32)
+    hidden, tokens = hidden[chosen], tokens[chosen]
     states = None if states is None else states[chosen]
+    inside = None
     if heads.vocab_map is not None:
         tokens, inside = to_draft_ids(tokens, heads.vocab_map)
-        if settings.kind in TOKEN_LOSSES:
-            weights = weights * inside
     losses = slot_losses(hidden, states, tokens, heads, settings, chunk_size)
+    if inside is not None and settings.reads_token:
+        losses = losses * inside
+    by_slot[chosen] = losses
+    if settings.kind == "accepted_length":
+        by_slot = 1 - (1 - by_slot).cumprod(-1)
     # Where nothing is supervised, both the states and a head of the drafter's own still get a gradient (of 0).
     nothing = 0.0 * (hidden.float().sum() + heads.draft_weight[:1].float().sum())
-    return sums.index_add(0, block_of_slot, losses * weights) + nothing
+    return (by_slot * weights).sum(-1) + nothing
 
 
 def batch_loss(
@@ -249,12 +289,12 @@ def batch_loss(
     Returns:
         `loss` (scalar with gradients), and detached: sums `accepted_loss`, `rejected_loss`, and `block_losses` `(N,)`.
     """
-    text_states = None if accepted.kind == "ce" else batch.text_states
+    text_states = None if accepted.hard else batch.text_states
     on_accepted = stream_loss(hidden, text_states, batch.labels, batch.accepted_weights, heads, accepted, chunk_size)
     on_rejected = torch.zeros_like(on_accepted)
     if batch.draft_states is not None:
         tokens = batch.blocks.draft_tokens
-        if rejected.kind == "ce":
+        if rejected.hard:
             tokens = hard_tokens(batch.draft_states, batch.rejected_weights, heads, chunk_size)
         on_rejected = stream_loss(
             hidden, batch.draft_states, tokens, batch.rejected_weights, heads, rejected, chunk_size

@@ -82,11 +82,11 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"accepted_weight": 0.0}, "accepted_weight and rejected_weight are both 0.*Set one above 0"),
         (
             {"accepted_loss": "forward_kl"},
-            "accepted_loss='forward_kl' compares distributions, but teacher_temperature=0.*Use 'ce', or set",
+            "accepted_loss='forward_kl' compares distributions, but teacher_temperature=0.*Use one of ce, tv, lk",
         ),
         (
             {"rejected_loss": "k3", "rejected_weight": 0.5},
-            "rejected_loss='k3' compares distributions, but teacher_temperature=0.*Use 'ce', or set",
+            "rejected_loss='k3' compares distributions, but teacher_temperature=0.*Use one of ce, tv, lk",
         ),
         ({"replay_ratio": 0.5}, "replay_ratio=0.5 draws from a buffer of size 0. Set replay_buffer_size above 0"),
         (

@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draft_opd_trl import DRAFTERS, DraftOPDConfig, SpeculationSettings, Target, load_drafter, speculate, stop_token_ids
+from draft_opd_trl import (
+    DRAFTERS,
+    DraftOPDConfig,
+    SpeculationSettings,
+    Target,
+    load_drafter,
+    speculate,
+    stop_token_ids,
+)
 
 
 ROOT = Path(__file__).parents[1]

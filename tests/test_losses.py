@@ -7,6 +7,7 @@ import torch
 from conftest import VOCAB, tiny_model
 
 from draft_opd_trl.losses import (
+    HARD_LOSSES,
     LOSSES,
     Heads,
     LossSettings,
@@ -56,6 +57,31 @@ def test_reverse_kl_is_the_other_way_round():
 def test_total_variation_is_the_rejected_mass():
     # 1 − (1/4 + 1/4 + 1/4)
     assert _one("tv") == pytest.approx(0.25)
+
+
+def test_log_acceptance():
+    assert _one("log_acceptance") == pytest.approx(-math.log(0.75))
+
+
+def test_lk_blends_by_how_much_is_accepted():
+    share = math.exp(-3 * 0.75)
+    assert _one("lk") == pytest.approx(share * _kl(P, Q) + (1 - share) * 0.25)
+    # The share is not differentiated.
+    draft = DRAFT.clone().requires_grad_()
+    divergence(draft, TARGET, torch.tensor([0]), LossSettings("lk", 1.0)).sum().backward()
+    parts = []
+    for kind in ("forward_kl", "tv"):
+        alone = DRAFT.clone().requires_grad_()
+        divergence(alone, TARGET, torch.tensor([0]), LossSettings(kind, 1.0)).sum().backward()
+        parts.append(alone.grad)
+    torch.testing.assert_close(draft.grad, share * parts[0] + (1 - share) * parts[1])
+
+
+def test_with_a_point_mass_acceptance_is_the_drafters_probability():
+    hard = {kind: _one(kind, temperature=0.0) for kind in ("tv", "accepted_length", "lk")}
+    assert hard["tv"] == hard["accepted_length"] == pytest.approx(0.5)
+    share = math.exp(-1.5)
+    assert hard["lk"] == pytest.approx(share * math.log(2) + (1 - share) * 0.5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
@@ -151,9 +177,9 @@ def _reference(hidden, states, tokens, heads, settings):
     logits = heads.target_logits(states)
     if heads.vocab_map is not None:
         logits = logits[:, heads.vocab_map]
-    target_logps = None if settings.kind == "ce" else (logits / settings.temperature).log_softmax(-1)
+    target_logps = None if settings.hard else (logits / settings.temperature).log_softmax(-1)
     losses = divergence(draft_logps, target_logps, tokens, settings)
-    if heads.vocab_map is not None and settings.kind not in ("ce", "bernoulli_forward_kl", "k3"):
+    if heads.vocab_map is not None and not settings.reads_token:
         best = heads.target_logits(states).argmax(-1)
         losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, 0.0)
     return losses
@@ -161,10 +187,12 @@ def _reference(hidden, states, tokens, heads, settings):
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 256])
 @pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
-@pytest.mark.parametrize("kind", LOSSES)
-def test_chunked_equals_reference(kind, reduced, chunk_size):
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [*((kind, 0.7) for kind in LOSSES), *((kind, 0.0) for kind in HARD_LOSSES)]
+)
+def test_chunked_equals_reference(kind, temperature, reduced, chunk_size):
     """Invariant 4, loss part: values and gradients."""
-    settings = LossSettings(kind, 0.7, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
+    settings = LossSettings(kind, temperature, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
     weights = torch.linspace(0.1, 1, 13)
     results = []
     for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)):
@@ -175,6 +203,18 @@ def test_chunked_equals_reference(kind, reduced, chunk_size):
     assert results[0][1].abs().sum() > 0
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_half_precision_states_lose_little(kind):
+    """Heads multiply in the states' dtype; everything behind them is float32."""
+    settings = LossSettings(kind, 0.7, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
+    hidden, states, tokens, heads = _problem(False)
+    expected = slot_losses(hidden, states, tokens, heads, settings)
+    half = Heads(heads.draft_weight.bfloat16(), heads.target_logits, None)
+    got = slot_losses(hidden.bfloat16(), states, tokens, half, settings, chunk_size=4)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
 
 
 def test_no_slots():
@@ -226,6 +266,22 @@ def test_stream_loss_by_hand():
     assert hidden.grad[0, 0].abs().sum() == 0 and hidden.grad[0, 1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["hard", "soft"])
+def test_accepted_length_counts_slots_while_all_before_are_accepted(temperature):
+    hidden = torch.tensor([[Q, P, Q], [P, Q, Q]]).log().requires_grad_()
+    states = torch.tensor([[P, P, P], [Q, Q, Q]]).log()
+    tokens = torch.tensor([[0, 2, 1], [0, 0, 0]])
+    # Acceptance by slot: the drafter's probability of the hard token, or the overlap. The last slot of row 2 is out.
+    first, second = ((0.5, 0.5, 0.25), (0.25, 0.5)) if temperature == 0 else ((0.75, 1.0, 0.75), (0.75, 1.0))
+    weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
+    settings = LossSettings("accepted_length", temperature)
+    loss = stream_loss(hidden, states, tokens, weights, _identity_heads(), settings)
+    expected = [3 - first[0] * (1 + first[1] * (1 + first[2])), 1.5 - second[0] * (1 + 0.5 * second[1])]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+    loss.sum().backward()
+    assert hidden.grad[0, [0, 2]].abs().sum(-1).min() > 0 and hidden.grad[1, 2].abs().sum() == 0
+
+
 def test_a_stream_without_slots_is_zero_and_differentiable():
     hidden = torch.zeros(2, 2, 3, requires_grad=True)
     tokens = torch.zeros((2, 2), dtype=torch.long)
@@ -246,7 +302,7 @@ def test_tokens_outside_the_draft_vocabulary_carry_no_loss():
     assert loss.item() == pytest.approx(math.log(1.5) + math.log(3))
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tv"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tv", "log_acceptance", "lk"])
 def test_slots_whose_target_argmax_lies_outside_the_draft_vocabulary_carry_no_loss(kind):
     """The published rule for soft targets: the most likely token decides, not the one the text happens to hold."""
     heads = _identity_heads(vocab_map=torch.tensor([0, 2]))
@@ -316,7 +372,10 @@ def test_hard_tokens_only_where_weighted():
     [
         (("hinge", 1.0), "Unknown loss 'hinge'; known losses are ce, forward_kl"),
         (("ce", -1.0), "teacher temperature is -1.0; it must be 0 or positive"),
-        (("forward_kl", 0.0), "Loss 'forward_kl' compares distributions.*Use 'ce', or set `teacher_temperature`"),
+        (
+            ("forward_kl", 0.0),
+            "Loss 'forward_kl' compares distributions.*Use one of ce, tv, lk",
+        ),
         (("jsd", 1.0, 1.5), r"`beta` is 1.5; it must lie in \[0, 1\]"),
     ],
 )
