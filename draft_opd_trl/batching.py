@@ -54,6 +54,8 @@ class StreamSettings:
         rejected_decay (`float`): γ; weight of the i-th rejected slot is `γ ** (i − 1)`.
         accepted_decay (`float`): Weight of slot k of the accepted stream is `accepted_decay ** (k − 1)`.
         sft_decay (`float`): The same for blocks of random anchors (`lmbda < 1`).
+        whole_blocks (`bool`): The accepted stream goes on behind the error position, to the end of the block; what
+            it teaches there is the text, whatever was drafted.
     """
 
     accepted_weight: float = 1.0
@@ -61,6 +63,7 @@ class StreamSettings:
     rejected_decay: float = 0.8
     accepted_decay: float = 1.0
     sft_decay: float = 1.0
+    whole_blocks: bool = False
 
 
 def stream_weights(
@@ -73,6 +76,8 @@ def stream_weights(
     """
     slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
     accepted_until = torch.minimum(blocks.num_accepted + 1, blocks.num_valid)[:, None]
+    if streams.whole_blocks:
+        accepted_until = blocks.num_valid[:, None]
     decay = torch.where(on_policy, streams.accepted_decay, streams.sft_decay)[:, None]
     accepted = (slots < accepted_until) * decay**slots * torch.where(on_policy, streams.accepted_weight, 1.0)[:, None]
     behind = slots - blocks.num_accepted[:, None]
@@ -177,7 +182,8 @@ class BatchMaker:
         target ([`Target`]): The frozen target.
         drafter ([`Drafter`]): The drafter as it stands; read without gradients.
         streams ([`StreamSettings`]): Weights.
-        lmbda (`float`): Probability that a text is replayed on-policy (1: Draft-OPD, 0: SFT).
+        lmbda (`float`): Probability that a text is replayed on-policy (1: Draft-OPD, 0: SFT). May be set anew
+            before any step.
         num_anchors (`int`): Most blocks trained on, a text, new or remembered.
         num_chains (`int`): See [`replay_text`].
         seed (`int`): Draws depend on it, the step and the text alone, not on batch layout or rank (what the buffer
@@ -186,6 +192,8 @@ class BatchMaker:
         replay_ratio (`float`): Texts drawn from the buffer for each new one; a fraction is drawn by chance.
         proposals ([`SamplingParams`], *optional*): Replay proposals drawn at these settings, the text's own; argmax
             proposals by default.
+        anchors (`str`): Where on-policy blocks start: `exposed`, at the anchors verification of the current drafter
+            has, or `random`, at as many others (an ablation). Proposals are the drafter's in both.
     """
 
     def __init__(
@@ -200,10 +208,12 @@ class BatchMaker:
         buffer: ErrorBuffer | None = None,
         replay_ratio: float = 0.0,
         proposals: SamplingParams | None = None,
+        anchors: str = "exposed",
     ) -> None:
         self.target, self.drafter, self.streams = target, drafter, streams
         self.lmbda, self.num_anchors, self.num_chains, self.seed = lmbda, num_anchors, num_chains, seed
-        self.buffer, self.replay_ratio, self.proposals = buffer, replay_ratio, proposals
+        self.buffer, self.replay_ratio = buffer, replay_ratio
+        self.proposals, self.anchors = proposals, anchors
 
     def __call__(
         self, rollouts: list[Rollout], step: int, fresh: bool = False
@@ -223,6 +233,7 @@ class BatchMaker:
 
     def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
         num_new = len(rollout)
+        fresh = fresh and self.anchors == "exposed"
         generators = [
             row_generator(self.seed, step, row[:length])
             for row, length in zip(rollout.tokens, rollout.lengths.tolist(), strict=True)
@@ -239,7 +250,7 @@ class BatchMaker:
         on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
         new_features = features[:num_new, : rollout.tokens.shape[1]]
         coupling = self._coupling(texts, states, step)
-        blocks, kept_states = self._exposed_blocks(rollout, fresh, new_features, on_policy_rows, coupling)
+        blocks, kept_states = self._drafted_blocks(rollout, fresh, new_features, on_policy_rows, coupling, generators)
         self._count(rollout, blocks, on_policy_rows, metrics)
         chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
         if len(drawn_rows):
@@ -302,15 +313,16 @@ class BatchMaker:
         uniforms = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(states.device)
         return Coupling(self.target, states, self.proposals, uniforms)
 
-    def _exposed_blocks(
+    def _drafted_blocks(
         self,
         rollout: Rollout,
         fresh: bool,
         features: torch.Tensor,
         on_policy_rows: list[bool],
         coupling: Coupling | None,
+        generators: list[torch.Generator],
     ) -> tuple[DraftBlocks, torch.Tensor | None]:
-        """Every block verification exposed on the on-policy rows, and what it kept of the target's states there."""
+        """The drafter's blocks on the on-policy rows, and what verification kept of the target's states there."""
         on_policy = torch.tensor(on_policy_rows, device=features.device)
         if fresh and rollout.blocks is not None:
             chosen = on_policy[rollout.blocks.rows]
@@ -321,14 +333,27 @@ class BatchMaker:
             return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device), None
         replayed = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
         coupling = None if coupling is None else coupling.rows(rows)
-        blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains, coupling)
+        if self.anchors == "exposed":
+            blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains, coupling)
+        else:
+            grid = self._random_grid(replayed, [generators[row] for row in rows.tolist()])
+            state = read_text(self.drafter, replayed, features[rows])
+            blocks = draft_at(self.drafter, state, replayed, *grid, coupling)
         blocks.rows = rows[blocks.rows]
         return blocks, None
+
+    def _random_grid(self, rollout: Rollout, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`num_anchors` random anchors of each text, as [`grid_of`] gives them."""
+        texts = zip(rollout.lengths.tolist(), rollout.prompt_lengths.tolist(), generators, strict=True)
+        drawn = [random_anchors(length, start, self.num_anchors, generator) for length, start, generator in texts]
+        rows = torch.arange(len(rollout)).repeat_interleave(torch.tensor([len(anchors) for anchors in drawn]))
+        device = rollout.tokens.device
+        return grid_of(rows.to(device), torch.cat(drawn).to(device), len(rollout))
 
     def _choose(
         self, rollout: Rollout, blocks: DraftBlocks, generators: list[torch.Generator], on_policy_rows: list[bool]
     ) -> tuple[torch.Tensor, list[DraftBlocks]]:
-        """Indices of exposed blocks to train on, and `[text blocks of SFT rows, exposed blocks]`."""
+        """Indices of drafted blocks to train on, and `[text blocks of SFT rows, drafted blocks]`."""
         device = rollout.tokens.device
         kept: list[torch.Tensor] = []
         rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
@@ -364,6 +389,8 @@ class BatchMaker:
             _, inside = to_draft_ids(rollout.tokens[written], self.drafter.vocab_map)
             metrics.text_tokens += inside.numel()
             metrics.outside_vocab += int((~inside).sum())
+        if self.anchors == "random":
+            return  # these blocks do not follow each other, so they are no verification of the text
         on_policy = torch.tensor(on_policy_rows, device=rollout.lengths.device)
         committed = (rollout.completion_lengths - 1).clamp(min=0)
         metrics.committed += int(committed[on_policy].sum())

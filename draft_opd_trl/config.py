@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,6 +12,34 @@ from .losses import HARD_LOSSES, LOSSES
 
 
 ROLLOUT_SOURCES = ("speculation", "generate", "dataset")
+ANCHORS = ("exposed", "random")
+# What a recipe sets. "paper": Draft-OPD (arXiv 2605.29343), section 4 and its appendix, on DFlash.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "optim": "adamw_torch",
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "num_train_epochs": 7,
+        "per_device_train_batch_size": 21,
+        "gradient_accumulation_steps": 10,
+        "max_prompt_length": 512,
+        "max_completion_length": 4096,
+        "temperature": 0.0,
+        "teacher_temperature": 1.0,
+        "lmbda": 1.0,
+        "anchors": "exposed",
+        "accepted_loss": "bernoulli_forward_kl",
+        "rejected_loss": "k3",
+        "accepted_weight": 1.0,
+        "rejected_weight": 1.0,
+        "accepted_decay": 1.0,
+        "rejected_decay": 0.8,
+        "loss_max_clamp": 10.0,
+        "log_prob_min_clamp": -10.0,
+    },
+}
 
 
 @dataclass
@@ -22,12 +50,20 @@ class DraftOPDConfig(_BaseConfig):
     Only what differs from [`~transformers.TrainingArguments`] is listed. Words are GKD's where GKD has them.
 
     Parameters:
+        recipe (`str`, *optional*, defaults to `"default"`):
+            `default` is ours; `paper` sets what Draft-OPD was published with. A field given a value other than its
+            default keeps it.
         model_init_kwargs (`dict`, *optional*):
             Passed to [`load_drafter`] when `model` is a path or id (`dtype`, `revision`, `token`).
         teacher_model_init_kwargs (`dict`, *optional*):
             Passed to the target's `from_pretrained`. `dtype` defaults to `"auto"`: the target keeps its own.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Probability that a text is replayed on-policy: 1 is Draft-OPD, 0 is SFT on random anchors of the same text.
+        lmbda_end (`float`, *optional*):
+            What `lmbda` goes to, linearly over the steps of the run. Constant by default.
+        anchors (`str`, *optional*, defaults to `"exposed"`):
+            Where on-policy blocks start: at the anchors that verification of the current drafter has (`exposed`), or
+            at `random` ones, to tell the effect of the anchors from that of the drafter's own proposals.
         rollout_source (`str`, *optional*, defaults to `"speculation"`):
             Who writes the text: `speculation` (target sped up by the drafter in training), `generate` (target alone)
             or `dataset` (completions the target already wrote).
@@ -54,11 +90,13 @@ class DraftOPDConfig(_BaseConfig):
         accepted_weight, rejected_weight (`float`, *optional*, default to `1.0`, `0.0`):
             λ of each stream of on-policy blocks; SFT blocks weigh 1. The paper takes 1 for both.
         rejected_decay (`float`, *optional*, defaults to `0.8`):
-            γ of the rejected stream.
+            γ of the rejected stream; 0 leaves its first slot alone.
         accepted_decay (`float`, *optional*, defaults to `1.0`):
             Weight of slot k of the accepted stream is `accepted_decay ** (k − 1)`.
         sft_decay (`float`, *optional*):
             The same for SFT blocks; the architecture's own recipe by default.
+        whole_blocks (`bool`, *optional*, defaults to `False`):
+            Let the accepted stream teach the text at every slot of a block, also behind the first rejection.
         beta (`float`, *optional*, defaults to `0.5`):
             Interpolation of `jsd`.
         teacher_temperature (`float`, *optional*):
@@ -101,9 +139,14 @@ class DraftOPDConfig(_BaseConfig):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are checked by the trainer."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
+    recipe: str = field(default="default", metadata={"help": "Set of defaults.", "choices": list(RECIPES)})
     model_init_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "For the drafter."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "For the target."})
     lmbda: float = field(default=1.0, metadata={"help": "On-policy share: 1 is Draft-OPD, 0 is SFT."})
+    lmbda_end: float | None = field(default=None, metadata={"help": "What lmbda goes to over the run."})
+    anchors: str = field(
+        default="exposed", metadata={"help": "Where on-policy blocks start.", "choices": list(ANCHORS)}
+    )
     rollout_source: str = field(
         default="speculation", metadata={"help": "Who writes the text.", "choices": list(ROLLOUT_SOURCES)}
     )
@@ -124,6 +167,7 @@ class DraftOPDConfig(_BaseConfig):
     rejected_decay: float = field(default=0.8, metadata={"help": "Decay along the rejected stream."})
     accepted_decay: float = field(default=1.0, metadata={"help": "Decay along the accepted stream."})
     sft_decay: float | None = field(default=None, metadata={"help": "Decay along SFT blocks."})
+    whole_blocks: bool = field(default=False, metadata={"help": "Teach the text behind the first rejection too."})
     beta: float = field(default=0.5, metadata={"help": "Interpolation of jsd: 0 forward, 1 reverse KL."})
     teacher_temperature: float | None = field(default=None, metadata={"help": "The rollout's by default."})
     loss_max_clamp: float | None = field(default=None, metadata={"help": "Ceiling of a slot's loss."})
@@ -140,6 +184,12 @@ class DraftOPDConfig(_BaseConfig):
     num_completions_to_print: int = field(default=2, metadata={"help": "How many texts to print."})
 
     def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe` is {self.recipe!r}; choose from {', '.join(RECIPES)}.")
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             if self.bf16:
                 raise ValueError(
@@ -166,13 +216,16 @@ class DraftOPDConfig(_BaseConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; {reason}.")
 
         need("lmbda", 0 <= self.lmbda <= 1, "it is the on-policy share and must lie in [0, 1]")
+        if self.lmbda_end is not None:
+            need("lmbda_end", 0 <= self.lmbda_end <= 1, "it is the on-policy share and must lie in [0, 1]")
+        need("anchors", self.anchors in ANCHORS, f"choose from {', '.join(ANCHORS)}")
         need("rollout_source", self.rollout_source in ROLLOUT_SOURCES, f"choose from {', '.join(ROLLOUT_SOURCES)}")
         for name in ("accepted_loss", "rejected_loss"):
             need(name, getattr(self, name) in LOSSES, f"choose from {', '.join(LOSSES)}")
         for name in ("temperature", "teacher_temperature", "accepted_weight", "rejected_weight", "replay_ratio"):
             need(name, getattr(self, name) >= 0, "it must be 0 or positive")
-        for name in ("rejected_decay", "accepted_decay"):
-            need(name, 0 < getattr(self, name) <= 1, "it must lie in (0, 1]")
+        need("rejected_decay", 0 <= self.rejected_decay <= 1, "it must lie in [0, 1]")
+        need("accepted_decay", 0 < self.accepted_decay <= 1, "it must lie in (0, 1]")
         counts = ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size")
         for name in (*counts, "steps_per_generation"):
             need(name, getattr(self, name) >= 1, "it must be at least 1")
@@ -209,7 +262,7 @@ class DraftOPDConfig(_BaseConfig):
             )
         if self.replay_by_loss and self.replay_ratio == 0:
             raise ValueError("replay_by_loss=True, but replay_ratio=0 draws nothing. Set replay_ratio above 0.")
-        if self.lmbda == 0 and self.replay_ratio > 0:
+        if self.lmbda == 0 and not self.lmbda_end and self.replay_ratio > 0:
             raise ValueError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
         if self.sample_proposals and self.temperature == 0:
             raise ValueError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")

@@ -174,6 +174,7 @@ class DraftOPDTrainer(_BaseTrainer):
             args.rejected_decay,
             args.accepted_decay,
             drafter.sft_decay if args.sft_decay is None else args.sft_decay,
+            args.whole_blocks,
         )
         batch_maker = BatchMaker(
             self.target,
@@ -186,6 +187,7 @@ class DraftOPDTrainer(_BaseTrainer):
             self.error_buffer if args.replay_buffer_size else None,
             args.replay_ratio,
             self.speculation_settings().sampling if args.sample_proposals else None,
+            args.anchors,
         )
         self.feed = BatchFeed(
             self._write_texts,
@@ -245,6 +247,9 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
         start = time.perf_counter()
+        if self.args.lmbda_end is not None:
+            done = self.state.global_step / max(self.state.max_steps - 1, 1)
+            self.feed.make_batches.lmbda = self.args.lmbda + done * (self.args.lmbda_end - self.args.lmbda)
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
         with in_eval_mode(self.drafter):
             batch, met = self.feed.next(generation_batch, self.state.global_step)
@@ -255,7 +260,8 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
         start = time.perf_counter()
-        settings = self.speculation_settings(self.args.rejected_weight > 0 and self.args.lmbda > 0)
+        on_policy = self.args.lmbda > 0 or self.args.lmbda_end
+        settings = self.speculation_settings(self.args.rejected_weight > 0 and on_policy)
         rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()

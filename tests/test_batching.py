@@ -61,6 +61,14 @@ def test_accepted_weight_and_decay():
     assert rejected == [0, 0, 0, 0]
 
 
+def test_whole_blocks_go_on_behind_the_error():
+    assert _weights(1, 3, whole_blocks=True) == ([1, 1, 1, 0], [0, 0, 0, 0])
+
+
+def test_without_decay_only_the_first_rejected_slot_is_left():
+    assert _weights(1, 4, rejected_weight=0.5, rejected_decay=0.0)[1] == [0, 0.5, 0, 0]
+
+
 def test_text_blocks_take_the_sft_decay_and_no_rejected_stream():
     accepted, rejected = _weights(
         3, 3, on_policy=False, accepted_weight=3.0, accepted_decay=0.1, sft_decay=0.5, rejected_weight=1.0
@@ -213,6 +221,20 @@ def test_lmbda_decides_the_kind_of_block(qwen_target, qwen_drafter, rollout):
     mixed, metrics = BatchMaker(qwen_target, qwen_drafter, STREAMS, 0.5, num_anchors=6)([rollout], step=0)
     on_policy = set(mixed[0].blocks.rows[mixed[0].rejected_weights.sum(1) > 0].tolist())
     assert 0 < len(on_policy) < 8
+
+
+def test_random_anchors_with_the_drafters_own_proposals(qwen_target, qwen_drafter, rollout):
+    maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, 1.0, num_anchors=6, anchors="random")
+    (batch,), metrics = maker([rollout], step=0, fresh=True)
+    assert torch.bincount(batch.blocks.rows).tolist() == [6] * 8
+    exposed = set(zip(rollout.blocks.rows.tolist(), rollout.blocks.anchors.tolist(), strict=True))
+    assert not exposed.issuperset(zip(batch.blocks.rows.tolist(), batch.blocks.anchors.tolist(), strict=True))
+    state = read_text(qwen_drafter, rollout, batch.features)
+    again = draft_at(qwen_drafter, state, rollout, *grid_of(batch.blocks.rows, batch.blocks.anchors, 8))
+    assert torch.equal(batch.blocks.draft_tokens, again.draft_tokens)
+    assert torch.equal(batch.blocks.num_accepted, again.num_accepted)
+    # They are no verification of the text, so they count in no acceptance.
+    assert metrics.verifications == 0
 
 
 def test_sft_and_opd_see_the_same_text(qwen_target, qwen_drafter, rollout):

@@ -30,6 +30,25 @@ def test_teacher_temperature_follows_the_rollout(tmp_path):
     assert _config(tmp_path, temperature=0.7, accepted_loss="tv").accepted_loss == "tv"
 
 
+def test_the_papers_recipe_is_pinned(tmp_path):
+    config = DraftOPDConfig(str(tmp_path), recipe="paper")
+    assert (config.optim, config.learning_rate, config.lr_scheduler_type) == ("adamw_torch", 3e-4, "cosine")
+    assert (config.warmup_steps, config.num_train_epochs) == (0.05, 7)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (21, 10)
+    assert (config.max_prompt_length, config.max_completion_length) == (512, 4096)
+    assert (config.temperature, config.teacher_temperature, config.lmbda, config.anchors) == (0, 1, 1, "exposed")
+    assert (config.accepted_loss, config.rejected_loss) == ("bernoulli_forward_kl", "k3")
+    assert (config.accepted_weight, config.rejected_weight) == (1, 1)
+    assert (config.accepted_decay, config.rejected_decay) == (1, 0.8)
+    assert (config.loss_max_clamp, config.log_prob_min_clamp) == (10, -10)
+
+
+def test_a_recipe_leaves_what_was_given(tmp_path):
+    config = DraftOPDConfig(str(tmp_path), recipe="paper", learning_rate=1e-3, per_device_train_batch_size=2)
+    assert (config.learning_rate, config.per_device_train_batch_size) == (1e-3, 2)
+    assert config.teacher_temperature == 1
+
+
 def test_steps_per_generation_defaults_to_one_optimizer_step(tmp_path):
     assert _config(tmp_path, gradient_accumulation_steps=3).steps_per_generation == 3
     assert _config(tmp_path, gradient_accumulation_steps=3, steps_per_generation=6).steps_per_generation == 6
@@ -56,6 +75,10 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"lmbda": 1.5}, r"`lmbda` is 1.5; it is the on-policy share and must lie in \[0, 1\]"),
         ({"lmbda": -0.1}, "`lmbda` is -0.1; it is the on-policy share"),
         ({"rollout_source": "magic"}, "`rollout_source` is 'magic'; choose from speculation, generate, dataset"),
+        ({"recipe": "ours"}, "`recipe` is 'ours'; choose from default, paper"),
+        ({"anchors": "wrong"}, "`anchors` is 'wrong'; choose from exposed, random"),
+        ({"lmbda_end": 2.0}, "`lmbda_end` is 2.0; it is the on-policy share"),
+        ({"rejected_weight": 1.0, "rejected_loss": "accepted_length"}, "Use it for the accepted stream only"),
         ({"accepted_loss": "hinge"}, "`accepted_loss` is 'hinge'; choose from ce, forward_kl, reverse_kl"),
         ({"rejected_loss": "hinge"}, "`rejected_loss` is 'hinge'; choose from ce, forward_kl, reverse_kl"),
         ({"temperature": -1.0}, "`temperature` is -1.0; it must be 0 or positive"),
@@ -63,7 +86,7 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"accepted_weight": -1.0}, "`accepted_weight` is -1.0; it must be 0 or positive"),
         ({"rejected_weight": -1.0}, "`rejected_weight` is -1.0; it must be 0 or positive"),
         ({"replay_ratio": -1.0}, "`replay_ratio` is -1.0; it must be 0 or positive"),
-        ({"rejected_decay": 0.0}, r"`rejected_decay` is 0.0; it must lie in \(0, 1\]"),
+        ({"rejected_decay": -0.1}, r"`rejected_decay` is -0.1; it must lie in \[0, 1\]"),
         ({"accepted_decay": 1.1}, r"`accepted_decay` is 1.1; it must lie in \(0, 1\]"),
         ({"num_anchors": 0}, "`num_anchors` is 0; it must be at least 1"),
         ({"num_chains": 0}, "`num_chains` is 0; it must be at least 1"),

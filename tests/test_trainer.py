@@ -99,6 +99,15 @@ def test_the_rejected_stream_trains_from_kept_states_as_from_scored_ones(drafter
         torch.testing.assert_close(value, parameters_of(replayed)[name], atol=2e-4, rtol=1e-3)
 
 
+def test_the_on_policy_share_moves_linearly(drafter_folder, model, texts, tmp_path, monkeypatch):
+    trainer = make_trainer(drafter_folder, model, texts, tmp_path, lmbda=1.0, lmbda_end=0.0, max_steps=3)
+    feed, shares = trainer.feed, []
+    serve = feed.next
+    monkeypatch.setattr(feed, "next", lambda *rest: shares.append(feed.make_batches.lmbda) or serve(*rest))
+    trainer.train()
+    assert shares == [1.0, 0.5, 0.0]
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_eight_at_once_equal_two_times_four_accumulated(drafter_folder, model, texts, tmp_path, lmbda):
     options = {"lmbda": lmbda, "rejected_weight": 0.5, "optim": "sgd", "max_steps": 3}
