@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ._trl_compat import (
-    RepeatSampler,
     _BaseTrainer,
     _ForwardRedirection,
     disable_dropout_in_model,
@@ -35,7 +34,7 @@ from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
 from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
-from .feed import BatchFeed
+from .feed import BatchFeed, EpochSampler
 from .loading import (
     check_dataset_size,
     check_peft,
@@ -223,7 +222,7 @@ class DraftOPDTrainer(_BaseTrainer):
         )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return RepeatSampler(
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=1,
             batch_size=generation_batch_size(self.args),
