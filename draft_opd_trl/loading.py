@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl_compat import create_model_from_path
 from .config import DraftOPDConfig
+from .consistency import describe_misfit, text_fit
+from .rollout import RolloutSource
+from .sampling import SamplingParams
+from .target import Target
+
+
+logger = get_logger(__name__)
 
 
 def load_tokenizer(
@@ -79,6 +87,25 @@ def check_dataset_size(dataset: Dataset, args: DraftOPDConfig) -> None:
             f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
             f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
         )
+
+
+def check_texts(dataset: Dataset, count: int, source: RolloutSource, target: Target, sampling: SamplingParams) -> None:
+    """
+    Warn, with numbers, if texts of the data set are not what the target writes.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Tokenised, with completions.
+        count (`int`): Texts to read, spread over the data set; 0 reads none.
+        source ([`RolloutSource`]): Cuts them as training will.
+        target ([`Target`]): Reads them.
+        sampling ([`SamplingParams`]): The law they are said to follow.
+    """
+    count = min(count, len(dataset))
+    if count:
+        rows = [dataset[index * len(dataset) // count] for index in range(count)]
+        misfit = describe_misfit(text_fit(target, source.write(rows), sampling), sampling)
+        if misfit is not None:
+            logger.warning(misfit)
 
 
 def check_peft(peft_config: PeftConfig) -> PeftConfig:

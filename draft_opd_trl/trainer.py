@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections import defaultdict
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .feed import BatchFeed, EpochSampler
 from .loading import (
     check_dataset_size,
     check_peft,
+    check_texts,
     choose_pad_token,
     generation_batch_size,
     load_target,
@@ -48,7 +50,7 @@ from .model_card import CITATION, write_model_card
 from .prompts import tokenize_dataset
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
-from .rollout import write_texts
+from .rollout import RolloutSource, build_source
 from .sampling import SamplingParams
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
@@ -147,6 +149,9 @@ class DraftOPDTrainer(_BaseTrainer):
             self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
         self.remove_callback(PrinterCallback)
         self._prepare_rooms()
+        if train_dataset is not None and args.rollout_source == "dataset":
+            settings = self.speculation_settings()
+            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, settings.sampling)
 
     def _place_target(self) -> None:
         teacher = self.target.model
@@ -197,8 +202,6 @@ class DraftOPDTrainer(_BaseTrainer):
             args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
-        self._generator = torch.Generator(self.accelerator.device)
-        self._generator.manual_seed(args.seed + 1000003 * self.accelerator.process_index)
         self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
         self.last_acceptance_length: float | None = None
@@ -244,6 +247,21 @@ class DraftOPDTrainer(_BaseTrainer):
             pad_token_id=self._pad_token_id,
         )
 
+    @cached_property
+    def source(self) -> RolloutSource:
+        """Where texts to train on come from."""
+        args = self.args
+        on_policy = args.lmbda > 0 or args.lmbda_end
+        return build_source(
+            args,
+            self.target,
+            self.drafter,
+            self.processing_class,
+            replace(self.speculation_settings(args.rejected_weight > 0 and on_policy), sample_proposals=False),
+            lambda name, value: self._metrics[name].append(value),
+            progress=self.accelerator.is_main_process and not args.disable_tqdm,
+        )
+
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
         start = time.perf_counter()
         if self.args.lmbda_end is not None:
@@ -259,9 +277,8 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
         start = time.perf_counter()
-        on_policy = self.args.lmbda > 0 or self.args.lmbda_end
-        settings = self.speculation_settings(self.args.rejected_weight > 0 and on_policy)
-        rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
+        draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0
+        rollout = self.source.write(rows, draw)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()
         self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
@@ -400,7 +417,6 @@ class DraftOPDTrainer(_BaseTrainer):
         state = {
             "feed": self.feed.state_dict(),
             "error_buffer": self.error_buffer.state_dict(),
-            "generator": self._generator.get_state(),
         }
         file = self._state_file(folder)
         torch.save(state, file.with_suffix(".tmp"))
@@ -413,13 +429,12 @@ class DraftOPDTrainer(_BaseTrainer):
         file = self._state_file(resume_from_checkpoint)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer, random state). "
+                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer). "
                 "Resume from another checkpoint, or start a new run from this drafter."
             )
         state = torch.load(file, weights_only=False)
         self.feed.load_state_dict(state["feed"])
         self.error_buffer.load_state_dict(state["error_buffer"])
-        self._generator.set_state(state["generator"])
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
         """Write `README.md` of the drafter folder from this project's own template."""
