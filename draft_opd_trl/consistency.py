@@ -59,6 +59,16 @@ class TextFit:
         # A text that is all but certain has next to no variance; below 1 nat a distance says nothing.
         return (self.log_prob + self.entropy) / self.variance.clamp(min=1.0).sqrt()
 
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def select(self, index: torch.Tensor) -> TextFit:
+        return TextFit(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @classmethod
+    def cat(cls, parts: list[TextFit]) -> TextFit:
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def pooled(self) -> TextFit:
         """All texts as one."""
         return TextFit(*(getattr(self, field.name).sum() for field in fields(self)))
@@ -130,7 +140,7 @@ def describe_misfit(fit: TextFit, sampling: SamplingParams) -> str | None:
         found += f", {whole.agreement:.1%} of the tokens greedy"
     return (
         f"The texts do not look like the target's own at temperature={sampling.temperature}: over {count} tokens of "
-        f"{len(fit.num_tokens)} texts, {found}. Replay would then find errors that verification would not. Set "
+        f"{len(fit)} texts, {found}. Replay would then find errors that verification would not. Set "
         "`temperature`, `top_k` and `top_p` to what the texts were written with, check that this very target wrote "
         "them with this chat template (thinking on or off), or let it write them: rollout_source='speculation'."
     )

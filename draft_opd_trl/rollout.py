@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .config import DraftOPDConfig
-from .consistency import likeliest_next, text_fit
+from .consistency import TextFit, describe_misfit, likeliest_next, text_fit
 from .drafters.base import Drafter
 from .records import Rollout
 from .server import Answer, CompletionsClient, ServerError
@@ -28,8 +28,11 @@ from .text_cache import TextCache
 
 # Takes a metric's name and value.
 Log = Callable[[str, float], None]
-# A server most of whose texts are wrong serves something else; one of many may be a tie or an odd tokenisation.
-MAX_REJECTED, MIN_JUDGED = 0.2, 16
+# A server many of whose texts are wrong serves something else; one of many may be an odd tokenisation.
+MAX_DROPPED = 0.2
+# Texts of a server before it is judged, and those it is judged by: enough to tell another law, too few for the last
+# bits of another kernel to add up.
+MIN_JUDGED, MAX_JUDGED = 16, 64
 
 
 class RolloutSource(Protocol):
@@ -119,29 +122,40 @@ class ServerSource:
         self.client, self.tokenizer, self.fallback = client, tokenizer, fallback
         self.target, self.settings = fallback.target, fallback.settings
         self.keep, self.log, self.progress = keep, log, progress
-        self.judged = self.rejected = 0
+        self.judged = self.dropped = 0
+        self.fits: list[TextFit] = []
 
     def write(self, rows: list[dict], draw: int = 0) -> Rollout:
         """
         See [`RolloutSource`].
 
         Raises:
-            `ServerError`: The server failed for good, or more than a fifth of its texts had to be dropped.
+            `ServerError`: The server failed for good.
+            `RuntimeError`: A fifth of its texts had to be dropped, or they follow another law than the target's.
         """
         prompts = _prompts(rows)
         seeds = [seed_of(self.fallback.seed, draw, prompt) for prompt in prompts]
         texts: dict[int, list[int]] = {}
+        held: list[int] = []  # arrived, but the server has not been judged yet
+
+        def keep_held() -> None:
+            self.keep([prompts[index] for index in held], [texts[index] for index in held], draw)
+            held.clear()
+
         with tqdm(total=len(rows), desc="Server", disable=not self.progress, leave=False) as bar:
             try:
                 for group in self.client.stream(prompts, seeds):
                     accepted = self._accepted(prompts, {i: answer for i, answer in group if answer is not None})
-                    self.keep([prompts[index] for index in accepted], list(accepted.values()), draw)
-                    texts |= accepted
                     self._judge(len(group), len(group) - len(accepted))
+                    texts |= accepted
+                    held += accepted
+                    if self.judged >= MIN_JUDGED:
+                        keep_held()
                     bar.update(len(group))
                     tokens = sum(map(len, texts.values()))
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
             except ServerError as error:
+                keep_held()
                 raise ServerError(
                     f"{error} {len(texts)} of {len(rows)} texts had arrived; they are in the text cache and are not "
                     "asked for again."
@@ -168,8 +182,11 @@ class ServerSource:
         if not whole:
             return {}
         texts = self._rollout([prompts[i] for i in whole], [completions[i] for i in whole])
-        fits = text_fit(self.target, texts, self.settings.sampling).is_targets(self.settings.sampling)
-        return {i: completions[i] for i, fit in zip(whole, fits.tolist(), strict=True) if fit}
+        fit = text_fit(self.target, texts, self.settings.sampling)
+        fits = fit.is_targets(self.settings.sampling)
+        if sum(len(part) for part in self.fits) < MAX_JUDGED:
+            self.fits.append(fit.select(fits))
+        return {i: completions[i] for i, kept in zip(whole, fits.tolist(), strict=True) if kept}
 
     def _tokens(self, answer: Answer) -> list[int]:
         if answer.token_ids is not None:
@@ -189,16 +206,20 @@ class ServerSource:
     def _rollout(self, prompts: list[list[int]], completions: list[list[int]]) -> Rollout:
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
 
-    def _judge(self, count: int, rejected: int) -> None:
+    def _judge(self, count: int, dropped: int) -> None:
         self.judged += count
-        self.rejected += rejected
-        if self.judged >= MIN_JUDGED and self.rejected > MAX_REJECTED * self.judged:
-            raise ServerError(
-                f"{self.rejected} of {self.judged} texts of the server are not what the target writes at temperature="
-                f"{self.settings.sampling.temperature}, top_k={self.settings.sampling.top_k}, top_p="
-                f"{self.settings.sampling.top_p}. Check that it serves this very target (model, revision, "
-                "quantisation), and prefer a server that takes and returns token ids (vLLM, SGLang)."
+        self.dropped += dropped
+        if self.judged < MIN_JUDGED:
+            return
+        if self.dropped > MAX_DROPPED * self.judged:
+            raise RuntimeError(
+                f"{self.dropped} of {self.judged} texts of {self.client.url} had to be dropped: they are not what the "
+                f"target writes with {self.settings.sampling}. Check that it serves this very target (model, "
+                "revision, quantisation), and prefer a server that takes and returns token ids (vLLM, SGLang)."
             )
+        misfit = describe_misfit(TextFit.cat(self.fits), self.settings.sampling)
+        if misfit is not None:
+            raise RuntimeError(f"{self.client.url}: {misfit}")
 
 
 class CachedSource:

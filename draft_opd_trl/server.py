@@ -21,7 +21,9 @@ from .sampling import SamplingParams
 
 # Answers are handed on at least this often, in seconds.
 INTERVAL = 2.0
-# Before a request is given up for good: busy, restarting, or failed in a way that may pass.
+# First pause before a repetition, in seconds; it doubles, and as much is added by chance.
+BACKOFF = 0.5
+# Worth a repetition: busy, restarting, or failed in a way that may pass.
 PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
 # What a server says to a request it does not understand.
 REFUSED = (400, 422)
@@ -89,8 +91,8 @@ class CompletionsClient:
         self.takes_ids: bool | None = None
         retry = Retry(
             total=max_retries,
-            backoff_factor=0.5,
-            backoff_jitter=0.5,
+            backoff_factor=BACKOFF,
+            backoff_jitter=BACKOFF,
             status_forcelist=PASSING_STATUSES,
             allowed_methods=None,
             raise_on_status=False,  # the last answer says more than "too many errors"

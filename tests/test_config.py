@@ -74,7 +74,10 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
     [
         ({"lmbda": 1.5}, r"`lmbda` is 1.5; it is the on-policy share and must lie in \[0, 1\]"),
         ({"lmbda": -0.1}, "`lmbda` is -0.1; it is the on-policy share"),
-        ({"rollout_source": "magic"}, "`rollout_source` is 'magic'; choose from speculation, generate, server, dataset"),
+        (
+            {"rollout_source": "magic"},
+            "`rollout_source` is 'magic'; choose from speculation, generate, server, dataset",
+        ),
         ({"recipe": "ours"}, "`recipe` is 'ours'; choose from default, paper"),
         ({"anchors": "wrong"}, "`anchors` is 'wrong'; choose from exposed, random"),
         ({"lmbda_end": 2.0}, "`lmbda_end` is 2.0; it is the on-policy share"),
