@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections import defaultdict
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -257,7 +256,7 @@ class DraftOPDTrainer(_BaseTrainer):
             self.target,
             self.drafter,
             self.processing_class,
-            replace(self.speculation_settings(args.rejected_weight > 0 and on_policy), sample_proposals=False),
+            self.speculation_settings(keep_states=args.rejected_weight > 0 and on_policy),
             lambda name, value: self._metrics[name].append(value),
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
         )

@@ -40,6 +40,8 @@ UNKNOWN_TO = {
     "records": MODELS,
     "verification": MODELS,
     "losses": MODELS,
+    "server": MODELS,
+    "text_cache": MODELS,
     "target": (f"{NAME}.drafters",),
     "drafters": (f"{NAME}.losses",),
     "speculation": (f"{NAME}.losses", "torch.optim", "datasets", "time"),

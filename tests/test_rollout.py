@@ -1,11 +1,24 @@
 """Texts from every source are the target's; what is on disk is not written again; a server is believed only so far."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from completions_server import CompletionsServer
 from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter, tiny_model, tiny_tokenizer
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draft_opd_trl import DraftOPDConfig, SamplingParams, SpeculationSettings, Target, server, speculate
+from draft_opd_trl import (
+    DraftOPDConfig,
+    SamplingParams,
+    SpeculationSettings,
+    Target,
+    server,
+    speculate,
+    stop_token_ids,
+)
+from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.rollout import (
     CachedSource,
     DatasetSource,
@@ -282,3 +295,19 @@ def test_a_fingerprint_sees_the_config_too():
     assert Target(plain).fingerprint() == Target(tiny_model("qwen3")).fingerprint()
     assert Target(plain).fingerprint() != Target(scaled).fingerprint()
     assert Target(plain).fingerprint() != Target(plain.to(torch.bfloat16)).fingerprint()
+
+
+def test_conversational_rows_are_the_texts_they_came_from():
+    """What the template writes behind the stop token is not the target's, and is cut."""
+    folder = Path(__file__).parents[1] / "examples" / "pocket"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
+    prompts = load_dataset("json", data_files=str(folder / "prompts" / "heldout.jsonl"), split="train[:6]")
+    settings = SpeculationSettings(300, stop_token_ids(model, tokenizer))
+    rows = list(tokenize_dataset(prompts, tokenizer, None))
+    written = DecodingSource(Target(model), None, settings, 0).write(rows).completions()
+    answers = [[{"role": "assistant", "content": tokenizer.decode(ids[:-1])}] for ids in written]
+    chats = prompts.select_columns("prompt").add_column("completion", answers)
+    rows = list(tokenize_dataset(chats, tokenizer, None, needs_completions=True))
+    assert rows[0]["completion_ids"] == [*written[0], *tokenizer("\n")["input_ids"]]
+    assert DatasetSource(Target(model), settings).write(rows).completions() == written
