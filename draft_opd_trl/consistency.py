@@ -86,7 +86,7 @@ def _read_texts(target: Target, rollout: Rollout, batch_size: int = 8) -> Iterat
 
 
 @torch.no_grad()
-def text_fit(target: Target, rollout: Rollout, sampling: SamplingParams, chunk_size: int = 256) -> TextFit:
+def text_fit(target: Target, rollout: Rollout, sampling: SamplingParams, chunk_size: int = 64) -> TextFit:
     """
     Hold completions against the target.
 
@@ -94,7 +94,7 @@ def text_fit(target: Target, rollout: Rollout, sampling: SamplingParams, chunk_s
         target ([`Target`]): Reads each text once.
         rollout ([`Rollout`]): The texts.
         sampling ([`SamplingParams`]): The law they are said to follow.
-        chunk_size (`int`, *optional*, defaults to `256`): Positions projected to the vocabulary at once.
+        chunk_size (`int`, *optional*, defaults to `64`): Positions projected to the vocabulary at once.
     """
     law = SamplingParams(1.0) if sampling.greedy else sampling
     fits = []

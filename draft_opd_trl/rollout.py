@@ -97,9 +97,9 @@ class ServerSource:
     """
     A server writes, and the target reads every text once before it is trusted.
 
-    Where the server returns no token ids, its text is tokenised again. A text whose tokens are not as many as the
-    server counted, that ends neither in a stop token nor at its limit, or that the target would not have written
-    ([`TextFit`]), is dropped, and the target writes it in this process.
+    Where the server returns no token ids, its text is tokenised again, and must have as many tokens as the server
+    counted. A text that ends neither in a stop token nor at its limit, or that the target would not have written
+    ([`TextFit`]), is dropped like one of another count, and the target writes it in this process.
 
     Args:
         client ([`CompletionsClient`]): Asks the server.
@@ -199,7 +199,7 @@ class ServerSource:
 
     def _is_whole(self, answer: Answer, completion: list[int]) -> bool:
         stops = self.settings.stop_token_ids
-        counted = answer.num_tokens in (None, len(completion))
+        counted = answer.token_ids is not None or answer.num_tokens in (None, len(completion))
         ended = len(completion) == self.settings.max_new_tokens or any(token in stops for token in completion[-1:])
         return counted and ended and until_stop(completion, stops) == completion
 

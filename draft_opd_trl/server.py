@@ -123,7 +123,7 @@ class CompletionsClient:
             `ServerError`: A request failed for good. All that arrived has been yielded before.
         """
         if self.takes_ids is None:
-            self.takes_ids = self._find_dialect(prompts[0])
+            self.takes_ids = self._find_dialect(prompts)
         pool = ThreadPoolExecutor(self.concurrency)
         futures = {
             pool.submit(self._complete, prompt, seed): index
@@ -146,14 +146,14 @@ class CompletionsClient:
         if failure is not None:
             raise failure
 
-    def _find_dialect(self, prompt: Sequence[int]) -> bool:
+    def _find_dialect(self, prompts: Sequence[Sequence[int]]) -> bool:
         """Whether the server takes token ids."""
-        by_ids = self._post(self._body_of_ids(prompt, 0) | {"max_tokens": 1})
+        by_ids = self._post(self._body_of_ids(prompts[0], 0) | {"max_tokens": 1})
         if by_ids.status not in REFUSED:
             self._check(by_ids)
             return True
-        text = self.to_text(prompt)
-        by_text = by_ids if text is None else self._post(self._body_of_text(text, 0) | {"max_tokens": 1})
+        text = next((text for text in map(self.to_text, prompts) if text is not None), "")
+        by_text = self._post(self._body_of_text(text, 0) | {"max_tokens": 1})
         if by_text.status in REFUSED:
             raise ServerError(
                 f"{self.url} takes a prompt neither as token ids (status {by_ids.status}: {_excerpt(by_ids)}) nor as "
@@ -201,7 +201,6 @@ class CompletionsClient:
         config = {
             "do_sample": not self.sampling.greedy,
             "top_k": self.sampling.top_k,
-            "max_new_tokens": self.max_new_tokens,
             "eos_token_id": self.stop_token_ids,
             "pad_token_id": self.stop_token_ids[0],
         }

@@ -149,8 +149,8 @@ class DraftOPDTrainer(_BaseTrainer):
         self.remove_callback(PrinterCallback)
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
-            settings = self.speculation_settings()
-            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, settings.sampling)
+            sampling = self.speculation_settings().sampling
+            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, sampling)
 
     def _place_target(self) -> None:
         teacher = self.target.model

@@ -14,15 +14,17 @@ class CompletionsServer:
     Args:
         answer (`Callable`): The model.
         tokenizer: For text.
-        takes_ids, returns_ids (`bool`): Whether it understands token ids and gives them.
+        takes_ids, returns_ids, takes_text (`bool`): Whether it understands token ids, gives them, understands text.
         faults (`list`): What goes wrong with the first requests after the probe, one each: a status, "reset", "cut"
             (dies in the middle of an answer) or "slow".
         dies_after (`int`, *optional*): Answers given before every further connection is reset.
     """
 
-    def __init__(self, answer, tokenizer, takes_ids=True, returns_ids=True, faults=(), dies_after=None):
+    def __init__(
+        self, answer, tokenizer, takes_ids=True, returns_ids=True, takes_text=True, faults=(), dies_after=None
+    ):
         self.answer, self.tokenizer = answer, tokenizer
-        self.takes_ids, self.returns_ids = takes_ids, returns_ids
+        self.takes_ids, self.returns_ids, self.takes_text = takes_ids, returns_ids, takes_text
         self.faults, self.dies_after = list(faults), dies_after
         self.requests, self.headers = [], []
         self.answered = self.at_once = self.most_at_once = 0
@@ -63,8 +65,8 @@ class CompletionsServer:
 
     def respond(self, handler, body):
         ids = not isinstance(body["prompt"], str)
-        if ids and not self.takes_ids:
-            return self.send(handler, 422, {"detail": "prompt must be a string"})
+        if not (self.takes_ids if ids else self.takes_text):
+            return self.send(handler, 422, {"detail": "not such a prompt"})
         with self.lock:
             probe = body["max_tokens"] == 1
             fault = self.faults.pop(0) if self.faults and not probe else None

@@ -92,9 +92,9 @@ def test_a_server_of_text_is_told_text():
 def test_a_prompt_that_no_text_tells_is_left_out():
     with CompletionsServer(echo, TOKENIZER, takes_ids=False) as serving:
         client = make_client(serving.url)
-        client.to_text = lambda ids: None if ids == PROMPTS[3] else TOKENIZER.decode(ids)
+        client.to_text = lambda ids: None if ids == PROMPTS[0] else TOKENIZER.decode(ids)
         answers = ask(client)
-    assert answers[3] is None and sum(answer is None for answer in answers.values()) == 1
+    assert answers[0] is None and sum(answer is None for answer in answers.values()) == 1
 
 
 def test_model_and_token_are_sent():
@@ -146,11 +146,9 @@ def test_no_server():
 
 
 def test_a_server_that_takes_neither():
-    with CompletionsServer(echo, TOKENIZER, takes_ids=False) as serving:
-        client = make_client(serving.url)
-        client.to_text = lambda ids: None
-        with pytest.raises(ServerError, match="neither as token ids .status 422.*Check `server_model`"):
-            ask(client)
+    with CompletionsServer(echo, TOKENIZER, takes_ids=False, takes_text=False) as serving:
+        with pytest.raises(ServerError, match="neither as token ids .status 422.*nor as text .status 422.*Check"):
+            ask(make_client(serving.url))
 
 
 def test_what_arrived_before_a_death_is_handed_on():
