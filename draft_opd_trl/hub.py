@@ -1,0 +1,122 @@
+"""Drafter folders on the Hub: what goes there, and errors that say what to do. Knows no trainer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, constants, create_repo, file_exists, get_token, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .drafters.base import Drafter
+from .model_card import write_model_card
+
+
+_REMEDIES = {
+    401: "The token is missing or not valid: log in with `hf auth login`, or pass one.",
+    403: "The token may not write there: use one that may, or push under another name.",
+    409: "Something else is writing there: push again.",
+}
+# Where a checkpoint's files hold paths of this machine.
+_PATHS = {"trainer_state.json": "best_model_checkpoint", "adapter_config.json": "base_model_name_or_path"}
+
+
+def check_hub_access(token: str | None) -> None:
+    """
+    Raises:
+        `ValueError`: Nothing can be pushed from here: no token, or offline mode.
+    """
+    if constants.is_offline_mode():
+        raise ValueError("push_to_hub=True, but HF_HUB_OFFLINE is set. Unset it, or train without pushing.")
+    if token is None and get_token() is None:
+        raise ValueError(
+            "push_to_hub=True, but there is no token for the Hub. Log in with `hf auth login`, set HF_TOKEN, or pass "
+            "`hub_token`; or train without pushing."
+        )
+
+
+def push_error(repo_id: str, error: Exception, kept: str) -> OSError:
+    """
+    What the Hub's client raised, in words.
+
+    Args:
+        repo_id (`str`): Where the push went.
+        error (`Exception`): What it raised.
+        kept (`str`): What the failure did not cost, as a sentence.
+    """
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    remedy = _REMEDIES.get(status, "Check the name and the network, and push again.")
+    return OSError(
+        f"Could not push to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}). {remedy} {kept}"
+    )
+
+
+@contextmanager
+def push_errors(repo_id: str, kept: str = "Nothing was pushed.") -> Iterator[None]:
+    """Whatever is raised inside comes out as [`push_error`]."""
+    try:
+        yield
+    except Exception as error:
+        raise push_error(repo_id, error, kept) from error
+
+
+def merged(model: PeftModel) -> Drafter:
+    """A drafter with its adapter added to its weights, as engines load no adapters; `model` stays as it is."""
+    target = model.get_base_model().target
+    return copy.deepcopy(model, {id(target): target}).merge_and_unload()
+
+
+def copy_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """A Trainer's checkpoint, whole enough to resume from, without what names this machine or holds the token."""
+    # Nobody reads the pickled arguments back; the card beside an adapter is PEFT's.
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(TRAINING_ARGS_NAME, "README.md"))
+    for name, field in _PATHS.items():
+        file = folder / name
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        if os.path.isabs(content.get(field) or ""):
+            file.write_text(json.dumps({**content, field: Path(content[field]).name}, indent=2) + "\n")
+
+
+def push_drafter(
+    drafter: Drafter,
+    repo_id: str,
+    commit_message: str = "Upload drafter",
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """
+    Push a drafter folder that engines load by id, with a card unless the repository has one.
+
+    Args:
+        drafter ([`Drafter`]): The drafter; one that is bound to its target gets it named in the card.
+        repo_id (`str`): Repository on the Hub; made if it is not there.
+        commit_message, private, token, revision, create_pr: As in [`~huggingface_hub.upload_folder`] and
+            [`~huggingface_hub.create_repo`].
+
+    Raises:
+        `OSError`: The Hub refused, or was not reached.
+    """
+    with TemporaryDirectory() as folder, push_errors(repo_id):
+        drafter.save_pretrained(folder)
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if not file_exists(repo_id, "README.md", revision=revision, token=token):
+            target = drafter._target
+            write_model_card(Path(folder) / "README.md", repo_id, drafter, None if target is None else target.name)
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
