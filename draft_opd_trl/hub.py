@@ -43,29 +43,22 @@ def check_hub_access(token: str | None) -> None:
         )
 
 
-def push_error(repo_id: str, error: Exception, kept: str) -> OSError:
-    """
-    What the Hub's client raised, in words.
-
-    Args:
-        repo_id (`str`): Where the push went.
-        error (`Exception`): What it raised.
-        kept (`str`): What the failure did not cost, as a sentence.
-    """
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    remedy = _REMEDIES.get(status, "Check the name and the network, and push again.")
-    return OSError(
-        f"Could not push to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}). {remedy} {kept}"
-    )
-
-
 @contextmanager
 def push_errors(repo_id: str, kept: str = "Nothing was pushed.") -> Iterator[None]:
-    """Whatever is raised inside comes out as [`push_error`]."""
+    """
+    Whatever the Hub's client raises inside comes out as one `OSError`, in words.
+
+    Args:
+        repo_id (`str`): Where the push goes.
+        kept (`str`, *optional*): What a failure does not cost, as a sentence.
+    """
     try:
         yield
     except Exception as error:
-        raise push_error(repo_id, error, kept) from error
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        remedy = _REMEDIES.get(status, "Check the name and the network, and push again.")
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"Could not push to {repo_id} ({told}). {remedy} {kept}") from error
 
 
 def merged(model: PeftModel) -> Drafter:
@@ -106,17 +99,18 @@ def push_drafter(
     Raises:
         `OSError`: The Hub refused, or was not reached.
     """
-    with TemporaryDirectory() as folder, push_errors(repo_id):
+    with TemporaryDirectory() as folder:
         drafter.save_pretrained(folder)
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if not file_exists(repo_id, "README.md", revision=revision, token=token):
-            target = drafter._target
-            write_model_card(Path(folder) / "README.md", repo_id, drafter, None if target is None else target.name)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        with push_errors(repo_id):
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if not file_exists(repo_id, "README.md", revision=revision, token=token):
+                target = drafter._target
+                write_model_card(Path(folder) / "README.md", repo_id, drafter, None if target is None else target.name)
+            return upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, upload_folder
+from huggingface_hub import CommitInfo, run_as_future, upload_folder
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -18,8 +19,8 @@ from ._trl_compat import _BaseTrainer
 from .callbacks import FirstEvaluationCallback
 from .config import DraftOPDConfig
 from .drafters.base import Drafter
-from .hub import copy_checkpoint, merged, push_error, push_errors
-from .model_card import CITATION, TAGS, TrainingRun, write_model_card
+from .hub import copy_checkpoint, merged, push_errors
+from .model_card import TAGS, TrainingRun, write_model_card
 from .target import Target
 
 
@@ -56,9 +57,6 @@ class HubTrainer(_BaseTrainer):
     after the machine, tokenizer files, and adapters, which no engine loads.
     """
 
-    _tag_names = list(TAGS)
-    _name = "Draft-OPD"
-    _paper = {"title": "Draft-OPD", "id": "2605.29343", "citation": CITATION}
     args: DraftOPDConfig
     drafter: Drafter
     target: Target
@@ -81,7 +79,7 @@ class HubTrainer(_BaseTrainer):
         best = args.load_best_model_at_end and not self.is_in_train and state.best_global_step
         write_model_card(
             Path(args.output_dir) / "README.md",
-            self._repo,
+            model_name or self._repo,
             self.drafter,
             self.target.name,
             self.target_revision,
@@ -89,7 +87,10 @@ class HubTrainer(_BaseTrainer):
             TrainingRun(
                 step=best or state.global_step,
                 history=state.log_history,
-                recipe={name: settings[name] for name in _RECIPE} | {"processes": args.world_size},
+                recipe={
+                    "processes": args.world_size,
+                    **{name: settings[name] for name in _RECIPE if settings[name] is not None},
+                },
                 law=f"temperature {args.temperature:g}{' with drawn proposals' if args.sample_proposals else ''}",
                 tokens=state.num_input_tokens_seen,
                 dataset_name=dataset_name,
@@ -123,13 +124,15 @@ class HubTrainer(_BaseTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        with push_errors(self._repo, f"The drafter is saved in {self.args.output_dir}."):
-            if self.hub_model_id is None:
-                super().init_hf_repo(token, private)  # Not our own, which says that nothing is saved.
-            self.create_model_card(**kwargs)
-            self._finish_current_push()
-            job = self._upload(commit_message, token or self.args.hub_token, revision or self.args.hub_revision)
-            return job.result() if blocking else job
+        kept = f"The drafter is saved in {self.args.output_dir}."
+        if self.hub_model_id is None:
+            with push_errors(self._repo, kept):
+                super().init_hf_repo(token, private)  # Not our own, as something is saved by now.
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        upload = partial(self._upload, self._stage(), commit_message, token, revision, kept)
+        return upload() if blocking else run_as_future(upload)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -138,39 +141,40 @@ class HubTrainer(_BaseTrainer):
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        checkpoint = Path(checkpoint_folder)
-        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        job = self._upload(
+        stage, checkpoint = self._stage(), Path(checkpoint_folder)
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            copy_checkpoint(checkpoint, Path(stage.name) / "last-checkpoint")
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            copy_checkpoint(checkpoint, Path(stage.name) / checkpoint.name)
+        job = run_as_future(
+            self._upload_or_warn,
+            stage,
             f"Training in progress, step {self.state.global_step}",
             self.args.hub_token,
             self.args.hub_revision,
-            {name: checkpoint for strategy, name in names.items() if strategy == self.args.hub_strategy},
+            f"Training goes on; the weights are in {checkpoint}.",
         )
-        # Nobody asks this job how it went, and training goes on without it.
-        job.add_done_callback(lambda job: self._warn(job.exception(), checkpoint))
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
 
-    def _warn(self, error: Exception | None, checkpoint: Path) -> None:
-        if error is not None:
-            logger.warning(str(push_error(self._repo, error, f"Training goes on; {checkpoint} has the weights.")))
-
-    def _upload(
-        self, message: str, token: str | None, revision: str | None, checkpoints: dict[str, Path] | None = None
-    ) -> Future:
-        """Push the drafter as it stands now, from a copy, so that nothing that is saved or deleted later shows."""
+    def _stage(self) -> TemporaryDirectory:
+        """The drafter as it stands now, and its card: a copy, so that what is saved or deleted later does not show."""
         stage = TemporaryDirectory(prefix="_push-", dir=self.args.output_dir)
         drafter = merged(self.model) if isinstance(self.model, PeftModel) else self.drafter
         drafter.save_pretrained(stage.name)
         shutil.copy(Path(self.args.output_dir) / "README.md", stage.name)
-        for name, checkpoint in (checkpoints or {}).items():
-            copy_checkpoint(checkpoint, Path(stage.name) / name)
-        job = upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=stage.name,
-            commit_message=message,
-            token=token,
-            revision=revision,
-            run_as_future=True,
-        )
-        job.add_done_callback(lambda _: stage.cleanup())
-        return job
+        return stage
+
+    def _upload(
+        self, stage: TemporaryDirectory, message: str | None, token: str | None, revision: str | None, kept: str
+    ) -> CommitInfo:
+        with stage as folder, push_errors(self._repo, kept):
+            return upload_folder(
+                repo_id=self.hub_model_id, folder_path=folder, commit_message=message, token=token, revision=revision
+            )
+
+    def _upload_or_warn(self, *args: Any) -> None:
+        """For pushes whose outcome nobody asks for."""
+        try:
+            self._upload(*args)
+        except OSError as error:
+            logger.warning(str(error))

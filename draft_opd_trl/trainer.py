@@ -409,7 +409,7 @@ class DraftOPDTrainer(HubTrainer):
         file = self._state_file(folder)
         torch.save(state, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
-        self.create_model_card(Path(self.args.output_dir).name)
+        self.create_model_card()
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

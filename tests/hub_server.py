@@ -27,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
         repos (`dict[str, list[tuple[str, dict[str, bytes]]]]`): The commits of a repository: id, all its files then.
         messages (`list[str]`): Of the commits, in order.
         refuse (`dict[str, tuple[int, str]]`): Endpoint → status and message it answers with.
+        deaf (`bool`): Hang up on every request.
         large (`tuple[str, ...]`): Files with such endings go through LFS.
     """
 
@@ -42,7 +43,8 @@ class HubServer(ThreadingHTTPServer):
 
     def forget(self) -> None:
         """Be an empty Hub that refuses nothing."""
-        self.repos, self.blobs, self.messages, self.refuse, self.large = {}, {}, [], {}, ()
+        self.repos, self.blobs, self.messages, self.refuse = {}, {}, [], {}
+        self.deaf, self.large = False, ()
 
     def files(self, repo: str) -> dict[str, bytes]:
         """What the main branch holds."""
@@ -55,6 +57,9 @@ class HubServer(ThreadingHTTPServer):
         commits.append((oid, content))
         self.messages.append(message)
         return oid
+
+
+_WRITING = ("create", "preupload", "batch", "commit")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -79,11 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         line = f"{self.command} {unquote(urlsplit(self.path).path)}"
         name, match = next(((n, m) for n, r in self.ROUTES.items() if (m := re.fullmatch(r, line))), (None, None))
-        if match is None:
+        if self.server.deaf:
+            self.close_connection = True
+        elif match is None:
             self._fail(404, f"This Hub has no {line}.")
-            return
-        writes = self.command == "POST" and name != "validate"
-        if writes and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        elif name in _WRITING and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self._fail(401, "Invalid username or password.")
         elif name in self.server.refuse:
             self._fail(*self.server.refuse[name])

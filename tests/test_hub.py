@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, load_drafter, speculate
+from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, hub_trainer, load_drafter, speculate
 from draft_opd_trl.target import Target
 
 
@@ -97,7 +97,9 @@ def assert_names_no_machine(files, tmp_path):
 
 
 def assert_loads_as_trained(repo, trainer):
-    assert torch.equal(proposals(load_drafter(repo), trainer.target), proposals(trainer.drafter, trainer.target))
+    loaded = load_drafter(repo)
+    assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if "checkpoint" in path.name]
+    assert torch.equal(proposals(loaded, trainer.target), proposals(trainer.drafter, trainer.target))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +119,7 @@ def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_p
     card = ModelCard(files["README.md"].decode())
     assert card.data.datasets == ["user/prompts"]
     assert [result.metric_type for result in card.data.eval_results][:2] == ["acceptance_length", "acceptance_slot_1"]
-    assert "| before training | after 2 steps |" in card.text
+    assert "| before training | after 2 steps |" in card.text and "None" not in card.text
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("_push")} == set()
 
 
@@ -246,22 +248,17 @@ def test_the_card_names_the_target_by_id_and_revision(hub, model, texts, tmp_pat
 # -- when it goes wrong --------------------------------------------------------------------------------------------
 
 
-REFUSALS = {
-    401: "hf auth login",
-    403: "The token may not write there",
-    409: "Something else is writing there",
-    500: "Check the name and the network",
-}
+REMEDIES = {401: "hf auth login", 403: "The token may not write there", 409: "Something else is writing there"}
 
 
-@pytest.mark.parametrize("status", [401, 403, 409])
+@pytest.mark.parametrize("status", REMEDIES)
 def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_path, status):
     trainer = make_trainer(
         start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", save_strategy="no"
     )
     trainer.train()
     hub.refuse = {"commit": (status, "no")}
-    with pytest.raises(OSError, match=f"Could not push to out .*{REFUSALS[status]}.*is saved in {tmp_path}/out"):
+    with pytest.raises(OSError, match=f"Could not push to user/out .*{REMEDIES[status]}.*is saved in {tmp_path}/out"):
         trainer.push_to_hub()
     assert torch.equal(
         proposals(load_drafter(str(tmp_path / "out")), trainer.target), proposals(trainer.drafter, trainer.target)
@@ -269,3 +266,61 @@ def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_pat
     hub.refuse = {}
     trainer.push_to_hub()
     assert_loads_as_trained("user/out", trainer)
+
+
+def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, monkeypatch):
+    trainer = make_trainer(start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", max_steps=1)
+    trainer.train()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="OfflineModeIsEnabled.*Check the name and the network.*is saved in"):
+        trainer.push_to_hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.deaf = True
+    with pytest.raises(OSError, match="Check the name and the network.*is saved in"):
+        trainer.push_to_hub()
+    assert load_drafter(str(tmp_path / "out")).kind == "dflash"
+
+
+def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, model, texts, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(hub_trainer.logger, "warning", told.append)
+    trainer = make_trainer(
+        start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", push_to_hub=True
+    )
+    hub.refuse = {"commit": (403, "no")}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert told and "The token may not write there" in told[0]
+    assert f"Training goes on; the weights are in {tmp_path}/out/checkpoint-1." in told[0]
+    hub.refuse = {}
+    trainer.push_to_hub()
+    assert_loads_as_trained("user/out", trainer)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_repository_that_cannot_be_made_stops_before_training(hub, model, texts, tmp_path, status):
+    drafter = start("dflash", model, tmp_path / "start")
+    hub.refuse = {"create": (status, "no")}
+    with pytest.raises(OSError, match=f"Could not push to out.*{REMEDIES[status]}.*Nothing was pushed"):
+        make_trainer(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+
+
+def test_no_token_or_no_network_is_said_before_anything_is_loaded(hub, texts, tmp_path, monkeypatch):
+    nowhere = str(tmp_path / "nowhere")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="push_to_hub=True, but there is no token.*`hf auth login`"):
+        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True)
+    # A token of its own gets past that, so the next thing to be missing is the target.
+    with pytest.raises(OSError, match="nowhere"):
+        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="push_to_hub=True, but HF_HUB_OFFLINE is set"):
+        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
+
+
+def test_a_drafter_that_cannot_push_itself_says_why(hub, model):
+    hub.refuse = {"preupload": (403, "no")}
+    with pytest.raises(
+        OSError, match="Could not push to user/mine.*The token may not write there.*Nothing was pushed"
+    ):
+        tiny_drafter("dflash", Target(model)).push_to_hub("user/mine")
