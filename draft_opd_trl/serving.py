@@ -20,7 +20,7 @@ def launch_commands(kind: str, target: str, drafter: str, num_draft_tokens: int)
         target, drafter (`str`): Ids or paths.
         num_draft_tokens (`int`): K.
     """
-    speculation = json.dumps({"method": kind, "model": drafter, "num_speculative_tokens": num_draft_tokens})
+    speculation = json.dumps({"method": kind, "num_speculative_tokens": num_draft_tokens, "model": drafter})
     sglang = [
         f"python -m sglang.launch_server --model-path {target}",
         f"--speculative-algorithm {kind.upper()}",
