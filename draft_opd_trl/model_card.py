@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+from yaml import YAMLError
 
 from .drafters.base import Drafter
 from .serving import launch_commands
@@ -147,7 +148,7 @@ def target_licence(name: str, revision: str | None) -> dict[str, str]:
     try:
         file = hf_hub_download(name, "README.md", revision=revision) if is_hub_id(name) else Path(name) / "README.md"
         data = ModelCard.load(file).data
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, hub_trainer, load_drafter, speculate
+from draft_opd_trl.hub import merged
 from draft_opd_trl.target import Target
 
 
@@ -108,8 +109,10 @@ def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_p
     trainer = make_trainer(drafter, model, texts, tmp_path / "out", push_to_hub=True)
     trainer.evaluate()
     trainer.train()
+    trainer.save_model()
     trainer.evaluate()
     trainer.push_to_hub(dataset_name="user/prompts")
+    assert hub.messages[-2:] == ["Model save", "End of training"]
     files = hub.files("user/out")
     assert_serves(files, trainer, tmp_path)
     assert_names_no_machine(files, tmp_path)
@@ -119,7 +122,7 @@ def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_p
     card = ModelCard(files["README.md"].decode())
     assert card.data.datasets == ["user/prompts"]
     assert [result.metric_type for result in card.data.eval_results][:2] == ["acceptance_length", "acceptance_slot_1"]
-    assert "| before training | after 2 steps |" in card.text and "None" not in card.text
+    assert "| before training | after step 2 |" in card.text and "None" not in card.text
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("_push")} == set()
 
 
@@ -176,6 +179,7 @@ def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path
     whole.train()
     folder = snapshot_download("user/out", allow_patterns="checkpoint-2/*")
     resumed = make_trainer(drafter, model, texts, tmp_path / "again", **steps)
+    resumed.evaluate()
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     for name, value in whole.drafter.named_parameters():
         assert torch.equal(value, resumed.drafter.get_parameter(name)), name
@@ -207,8 +211,31 @@ def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_pa
         name for name, value in load(files["model.safetensors"]).items() if not torch.equal(value, start_tensors[name])
     }
     assert changed == {name for name in start_tensors if "q_proj" in name or "v_proj" in name}
+    # A copy of the target would double its memory.
+    assert merged(trainer.model).target is trainer.target
     # Pushing has not merged the adapter into the drafter in training.
     assert before.keys() == trainer.model.state_dict().keys()
+
+
+def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, tmp_path):
+    trainer = make_trainer(
+        start("dflash", model, tmp_path / "start"),
+        model,
+        texts,
+        tmp_path / "out",
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="acceptance_length",
+        greater_is_better=False,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.global_step == 2
+    trainer.push_to_hub()
+    card = ModelCard(hub.files("user/out")["README.md"].decode())
+    assert "| | after step 1 |" in card.text
+    assert card.data.eval_results[0].metric_value == round(trainer.state.best_metric, 4)
+    assert card.data.eval_results[0].metric_value == round(trainer.evaluate()["eval_acceptance_length"], 4)
 
 
 def test_a_drafter_pushes_itself_and_leaves_a_card_that_is_there(hub, model, tmp_path):

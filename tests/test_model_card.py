@@ -70,7 +70,7 @@ def checked(card):
 
 def test_before_and_after(card, drafter):
     card = card(ID, "abc123", run=run(evaluation(0, 3.0), evaluation(150, 3.5), evaluation(300, 4.0)))
-    assert "| | before training | after 300 steps |\n|---|---|---|\n| **τ** | **3.000** | **4.000** |" in card.text
+    assert "| | before training | after step 300 |\n|---|---|---|\n| **τ** | **3.000** | **4.000** |" in card.text
     assert "| slot 1 | 0.562 | 0.750 |" in card.text and "| slot 4 | 0.094 | 0.125 |" in card.text
     assert "Prompts: 64.\n" in card.text
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -88,9 +88,9 @@ def test_before_and_after(card, drafter):
 @pytest.mark.parametrize(
     ("history", "columns", "said"),
     [
-        ([evaluation(300, 4.0)], "after 300 steps", "There was no evaluation before training."),
+        ([evaluation(300, 4.0)], "after step 300", "There was no evaluation before training."),
         ([evaluation(0, 3.0)], "before training", "There was no evaluation after training."),
-        ([evaluation(0, 3.0), evaluation(200, 3.9)], "before training | after 200 steps", "later, of step 300."),
+        ([evaluation(0, 3.0), evaluation(200, 3.9)], "before training | after step 200", "later, of step 300."),
     ],
 )
 def test_what_was_not_measured_is_said(card, history, columns, said):
@@ -137,10 +137,15 @@ def test_what_lies_on_this_machine_is_named_without_its_folders(card, drafter, t
 
 def test_the_licence_is_the_targets_own(card, tmp_path):
     (tmp_path / "pocket").mkdir()
-    assert "licence" not in card(str(tmp_path / "pocket")).text
+    readme = tmp_path / "pocket" / "README.md"
+    for unreadable in (None, "no metadata", "---\nlicense: [\n---\n"):
+        target_licence.cache_clear()
+        if unreadable is not None:
+            readme.write_text(unreadable)
+        assert "licence" not in card(str(tmp_path / "pocket")).text
     target_licence.cache_clear()
     fields = "license: other\nlicense_name: pocket-1\nlicense_link: https://example.com/licence"
-    (tmp_path / "pocket" / "README.md").write_text(f"---\n{fields}\n---\n# Pocket")
+    readme.write_text(f"---\n{fields}\n---\n# Pocket")
     with_licence = card(str(tmp_path / "pocket"))
     assert "| licence of the target | pocket-1 |" in with_licence.text
     assert (with_licence.data.license, with_licence.data.license_name) == ("other", "pocket-1")
