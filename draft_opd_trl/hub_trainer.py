@@ -26,27 +26,15 @@ from .target import Target
 
 logger = logging.get_logger(__name__)
 
-_RECIPE = (
-    "lmbda",
-    "rollout_source",
-    "temperature",
-    "teacher_temperature",
-    "accepted_loss",
-    "accepted_weight",
-    "rejected_loss",
-    "rejected_weight",
-    "num_anchors",
-    "max_prompt_length",
-    "max_completion_length",
-    "chat_template_kwargs",
-    "optim",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-)
+# What of the settings a card says. Chosen by name, as others hold paths, addresses or tokens.
+RECIPE = (
+    "recipe lmbda lmbda_end anchors rollout_source steps_per_generation temperature top_k top_p sample_proposals "
+    "max_prompt_length truncate_prompts max_completion_length chat_template_kwargs accepted_loss accepted_weight "
+    "accepted_decay rejected_loss rejected_weight rejected_decay sft_decay whole_blocks beta teacher_temperature "
+    "loss_max_clamp log_prob_min_clamp num_anchors replay_buffer_size replay_ratio replay_by_loss disable_dropout "
+    "shuffle_dataset optim learning_rate lr_scheduler_type warmup_steps weight_decay seed per_device_train_batch_size "
+    "gradient_accumulation_steps world_size"
+).split()
 
 
 class HubTrainer(_BaseTrainer):
@@ -75,7 +63,7 @@ class HubTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         args, state = self.args, self.state
-        settings = args.to_dict()
+        settings = {**args.to_dict(), "world_size": args.world_size}
         best = args.load_best_model_at_end and not self.is_in_train and state.best_global_step
         write_model_card(
             Path(args.output_dir) / "README.md",
@@ -87,10 +75,7 @@ class HubTrainer(_BaseTrainer):
             TrainingRun(
                 step=best or state.global_step,
                 history=state.log_history,
-                recipe={
-                    "processes": args.world_size,
-                    **{name: settings[name] for name in _RECIPE if settings[name] is not None},
-                },
+                recipe={name: settings[name] for name in RECIPE if settings[name] is not None},
                 law=f"temperature {args.temperature:g}{' with drawn proposals' if args.sample_proposals else ''}",
                 tokens=state.num_input_tokens_seen,
                 dataset_name=dataset_name,

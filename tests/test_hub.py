@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, hub_trainer, load_drafter, speculate
+from draft_opd_trl._trl_compat import _BaseConfig
 from draft_opd_trl.hub import merged
 from draft_opd_trl.target import Target
 
@@ -101,6 +103,15 @@ def assert_loads_as_trained(repo, trainer):
     loaded = load_drafter(repo)
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if "checkpoint" in path.name]
     assert torch.equal(proposals(loaded, trainer.target), proposals(trainer.drafter, trainer.target))
+
+
+def test_every_setting_is_in_the_card_or_left_out_on_purpose():
+    """The card takes settings by name, so that one that holds a path or a token is not published by accident."""
+    own = {field.name for field in fields(DraftOPDConfig)} - {field.name for field in fields(_BaseConfig)}
+    private = {"model_init_kwargs", "teacher_model_init_kwargs"}
+    changes_no_weight = {"rollout_batch_size", "num_chains", "loss_chunk_size"}
+    changes_no_weight |= {"log_completions", "num_completions_to_print"}
+    assert own - set(hub_trainer.RECIPE) == private | changes_no_weight, "put a new setting into RECIPE, or here"
 
 
 @pytest.mark.parametrize("kind", KINDS)
