@@ -117,6 +117,17 @@ def test_an_evaluation_after_the_weights_is_not_theirs(card):
     assert card.data.eval_results[0].metric_value == 3.5
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [({"lmbda": 1.0}, "By [Draft-OPD]"), ({"lmbda": 0.0}, "By SFT, the baseline of [Draft-OPD]")]
+    + [({"lmbda": 0.0, "lmbda_end": 1.0}, "By [Draft-OPD]")],
+)
+def test_sft_is_called_so(card, share, said):
+    told = run()
+    told.recipe = share
+    assert said in card(ID, run=told).text
+
+
 def test_several_sets_of_prompts(card):
     history = [evaluation(0, 3.0, "eval_math"), evaluation(300, 4.0, "eval_math"), evaluation(300, 2.0, "eval_code")]
     card = card(ID, run=run(*history))
