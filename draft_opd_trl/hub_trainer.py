@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
@@ -53,6 +54,7 @@ class HubTrainer(_BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(FirstEvaluationCallback())
+        self._overruled = _overruled(self.optimizer, self.lr_scheduler)
 
     @property
     def _repo(self) -> str:
@@ -63,7 +65,7 @@ class HubTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         args, state = self.args, self.state
-        settings = {**args.to_dict(), "world_size": args.world_size}
+        settings = {**args.to_dict(), "world_size": args.world_size, **self._overruled}
         best = args.load_best_model_at_end and not self.is_in_train and state.best_global_step
         write_model_card(
             Path(args.output_dir) / "README.md",
@@ -163,3 +165,16 @@ class HubTrainer(_BaseTrainer):
             self._upload(*args)
         except OSError as error:
             logger.warning(str(error))
+
+
+def _overruled(optimizer: torch.optim.Optimizer | None, scheduler: Any) -> dict[str, Any]:
+    """What stands in a card for settings that an optimizer or scheduler given to the trainer overrules."""
+    facts: dict[str, Any] = {}
+    if optimizer is not None:
+        rates = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        decays = {group.get("weight_decay", 0.0) for group in optimizer.param_groups}
+        facts["optim"] = type(optimizer).__name__
+        facts["learning_rate"], facts["weight_decay"] = (", ".join(map(str, sorted(v))) for v in (rates, decays))
+    if scheduler is not None:
+        facts |= {"lr_scheduler_type": type(scheduler).__name__, "warmup_steps": None}
+    return facts

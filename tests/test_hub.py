@@ -14,7 +14,15 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, hub_trainer, load_drafter, speculate
+from draft_opd_trl import (
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    MuonWithAdamW,
+    SpeculationSettings,
+    hub_trainer,
+    load_drafter,
+    speculate,
+)
 from draft_opd_trl._trl_compat import _BaseConfig
 from draft_opd_trl.hub import merged
 from draft_opd_trl.target import Target
@@ -63,7 +71,7 @@ def start(kind, model, folder):
 
 
 def make_trainer(drafter, model, texts, output_dir, **options):
-    more = {name: options.pop(name) for name in ("peft_config",) if name in options}
+    more = {name: options.pop(name) for name in ("peft_config", "optimizers") if name in options}
     defaults = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -226,6 +234,16 @@ def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_pa
     assert merged(trainer.model).target is trainer.target
     # Pushing has not merged the adapter into the drafter in training.
     assert before.keys() == trainer.model.state_dict().keys()
+
+
+def test_the_card_tells_the_optimizer_that_was_given(model, texts, tmp_path):
+    drafter = tiny_drafter("dflash", Target(model))
+    given = {"optimizers": (MuonWithAdamW(drafter.parameters(), lr=4e-3, adamw_lr=1e-3), None)}
+    for output_dir, options in ((tmp_path / "given", given), (tmp_path / "own", {"optim": "sgd"})):
+        make_trainer(drafter, model, texts, output_dir, **options).create_model_card()
+    told = (tmp_path / "given" / "README.md").read_text()
+    assert "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | cosine |" in told
+    assert "| `optim` | sgd |\n| `learning_rate` | 0.01 |" in (tmp_path / "own" / "README.md").read_text()
 
 
 def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, tmp_path):
