@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ._trl_compat import (
-    _BaseTrainer,
     _ForwardRedirection,
     disable_dropout_in_model,
     identity,
@@ -35,6 +34,8 @@ from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
 from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
 from .feed import BatchFeed, EpochSampler
+from .hub import check_hub_access
+from .hub_trainer import HubTrainer
 from .loading import (
     check_dataset_size,
     check_peft,
@@ -45,7 +46,7 @@ from .loading import (
     load_tokenizer,
 )
 from .losses import Heads, LossSettings, batch_loss
-from .model_card import CITATION, write_model_card
+from .model_card import cached_revision
 from .prompts import tokenize_dataset
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
@@ -55,7 +56,7 @@ from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 
 
-class DraftOPDTrainer(_BaseTrainer):
+class DraftOPDTrainer(HubTrainer):
     """
     Trainer for Draft-OPD (arXiv 2605.29343): on-policy distillation of a speculative-decoding drafter.
 
@@ -86,9 +87,6 @@ class DraftOPDTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _tag_names = ["draft-opd", "speculative-decoding"]
-    _name = "Draft-OPD"
-    _paper = {"title": "Draft-OPD", "id": "2605.29343", "citation": CITATION}
 
     def __init__(
         self,
@@ -106,6 +104,8 @@ class DraftOPDTrainer(_BaseTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.kind
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
+        if args.push_to_hub:
+            check_hub_access(args.hub_token)
         set_seed(args.seed)
         # Data first: what is wrong with it must show before models are loaded.
         tokenizer = load_tokenizer(teacher_model, args, processing_class)
@@ -120,6 +120,9 @@ class DraftOPDTrainer(_BaseTrainer):
         drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
         teacher = load_target(teacher_model, args, quantization_config)
         self.target = Target(teacher)
+        if isinstance(teacher_model, str):
+            revision = (args.teacher_model_init_kwargs or {}).get("revision")
+            self.target_revision = cached_revision(teacher_model, revision)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
@@ -420,7 +423,7 @@ class DraftOPDTrainer(_BaseTrainer):
         file = self._state_file(folder)
         torch.save(state, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
-        self.create_model_card(Path(self.args.output_dir).name)
+        self.create_model_card()
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -434,21 +437,6 @@ class DraftOPDTrainer(_BaseTrainer):
         state = torch.load(file, weights_only=False)
         self.feed.load_state_dict(state["feed"])
         self.error_buffer.load_state_dict(state["error_buffer"])
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
-        """Write `README.md` of the drafter folder from this project's own template."""
-        if self.is_world_process_zero():
-            write_model_card(
-                Path(self.args.output_dir) / "README.md",
-                model_name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
-                kind=self.drafter.kind,
-                target_name=self.target.name,
-                num_draft_tokens=self.drafter.num_draft_tokens,
-                recipe={name: getattr(self.args, name) for name in _CARD_FIELDS},
-                metrics=next((log for log in reversed(self.state.log_history) if "eval_acceptance_length" in log), {}),
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-                dataset_name=dataset_name,
-            )
 
 
 def _tokenize(
@@ -467,18 +455,3 @@ def _tokenize(
         args.truncate_prompts,
         name,
     )
-
-
-_CARD_FIELDS = (
-    "lmbda",
-    "rollout_source",
-    "temperature",
-    "teacher_temperature",
-    "accepted_loss",
-    "rejected_weight",
-    "num_anchors",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)
