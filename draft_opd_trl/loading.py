@@ -1,15 +1,51 @@
-"""What a run is made of, loaded and checked before anything expensive: target, tokenizer, sizes, adapters."""
+"""What a run is made of, loaded and checked before anything expensive: prompts, target, tokenizer, sizes, adapters."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl_compat import create_model_from_path
 from .config import DraftOPDConfig
+
+
+def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """
+    Prompts from the Hub, a folder of `save_to_disk`, or a local `.json` or `.jsonl` file.
+
+    Raises:
+        `FileNotFoundError`: No such file.
+    """
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{name} is not a file here. Give the path of a .json or .jsonl file.")
+        return load_dataset("json", data_files=str(path), split="train")
+    if path.is_dir() and (path / "state.json").is_file():
+        return load_from_disk(name)
+    return load_dataset(name, config, split=split)
+
+
+def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """
+    The data set without `count` rows drawn at random, and these rows; `None` where `count` is 0.
+
+    Raises:
+        `ValueError`: Nothing would be left.
+    """
+    if count == 0:
+        return dataset, None
+    if len(dataset) <= count:
+        raise ValueError(
+            f"Holding {count} prompts out for evaluation leaves nothing to train on: the data set has {len(dataset)} "
+            "rows. Hold fewer out (--num_eval_prompts), or none (0)."
+        )
+    parts = dataset.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def load_tokenizer(

@@ -58,11 +58,11 @@ def test_quickstart_writes_what_it_promises(scripts, kind, tmp_path):
 
 def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4", "--baseline"]
-    command += ["--max_new_tokens", "64"]
+    command += ["--max_new_tokens", "64", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     assert result["texts_changed"] == 0
     assert result["interval"][0] <= result["acceptance_length"] <= result["interval"][1]
 
