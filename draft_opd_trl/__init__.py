@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .acceptance import AcceptanceReport, bootstrap_interval
     from .checkpoints import load_drafter
     from .config import DraftOPDConfig
     from .drafters import DRAFTERS, create_drafter
-    from .evaluation import AcceptanceReport, bootstrap_interval, measure_acceptance
+    from .evaluation import measure_acceptance
     from .optim import MuonWithAdamW
     from .sampling import SamplingParams
     from .speculation import SpeculationSettings, speculate
@@ -38,14 +39,14 @@ __all__ = [
 # Where each public name lives.
 _HOME = {
     "DRAFTERS": "drafters",
-    "AcceptanceReport": "evaluation",
+    "AcceptanceReport": "acceptance",
     "DraftOPDConfig": "config",
     "DraftOPDTrainer": "trainer",
     "MuonWithAdamW": "optim",
     "SamplingParams": "sampling",
     "SpeculationSettings": "speculation",
     "Target": "target",
-    "bootstrap_interval": "evaluation",
+    "bootstrap_interval": "acceptance",
     "create_drafter": "drafters",
     "draft_vocabulary": "vocabulary",
     "load_drafter": "checkpoints",

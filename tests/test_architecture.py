@@ -20,7 +20,7 @@ NAME = "draft_opd_trl"
 LAYERS = (
     ("_trl_compat",),
     ("records",),
-    ("sampling", "prompts", "losses", "verification", "cache", "optim", "callbacks", "vocabulary"),
+    ("sampling", "prompts", "losses", "verification", "acceptance", "cache", "optim", "callbacks", "vocabulary"),
     ("target", "drafters.base", "drafters.parts", "config"),
     ("drafters",),
     ("speculation",),
@@ -39,6 +39,7 @@ MODELS = ("transformers", "trl", "peft", f"{NAME}.cache", f"{NAME}.target", f"{N
 UNKNOWN_TO = {
     "records": MODELS,
     "verification": MODELS,
+    "acceptance": MODELS,
     "losses": MODELS,
     "target": (f"{NAME}.drafters",),
     "drafters": (f"{NAME}.losses",),
