@@ -53,7 +53,7 @@ class AcceptanceReport:
 
     @cached_property
     def _blocks(self) -> dict[str, torch.Tensor]:
-        """All blocks `(N,)`: text, anchor in tokens from its completion's start, tokens accepted, judged, committed."""
+        """All blocks `(N,)`: text, anchor (from the completion's start), tokens accepted, judged, committed."""
         sizes = torch.tensor([len(runs) for runs in self.accepted], dtype=torch.long)
         rows = torch.arange(len(sizes)).repeat_interleave(sizes)
         accepted = torch.tensor([run for runs in self.accepted for run in runs], dtype=torch.long)
@@ -80,7 +80,12 @@ class AcceptanceReport:
             return torch.zeros(count, dtype=torch.float64).index_add_(0, rows, values.double())
 
         ones = torch.ones_like(rows)
-        ratios = {"acceptance_length": (by_prompt(blocks["committed"]), by_prompt(ones))}
+        committed, verifications = by_prompt(blocks["committed"]), by_prompt(ones)
+        ratios = {
+            "acceptance_length": (committed, verifications),
+            # Some peers average the prompts' own lengths, so that a short text weighs as much as a long one.
+            "acceptance_length_per_prompt": (committed / verifications.clamp(min=1), (verifications > 0).double()),
+        }
         for slot in range(self.num_draft_tokens):
             accepted, valid = blocks["num_accepted"] > slot, blocks["num_valid"] > slot
             ratios[f"acceptance_slot_{slot + 1}"] = by_prompt(accepted), by_prompt(valid)
@@ -88,7 +93,7 @@ class AcceptanceReport:
             inside = (blocks["anchors"] >= start) & (blocks["anchors"] < stop)
             ratios[f"acceptance_length_from_{start}"] = by_prompt(blocks["committed"] * inside), by_prompt(inside)
         whole = blocks["num_accepted"] == blocks["num_valid"]
-        ratios["blocks_fully_accepted"] = by_prompt(whole), by_prompt(ones)
+        ratios["blocks_fully_accepted"] = by_prompt(whole), verifications
         # A run that reaches the text's last token holds the stop token; otherwise verification wrote it.
         reaches = blocks["committed"] == blocks["num_accepted"]
         stopped = torch.tensor(self.stopped, dtype=torch.float64)
@@ -172,6 +177,7 @@ class AcceptanceReport:
                 {"start": start, "stop": stop, **entry(f"acceptance_length_from_{start}")}
                 for start, stop in self.position_bins
             ],
+            "acceptance_length_per_prompt": entry("acceptance_length_per_prompt"),
             "blocks_fully_accepted": entry("blocks_fully_accepted"),
             "stops_in_blocks": entry("stops_in_blocks"),
             "verifications": sum(self.verifications),

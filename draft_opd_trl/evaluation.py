@@ -1,19 +1,24 @@
 """Acceptance length by real speculative decoding, timed, and held to the target's own greedy text.
 
-Knows no training state, and of files only that texts are handed out as they end.
+Knows no training state.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .acceptance import AcceptanceReport, join_reports
+from .acceptance import AcceptanceReport, bootstrap_interval, join_reports
 from .drafters.base import Drafter
+from .results import ResultsFile
 from .speculation import SpeculationSettings, speculate
 from .target import Target
 
@@ -145,3 +150,98 @@ def changed_texts(
         gaps.append(float((logits[first[same]] - logits[second[same]]).abs()))
         ties += gaps[-1] <= TIE_ROUNDINGS * torch.finfo(target.dtype).eps * float(logits.abs().max())
     return {"checked": len(prompts), "changed": len(gaps), "at_ties": ties, "largest_gap": max(gaps, default=0.0)}
+
+
+def fingerprint(drafter: Drafter) -> str:
+    """Of a drafter's weights and layout, so that results of one drafter are not taken for another's."""
+    digest = hashlib.sha256(f"{drafter.num_draft_tokens} {drafter.target_layer_ids}".encode())
+    for name, tensor in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def evaluate_drafters(
+    target: Target,
+    drafters: dict[str, Drafter],
+    prompts: Sequence[Sequence[int]],
+    settings: SpeculationSettings,
+    seed: int = 0,
+    baseline: bool = True,
+    results: Path | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """
+    Measure drafters on the same prompts, beside decoding without one.
+
+    Args:
+        target ([`Target`]): Of all drafters.
+        drafters (`dict[str, Drafter]`): One or two by name, bound to the target; two are compared, paired by prompt.
+        prompts (`Sequence[Sequence[int]]`): Token ids.
+        settings ([`SpeculationSettings`]): Law and lengths.
+        seed (`int`, *optional*, defaults to `0`): Of draws at temperature > 0.
+        baseline (`bool`, *optional*, defaults to `True`): Also decode plainly, for the speedup, and at temperature 0
+            to check that no text changed.
+        results (`Path`, *optional*): Start of the files' names, `<results>-<drafter>.jsonl`. Every text is appended as
+            it ends. What is there already is not decoded again; texts cut off by a kill are, at temperature > 0 with
+            new draws.
+        progress (`str`, *optional*): Start of the progress bars' labels.
+
+    Returns:
+        JSON-able `dict`: `plain` (speed), `drafters` (by name the [`AcceptanceReport.summary`], `speedup`, `texts`
+        from [`changed_texts`], and how many were `resumed`), `difference` of τ between two, with its interval.
+
+    Raises:
+        `ValueError`: A results file holds results of other settings.
+    """
+    shared = {
+        **dataclasses.asdict(settings),
+        "seed": seed,
+        "target": target.name,
+        "dtype": str(target.dtype),
+        "device": target.device.type,
+        "prompts": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16],
+    }
+    runs = {"plain": None, **drafters} if baseline else drafters
+    files = {
+        name: ResultsFile(
+            None if results is None else results.with_name(f"{results.name}-{name}.jsonl"),
+            {**shared, "drafter": None if drafter is None else fingerprint(drafter)},
+        )
+        for name, drafter in runs.items()
+    }
+    resumed = {name: len(file.done) for name, file in files.items()}
+    for name, file in files.items():
+        waiting = [index for index in range(len(prompts)) if index not in file.done]
+        if waiting:
+            generator = torch.Generator(target.device).manual_seed(seed + resumed[name])
+            measure_acceptance(
+                target,
+                runs[name],
+                [prompts[index] for index in waiting],
+                settings,
+                generator,
+                progress and f"{progress}, {name}",
+                lambda prompt, report, file=file, waiting=waiting: file.append(waiting[prompt], report),
+            )
+    reports = {name: join_reports([file.done[i] for i in range(len(prompts))]) for name, file in files.items()}
+    plain = reports.pop("plain", None)
+    return {
+        "prompts": len(prompts),
+        "plain": plain and {"tokens_per_second": plain.tokens_per_second, "resumed": resumed["plain"]},
+        "drafters": {
+            name: {
+                **report.summary(),
+                "speedup": plain and report.tokens_per_second / plain.tokens_per_second,
+                "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
+                "resumed": resumed[name],
+            }
+            for name, report in reports.items()
+        },
+        "difference": _difference(*reports.values()) if len(reports) == 2 else None,
+    }
+
+
+def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
+    low, high = bootstrap_interval(first, second)
+    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}

@@ -159,8 +159,8 @@ def speculate(
         settings ([`SpeculationSettings`]): Lengths, law, batching.
         generator (`torch.Generator`, *optional*): On the target's device.
         on_round (`Callable`, *optional*): Called as `on_round(finished texts, committed tokens, verifications)`.
-        on_text (`Callable`, *optional*): Called when a text has ended, as `on_text(prompt, completion, accepted)`: index
-            of its prompt, token ids, and the length of each block's accepted run inside the text.
+        on_text (`Callable`, *optional*): Called when a text has ended, as `on_text(prompt, completion, accepted)`: the
+            prompt's index, token ids, and the length of each block's accepted run inside the text.
 
     Returns:
         [`Rollout`] in the order of `prompts`. A text's first token comes from the prefill; every further one from a

@@ -1,8 +1,8 @@
 """Measure any drafter–target pair by real speculative decoding: `draft-opd evaluate` as a script.
 
-    python examples/evaluate.py --model DRAFTER --teacher TARGET --dataset_name prompts.jsonl
+    python examples/evaluate.py --model DRAFTER --teacher TARGET --suite prompts.jsonl
 
-Without a drafter and a target: the pocket pair.
+Without a drafter: the pocket pair on pocket prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,5 @@ from draft_opd_trl.cli import main
 if __name__ == "__main__":
     words = sys.argv[1:]
     if not any(word.startswith(("--model", "--config", "-h", "--help")) for word in words):
-        words += ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
-        words += ["--dataset_name", str(POCKET / "prompts" / "heldout.jsonl")]
+        words += ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target"), "--suite", "pocket"]
     sys.exit(main(["evaluate", *words]))

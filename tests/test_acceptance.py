@@ -40,6 +40,10 @@ def test_lengths_by_hand(report):
     assert len(report) == 4 and report.tokens == 18 and report.tokens_per_second == 6.0
 
 
+def test_mean_over_prompts_by_hand(report):
+    assert report.statistic("acceptance_length_per_prompt") == pytest.approx((9 / 4 + 3 / 1 + 2 / 1) / 3)
+
+
 def test_slots_by_hand(report):
     # Judged slots: 3, 3, 3, 2 | 3 | 2.
     assert report.acceptance_by_slot == pytest.approx([5 / 6, 2 / 6, 2 / 4])
@@ -78,7 +82,7 @@ def test_metrics_and_summary_are_the_same_numbers(report):
     assert tuple(summary["interval"]) == bootstrap_interval(report)
     assert [metrics[f"test_acceptance_slot_{slot}"] for slot in (1, 2, 3)] == summary["acceptance_by_slot"]
     assert len(summary["intervals_by_slot"]) == 3
-    for name in ("blocks_fully_accepted", "stops_in_blocks"):
+    for name in ("acceptance_length_per_prompt", "blocks_fully_accepted", "stops_in_blocks"):
         assert metrics[f"test_{name}"] == summary[name]["value"]
         low, high = summary[name]["interval"]
         assert low <= summary[name]["value"] <= high

@@ -24,7 +24,7 @@ LAYERS = (
     ("target", "drafters.base", "drafters.parts", "config"),
     ("drafters",),
     ("speculation",),
-    ("rollout", "replay", "evaluation", "checkpoints", "model_card", "loading"),
+    ("rollout", "replay", "evaluation", "results", "checkpoints", "model_card", "loading", "suites"),
     ("batching",),
     ("feed",),
     ("trainer",),

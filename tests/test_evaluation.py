@@ -1,12 +1,14 @@
 """Acceptance measured by decoding: a recount of the record, plain decoding, times, texts that changed."""
 
+import json
 import time
 
 import pytest
 import torch
-from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_model
+from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter, tiny_model
 
-from draft_opd_trl.evaluation import changed_texts, measure_acceptance
+from draft_opd_trl.acceptance import bootstrap_interval
+from draft_opd_trl.evaluation import changed_texts, evaluate_drafters, fingerprint, measure_acceptance
 from draft_opd_trl.sampling import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
@@ -129,3 +131,97 @@ def test_a_tie_of_bfloat16_is_counted_apart():
     other.completions = [[7]]
     expected = {"checked": 1, "changed": 1, "at_ties": 1, "largest_gap": 0.0}
     assert changed_texts(target, [[1, 2]], plain, other) == expected
+
+
+def _settings(temperature=0.0, **options):
+    return SpeculationSettings(16, [3, 9], SamplingParams(temperature), batch_size=3, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_two_drafters_are_measured_on_the_same_prompts(qwen_target, qwen_drafter, prompts, temperature, tmp_path):
+    other = tiny_drafter(qwen_drafter.kind, qwen_target, seed=5)
+    drafters = {"trained": qwen_drafter, "fresh": other}
+    result = evaluate_drafters(qwen_target, drafters, prompts, _settings(temperature), 7, results=tmp_path / "tiny")
+    assert json.loads(json.dumps(result)) == result
+    reports = [
+        measure_acceptance(qwen_target, drafter, prompts, _settings(temperature), torch.Generator().manual_seed(7))
+        for drafter in drafters.values()
+    ]
+    for (name, entry), report in zip(result["drafters"].items(), reports, strict=True):
+        assert entry["acceptance_length"] == report.acceptance_length, name
+        assert entry["acceptance_by_slot"] == report.acceptance_by_slot
+        assert entry["interval"] == list(bootstrap_interval(report))
+        assert entry["speedup"] == entry["tokens_per_second"] / result["plain"]["tokens_per_second"]
+        assert entry["texts"] == (
+            {"checked": 7, "changed": 0, "at_ties": 0, "largest_gap": 0.0} if temperature == 0 else None
+        )
+    low, high = bootstrap_interval(*reports)
+    mean = reports[0].acceptance_length - reports[1].acceptance_length
+    assert result["difference"] == {"mean": mean, "low": low, "high": high}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"tiny-{name}.jsonl" for name in ("fresh", "plain", "trained")
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_kill_loses_at_most_the_texts_in_flight(qwen_target, qwen_drafter, prompts, tmp_path, monkeypatch):
+    """Killed while the drafter's fourth text is being kept; what was kept is not decoded again."""
+    from draft_opd_trl import evaluation, results
+
+    settings, drafters = _settings(), {"trained": qwen_drafter}
+    whole = evaluate_drafters(qwen_target, drafters, prompts, settings)
+    kept = results.ResultsFile.append
+    count = 0
+
+    def append(self, prompt, report):
+        nonlocal count
+        count += 1
+        if count == len(prompts) + 4:
+            raise Killed
+        kept(self, prompt, report)
+
+    monkeypatch.setattr(results.ResultsFile, "append", append)
+    with pytest.raises(Killed):
+        evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "run")
+    monkeypatch.setattr(results.ResultsFile, "append", kept)
+    decoded = []
+    measure = evaluation.measure_acceptance
+
+    def counted(target, drafter, waiting, *rest):
+        decoded.append(len(waiting))
+        return measure(target, drafter, waiting, *rest)
+
+    monkeypatch.setattr(evaluation, "measure_acceptance", counted)
+    again = evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "run")
+    assert decoded == [len(prompts) - 3]
+    assert again["plain"]["resumed"] == len(prompts) and again["drafters"]["trained"]["resumed"] == 3
+    timed = ("seconds", "draft_seconds", "verify_seconds", "tokens_per_second", "speedup", "resumed")
+    same = [{k: v for k, v in run["drafters"]["trained"].items() if k not in timed} for run in (whole, again)]
+    assert same[0] == same[1]
+
+
+def test_results_of_other_weights_or_laws_are_refused(qwen_target, qwen_drafter, prompts, tmp_path):
+    def evaluate(drafter, settings):
+        return evaluate_drafters(qwen_target, {"one": drafter}, prompts, settings, 0, False, tmp_path / "run")
+
+    assert evaluate(qwen_drafter, _settings())["plain"] is None
+    other = tiny_drafter(qwen_drafter.kind, qwen_target, seed=5)
+    with pytest.raises(ValueError, match="other settings: drafter was"):
+        evaluate(other, _settings())
+    with pytest.raises(ValueError, match="batch_size was 3 and is 4"):
+        evaluate(qwen_drafter, SpeculationSettings(16, [3, 9], batch_size=4))
+
+
+def test_fingerprints_tell_weights_apart(qwen_target, qwen_drafter):
+    before = fingerprint(qwen_drafter)
+    assert before == fingerprint(qwen_drafter)
+    parameter = list(qwen_drafter.parameters())[-1]
+    with torch.no_grad():
+        kept = parameter.view(-1)[0].item()
+        parameter.view(-1)[0] = kept + 1e-3
+    assert fingerprint(qwen_drafter) != before
+    with torch.no_grad():
+        parameter.view(-1)[0] = kept
