@@ -18,7 +18,7 @@ NAME = "draft_opd_trl"
 
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
-    ("_trl_compat",),
+    ("_trl_compat", "metrics", "metrics.acceptance_length.acceptance_length"),
     ("records",),
     ("sampling", "prompts", "losses", "verification", "acceptance", "cache", "optim", "callbacks", "vocabulary"),
     ("target", "drafters.base", "drafters.parts", "config"),
@@ -37,6 +37,7 @@ LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in la
 # What a room must never know, beyond what its layer already forbids: each name stands for itself and all below it.
 MODELS = ("transformers", "trl", "peft", f"{NAME}.cache", f"{NAME}.target", f"{NAME}.drafters")
 UNKNOWN_TO = {
+    "metrics": (NAME,),  # each is pushed alone, as a Space
     "records": MODELS,
     "verification": MODELS,
     "acceptance": MODELS,
