@@ -12,6 +12,8 @@ import pytest
 import draft_opd_trl
 from draft_opd_trl._trl_compat import _BaseConfig
 from draft_opd_trl.cli import COMMANDS, CommandParser
+from draft_opd_trl.commands.evaluate import EvaluateArguments
+from draft_opd_trl.commands.options import PairArguments
 from draft_opd_trl.config import DraftOPDConfig
 
 
@@ -114,12 +116,20 @@ def test_options_of_commands_exist():
     known["train"] |= {"drafter", "config_file"}
     unknown = []
     for page in PAGES:
-        for block in _code_blocks(_read(page)):
-            for command, options in known.items():
-                if f"examples/{command}.py" in block or f"draft-opd {command}" in block:
-                    used = re.findall(r"(?<![\w-])--(\w+)", block)
+        lines = "\n".join(_code_blocks(_read(page))).replace("\\\n", " ").splitlines()
+        for command, options in known.items():
+            for line in lines:
+                if re.search(rf"examples/{command}\.py|(draft-opd|draft_opd_trl\.cli) {command}\b", line):
+                    used = re.findall(r"(?<![\w-])--(\w+)", line)
                     unknown += [f"{page.name}: {command} --{option}" for option in used if option not in options]
         prose = re.findall(r"`--(\w+)", _without_code(_read(page)))
         everything = set.union(*known.values()) | {"help"}
         unknown += [f"{page.name}: --{option}" for option in prose if option not in everything]
     assert unknown == []
+
+
+def test_every_option_of_evaluate_is_in_its_table():
+    table = _read(SOURCE / "cli.md").split("## evaluate")[1]
+    pair = {field.name for field in dataclasses.fields(PairArguments)}
+    options = {field.name for field in dataclasses.fields(EvaluateArguments)} - pair
+    assert {option for option in options if f"`--{option}`" not in table} == set()

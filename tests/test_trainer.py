@@ -13,7 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, load_drafter, speculate
+from draft_opd_trl import (
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    SpeculationSettings,
+    load_drafter,
+    measure_acceptance,
+    speculate,
+)
 from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.target import Target
 
@@ -256,6 +263,12 @@ def test_evaluate_is_real_speculative_decoding(drafter_folder, model, texts, tmp
     assert metrics["eval_acceptance_slot_1"] == pytest.approx(float(first.float().mean()))
     assert metrics["eval_prompts"] == 16
     assert metrics["eval_tokens_per_second"] > 0
+    # All of it is what measuring outside of training says, but for the time it took.
+    report = measure_acceptance(trainer.target, trainer.drafter, texts["prompt_ids"], trainer.speculation_settings())
+    timed = {f"eval_{name}" for name in ("runtime", "tokens_per_second", "draft_seconds", "verify_seconds")}
+    assert set(metrics) == set(report.metrics())
+    for name, value in report.metrics().items():
+        assert name in timed or metrics[name] == value, name
     both = trainer.evaluate({"a": held_out, "b": held_out.select(range(4))})
     assert both["eval_a_acceptance_length"] == pytest.approx(expected)
     assert both["eval_b_prompts"] == 4
