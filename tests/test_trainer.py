@@ -266,7 +266,6 @@ def test_evaluate_is_real_speculative_decoding(drafter_folder, model, texts, tmp
     # All of it is what measuring outside of training says, but for the time it took.
     report = measure_acceptance(trainer.target, trainer.drafter, texts["prompt_ids"], trainer.speculation_settings())
     timed = {f"eval_{name}" for name in ("runtime", "tokens_per_second", "draft_seconds", "verify_seconds")}
-    assert set(metrics) == set(report.metrics())
     for name, value in report.metrics().items():
         assert name in timed or metrics[name] == value, name
     both = trainer.evaluate({"a": held_out, "b": held_out.select(range(4))})
