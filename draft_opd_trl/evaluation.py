@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .acceptance import AcceptanceReport, bootstrap_interval, join_reports
+from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, speedup_interval
 from .drafters.base import Drafter
 from .results import ResultsFile
 from .speculation import SpeculationSettings, speculate
@@ -188,8 +188,8 @@ def evaluate_drafters(
         progress (`str`, *optional*): Start of the progress bars' labels.
 
     Returns:
-        JSON-able `dict`: `plain` (speed), `drafters` (by name the [`AcceptanceReport.summary`], `speedup`, `texts`
-        from [`changed_texts`], and how many were `resumed`), `difference` of τ between two, with its interval.
+        JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
+        interval, `texts` from [`changed_texts`], how many were `resumed`); `difference` of τ and its interval.
 
     Raises:
         `ValueError`: A results file holds results of other settings.
@@ -224,7 +224,11 @@ def evaluate_drafters(
                 progress and f"{progress}, {name}",
                 lambda prompt, report, file=file, waiting=waiting: file.append(waiting[prompt], report),
             )
-    reports = {name: join_reports([file.done[i] for i in range(len(prompts))]) for name, file in files.items()}
+
+    def texts_of(name: str) -> list[AcceptanceReport]:
+        return [files[name].done[index] for index in range(len(prompts))]
+
+    reports = {name: join_reports(texts_of(name)) for name in runs}
     plain = reports.pop("plain", None)
     return {
         "prompts": len(prompts),
@@ -233,6 +237,7 @@ def evaluate_drafters(
             name: {
                 **report.summary(),
                 "speedup": plain and report.tokens_per_second / plain.tokens_per_second,
+                "speedup_interval": plain and list(speedup_interval(texts_of(name), texts_of("plain"))),
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
             }

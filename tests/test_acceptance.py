@@ -2,7 +2,7 @@
 
 import pytest
 
-from draft_opd_trl.acceptance import AcceptanceReport, bootstrap_interval, join_reports
+from draft_opd_trl.acceptance import AcceptanceReport, bootstrap_interval, join_reports, speedup_interval
 
 
 def _report(committed, verifications):
@@ -136,6 +136,16 @@ def test_bootstrap_covers_as_it_says():
         low, high = bootstrap_interval(_report(tokens, blocks), resamples=200)
         inside += low <= 3.0 <= high
     assert 180 <= inside <= 198
+
+
+def test_speedup_by_hand():
+    def texts(seconds):
+        return [AcceptanceReport(3, [[0] * 10 * length], [[]], [False], seconds * length) for length in (1, 2, 5)]
+
+    assert speedup_interval(texts(0.1), texts(0.3)) == pytest.approx((3.0, 3.0))
+    slow = [*texts(0.1)[:2], AcceptanceReport(3, [[0] * 50], [[]], [False], 2.5)]
+    low, high = speedup_interval(slow, texts(0.3))
+    assert low == pytest.approx(0.6) and high == pytest.approx(3.0)  # only the slow text, and never
 
 
 def test_bootstrap_needs_the_same_prompts():

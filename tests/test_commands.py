@@ -28,6 +28,7 @@ def result():
         "verify_seconds": 2.5,
         "tokens_per_second": 100.0,
         "speedup": 2.0,
+        "speedup_interval": [1.75, 2.25],
         "texts": {"checked": 8, "changed": 0, "at_ties": 0, "largest_gap": 0.0},
         "resumed": 0,
     }
@@ -40,7 +41,7 @@ def test_shown_with_definition_and_intervals(result):
     assert text.startswith("τ: it is defined.")
     assert "pocket, T = 0, 8 prompts" in text and "model: a/drafter" in text
     assert "3.500 [3.250, 3.750]" in text and "50.0% [25.0%, 75.0%]" in text
-    assert "75% 50%" in text and "0–31: 3.50" in text and "2.00×" in text
+    assert "75% 50%" in text and "0–31: 3.50" in text and "2.00 [1.75, 2.25]" in text
     assert "all 8 greedy texts are the target's own" in text
     assert "earlier run" not in text and "compare" not in text
 

@@ -132,7 +132,8 @@ def _shown(name: str, drafter: dict[str, Any]) -> list[str]:
         f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
     ]
     if drafter["speedup"] is not None:
-        lines.append(f"    speedup                  {drafter['speedup']:.2f}× over decoding without a drafter")
+        speedup = {"value": drafter["speedup"], "interval": drafter["speedup_interval"]}
+        lines.append(f"    speedup                  {_with_interval(speedup, '.2f')} over decoding without a drafter")
     if drafter["texts"] is not None:
         lines.append("    " + _losslessness(drafter["texts"]))
     if drafter["resumed"]:
