@@ -62,11 +62,12 @@ class CommandParser(TrlParser):
         super().__init__(
             command.ARGUMENTS,
             prog=f"draft-opd {name}",
-            usage=f"draft-opd {name} [options]",
             description=command.__doc__,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
+        self.usage = " ".join([self.prog, *places, "[options]"])
         self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
         self.add_argument("--json", action="store_true", help="Print the result as one JSON document.")
         self.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
@@ -113,9 +114,12 @@ class CommandParser(TrlParser):
         return parsed, unknown
 
     def set_defaults_with_config(self, **config) -> list[str]:
-        for key in config:
+        defaults = {}
+        for key, value in config.items():
             self._check_option(f"--{key}", " in the --config file")
-        defaults = {self._option_string_actions[f"--{key}"].dest: value for key, value in config.items()}
+            action = self._option_string_actions[f"--{key}"]
+            # argparse takes a default as it stands, and a string for a list of its letters.
+            defaults[action.dest] = [value] if action.nargs == "+" and not isinstance(value, list) else value
         return super().set_defaults_with_config(**defaults)
 
     def parse(self, argv: Sequence[str]) -> list:

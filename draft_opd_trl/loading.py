@@ -81,7 +81,7 @@ def load_pair(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = Target(AutoModelForCausalLM.from_pretrained(teacher_model, dtype=dtype).to(device))
-    bound = [load_drafter(name, dtype=target.dtype).to(device).eval().bind(target) for name in drafters]
+    bound = [load_drafter(name, dtype=target.dtype).to(device).bind(target) for name in drafters]
     return target, bound, AutoTokenizer.from_pretrained(teacher_model)
 
 

@@ -30,6 +30,7 @@ class Arguments(Base):
     learning_rate: float = dataclasses.field(metadata={"help": "A rate.", "aliases": ["--lr"]})
     file: str = dataclasses.field(metadata={"help": "A file.", "positional": True})
     rows: int = dataclasses.field(default=3, metadata={"help": "Rows."})
+    names: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Names."})
 
     def __post_init__(self):
         if self.rows < 0:
@@ -77,16 +78,16 @@ def test_a_command_shows_its_result_once(fake, capsys):
 def test_json_is_all_of_stdout(fake, capsys):
     assert cli.main(["fake", "a.txt", "--learning-rate=0.5", "--rows", "4", "--json"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out) == {"inherited": 1, "learning_rate": 0.5, "file": "a.txt", "rows": 4}
+    assert json.loads(out) == {"inherited": 1, "learning_rate": 0.5, "file": "a.txt", "rows": 4, "names": []}
 
 
 def test_yaml_gives_any_option_and_the_command_line_overrides_it(fake, capsys, tmp_path):
     config = tmp_path / "recipe.yaml"
-    config.write_text("lr: 0.25\nrows: 7\n")
+    config.write_text("lr: 0.25\nrows: 7\nnames: one\n")
     for words in (["--config", str(config)], [f"--config={config}"]):
         assert cli.main(["fake", "a.txt", *words, "--rows", "8", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        assert result["learning_rate"] == 0.25 and result["rows"] == 8
+        assert result["learning_rate"] == 0.25 and result["rows"] == 8 and result["names"] == ["one"]
 
 
 def test_misspelt_words_get_the_nearest_and_exit_2(fake, capsys, tmp_path):
@@ -133,6 +134,7 @@ def test_other_ranks_print_nothing(fake, capsys, monkeypatch):
 def test_help_names_commands_and_hides_what_others_bring(fake, capsys, monkeypatch):
     assert cli.main(["fake", "--help"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("usage: draft-opd fake <file> [options]")
     assert "Fake a run." in text and "--learning_rate, --lr LEARNING_RATE" in text
     assert "--learning-rate" not in text and "--inherited" not in text and "And 1 options of" in text
     assert cli.main(["fake", "--help_all"]) == 0
