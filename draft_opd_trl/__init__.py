@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .acceptance import AcceptanceReport, bootstrap_interval
     from .checkpoints import load_drafter
     from .config import DraftOPDConfig
     from .drafters import DRAFTERS, create_drafter
-    from .evaluation import AcceptanceReport, bootstrap_interval, measure_acceptance
+    from .evaluation import evaluate_drafters, measure_acceptance
     from .optim import MuonWithAdamW
     from .sampling import SamplingParams
     from .speculation import SpeculationSettings, speculate
+    from .suites import load_suite
     from .target import Target, stop_token_ids
     from .trainer import DraftOPDTrainer
     from .vocabulary import draft_vocabulary
@@ -30,7 +32,9 @@ __all__ = [
     "bootstrap_interval",
     "create_drafter",
     "draft_vocabulary",
+    "evaluate_drafters",
     "load_drafter",
+    "load_suite",
     "measure_acceptance",
     "speculate",
     "stop_token_ids",
@@ -38,17 +42,19 @@ __all__ = [
 # Where each public name lives.
 _HOME = {
     "DRAFTERS": "drafters",
-    "AcceptanceReport": "evaluation",
+    "AcceptanceReport": "acceptance",
     "DraftOPDConfig": "config",
     "DraftOPDTrainer": "trainer",
     "MuonWithAdamW": "optim",
     "SamplingParams": "sampling",
     "SpeculationSettings": "speculation",
     "Target": "target",
-    "bootstrap_interval": "evaluation",
+    "bootstrap_interval": "acceptance",
     "create_drafter": "drafters",
     "draft_vocabulary": "vocabulary",
+    "evaluate_drafters": "evaluation",
     "load_drafter": "checkpoints",
+    "load_suite": "suites",
     "measure_acceptance": "evaluation",
     "speculate": "speculation",
     "stop_token_ids": "target",

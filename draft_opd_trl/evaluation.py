@@ -1,134 +1,110 @@
-"""Acceptance length by real speculative decoding, by slot, with its spread over prompts. Knows no training state."""
+"""Acceptance length by real speculative decoding, timed, and held to the target's own greedy text.
+
+Knows no training state.
+"""
 
 from __future__ import annotations
 
-import random
+import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, speedup_interval
 from .drafters.base import Drafter
-from .records import Rollout
+from .results import ResultsFile
 from .speculation import SpeculationSettings, speculate
 from .target import Target
 
 
-@dataclass
-class AcceptanceReport:
-    """
-    What verification said over a set of prompts.
+class _Stopwatch:
+    """Adds up the time that calls take; on CUDA by events, so that nothing waits for the measurement."""
 
-    Acceptance length τ is tokens committed per verification, the recovered or bonus token counted. A text's first
-    token comes from the prefill and counts in neither.
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    Args:
-        committed, verifications (`list[int]`): By prompt.
-        accepted_by_slot, valid_by_slot (`list[int]`): Blocks whose slot k was accepted, and that had a slot k.
-        seconds (`float`): Wall time of decoding, prefill included.
-        tokens (`int`): Completion tokens written.
-        completions (`list[list[int]]`): Token ids.
-    """
+    def timed(self, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if self._on_cuda:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                output = function(*args, **kwargs)
+                end.record()
+                self._events.append((begin, end))
+                return output
+            start = time.perf_counter()
+            output = function(*args, **kwargs)
+            self._seconds += time.perf_counter() - start
+            return output
 
-    committed: list[int]
-    verifications: list[int]
-    accepted_by_slot: list[int]
-    valid_by_slot: list[int]
-    seconds: float
-    tokens: int
-    completions: list[list[int]] = field(repr=False)
+        return call
 
-    @property
-    def acceptance_length(self) -> float:
-        return sum(self.committed) / max(sum(self.verifications), 1)
-
-    @property
-    def acceptance_by_slot(self) -> list[float]:
-        """Share of blocks whose first k proposals were all accepted, for k = 1 … K."""
-        return [
-            accepted / max(valid, 1) for accepted, valid in zip(self.accepted_by_slot, self.valid_by_slot, strict=True)
-        ]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
-
-    def metrics(self, prefix: str = "eval") -> dict[str, float]:
-        """The numbers a Trainer logs, `<prefix>_…`."""
-        logged = {
-            f"{prefix}_acceptance_length": self.acceptance_length,
-            f"{prefix}_tokens_per_second": self.tokens_per_second,
-            f"{prefix}_runtime": self.seconds,
-            f"{prefix}_prompts": len(self.committed),
-        }
-        for slot, share in enumerate(self.acceptance_by_slot, start=1):
-            logged[f"{prefix}_acceptance_slot_{slot}"] = share
-        return logged
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers a results file wants."""
-        return {
-            "acceptance_length": self.acceptance_length,
-            "acceptance_by_slot": self.acceptance_by_slot,
-            "prompts": len(self.committed),
-            "verifications": sum(self.verifications),
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
+    def read(self) -> float:
+        """Seconds since the last reading; the device must have come to the end of the calls."""
+        seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
 
 
-def report_of(rollout: Rollout, seconds: float) -> AcceptanceReport:
-    """The report of texts that speculation wrote."""
-    blocks = rollout.blocks
-    verifications = torch.bincount(blocks.rows, minlength=len(rollout))
-    slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
-    return AcceptanceReport(
-        committed=torch.where(verifications > 0, rollout.completion_lengths - 1, 0).tolist(),
-        verifications=verifications.tolist(),
-        accepted_by_slot=(slots < blocks.num_accepted[:, None]).sum(0).tolist(),
-        valid_by_slot=(slots < blocks.num_valid[:, None]).sum(0).tolist(),
-        seconds=seconds,
-        tokens=int(rollout.completion_lengths.sum()),
-        completions=rollout.completions(),
-    )
+class _Timed:
+    """A target or a drafter, some of whose methods are timed. Speculation itself knows no clock."""
 
+    def __init__(self, subject: Any, stopwatch: _Stopwatch, methods: Sequence[str]) -> None:
+        self._subject = subject
+        for name in methods:
+            setattr(self, name, stopwatch.timed(getattr(subject, name)))
 
-def merge_reports(reports: list[AcceptanceReport]) -> AcceptanceReport:
-    """One report over the prompts of several ranks; its wall time is the slowest rank's."""
-    return AcceptanceReport(
-        committed=[value for report in reports for value in report.committed],
-        verifications=[value for report in reports for value in report.verifications],
-        accepted_by_slot=[sum(values) for values in zip(*(r.accepted_by_slot for r in reports), strict=True)],
-        valid_by_slot=[sum(values) for values in zip(*(r.valid_by_slot for r in reports), strict=True)],
-        seconds=max(report.seconds for report in reports),
-        tokens=sum(report.tokens for report in reports),
-        completions=[text for report in reports for text in report.completions],
-    )
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._subject, name)
 
 
 def measure_acceptance(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     settings: SpeculationSettings,
     generator: torch.Generator | None = None,
     progress: str | None = None,
+    on_text: Callable[[int, AcceptanceReport], None] | None = None,
 ) -> AcceptanceReport:
     """
     Decode `prompts` speculatively and report what verification said.
 
     Args:
-        target ([`Target`]), drafter ([`Drafter`]): Bound to each other.
+        target ([`Target`]), drafter ([`Drafter`], *optional*): Bound to each other; without a drafter it is plain
+            decoding by the same engine, to compare speeds and texts with.
         prompts (`Sequence[Sequence[int]]`): Token ids.
         settings ([`SpeculationSettings`]): Law and lengths; must be those the drafter will serve under.
         generator (`torch.Generator`, *optional*): At temperature > 0.
         progress (`str`, *optional*): Label of a progress bar with throughput and acceptance length.
+        on_text (`Callable`, *optional*): Called as soon as a text has ended, as `on_text(prompt, report)`, with the
+            report of this text alone. Its seconds are those since the text that ended before.
     """
-    start = time.perf_counter()
+    drafting, verifying = _Stopwatch(target.device), _Stopwatch(target.device)
+    timed_target = _Timed(target, verifying, ("forward_cached", "logits"))
+    timed_drafter = None if drafter is None else _Timed(drafter, drafting, ("propose", "extend"))
+    num_draft_tokens = 0 if drafter is None else drafter.num_draft_tokens
+    reports: list[AcceptanceReport] = [None] * len(prompts)
+    start = last = time.perf_counter()
+
+    def end_text(prompt: int, completion: list[int], accepted: list[int]) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        stopped = completion[-1] in settings.stop_token_ids
+        times = (now - last, drafting.read(), verifying.read())
+        reports[prompt] = AcceptanceReport(num_draft_tokens, [completion], [accepted], [stopped], *times)
+        if on_text is not None:
+            on_text(prompt, reports[prompt])
+        last = time.perf_counter()
+
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
 
         def on_round(finished: int, committed: int, verifications: int) -> None:
@@ -137,41 +113,140 @@ def measure_acceptance(
                 bar.set_postfix_str(f"τ {committed / verifications:.2f}, {speed:.0f} tok/s", refresh=False)
                 bar.update(finished - bar.n)
 
-        rollout = speculate(target, drafter, prompts, settings, generator, on_round)
-    return report_of(rollout, time.perf_counter() - start)
+        speculate(timed_target, timed_drafter, prompts, settings, generator, on_round, end_text)
+    return join_reports(reports)
 
 
-def bootstrap_interval(
-    first: AcceptanceReport,
-    second: AcceptanceReport | None = None,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
+# Which of two nearly equal logits comes out larger depends on the shape of the matrix product.
+TIE_ROUNDINGS = 4
+
+
+def changed_texts(
+    target: Target, prompts: Sequence[Sequence[int]], plain: AcceptanceReport, report: AcceptanceReport
+) -> dict[str, Any]:
     """
-    Percentile bootstrap over prompts of τ, or of the paired difference τ(first) − τ(second).
+    Where greedy speculation wrote another text than greedy decoding without a drafter, which it must not.
 
-    Prompts are resampled, and both drafters are read on the same ones, so what prompts share cancels.
+    In float32 no text may differ. In bfloat16 two tokens often share the largest logit to within rounding, and the
+    shape of a batch decides between them; so the first differing tokens' logits are compared, and texts that part at a
+    tie are counted apart.
+
+    Args:
+        target ([`Target`]): That wrote both.
+        prompts (`Sequence[Sequence[int]]`): Of both.
+        plain, report ([`AcceptanceReport`]): Of decoding without and with a drafter, at temperature 0.
 
     Returns:
-        Lower and upper end of the interval.
+        `dict`: `checked` texts, `changed`, of these `at_ties` (logits within 4 roundings of the target's dtype), and
+        the `largest_gap` between the logits of the tokens that differ.
+    """
+    gaps, ties = [], 0
+    for prompt, first, second in zip(prompts, plain.completions, report.completions, strict=True):
+        if first == second:
+            continue
+        same = next(i for i, (ours, theirs) in enumerate(zip(first, second, strict=False)) if ours != theirs)
+        text = torch.tensor([[*prompt, *first[:same]]], device=target.device)
+        logits = target.logits(target.forward_text(text, ())[1][0, -1]).float()
+        gaps.append(float((logits[first[same]] - logits[second[same]]).abs()))
+        ties += gaps[-1] <= TIE_ROUNDINGS * torch.finfo(target.dtype).eps * float(logits.abs().max())
+    return {"checked": len(prompts), "changed": len(gaps), "at_ties": ties, "largest_gap": max(gaps, default=0.0)}
+
+
+def fingerprint(drafter: Drafter) -> str:
+    """Of a drafter's weights and layout, so that results of one drafter are not taken for another's."""
+    digest = hashlib.sha256(f"{drafter.num_draft_tokens} {drafter.target_layer_ids}".encode())
+    for name, tensor in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def evaluate_drafters(
+    target: Target,
+    drafters: dict[str, Drafter],
+    prompts: Sequence[Sequence[int]],
+    settings: SpeculationSettings,
+    seed: int = 0,
+    baseline: bool = True,
+    results: Path | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """
+    Measure drafters on the same prompts, beside decoding without one.
+
+    Args:
+        target ([`Target`]): Of all drafters.
+        drafters (`dict[str, Drafter]`): One or two by name, bound to the target; two are compared, paired by prompt.
+        prompts (`Sequence[Sequence[int]]`): Token ids.
+        settings ([`SpeculationSettings`]): Law and lengths.
+        seed (`int`, *optional*, defaults to `0`): Of draws at temperature > 0.
+        baseline (`bool`, *optional*, defaults to `True`): Also decode plainly, for the speedup, and at temperature 0
+            to check that no text changed.
+        results (`Path`, *optional*): Start of the files' names, `<results>-<drafter>.jsonl`. Every text is appended as
+            it ends. What is there already is not decoded again; texts cut off by a kill are, at temperature > 0 with
+            new draws.
+        progress (`str`, *optional*): Start of the progress bars' labels.
+
+    Returns:
+        JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
+        interval, `texts` from [`changed_texts`], how many were `resumed`); `difference` of τ and its interval.
 
     Raises:
-        `ValueError`: The reports are of different numbers of prompts.
+        `ValueError`: A results file holds results of other settings.
     """
-    count = len(first.committed)
-    if second is not None and len(second.committed) != count:
-        raise ValueError(f"A paired difference needs the same prompts, not {count} and {len(second.committed)}.")
-    draws = random.Random(seed)
+    shared = {
+        **dataclasses.asdict(settings),
+        "seed": seed,
+        "target": target.name,
+        "dtype": str(target.dtype),
+        "device": target.device.type,
+        "prompts": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16],
+    }
+    runs = {"plain": None, **drafters} if baseline else drafters
+    files = {
+        name: ResultsFile(
+            None if results is None else results.with_name(f"{results.name}-{name}.jsonl"),
+            {**shared, "drafter": None if drafter is None else fingerprint(drafter)},
+        )
+        for name, drafter in runs.items()
+    }
+    resumed = {name: len(file.done) for name, file in files.items()}
+    for name, file in files.items():
+        waiting = [index for index in range(len(prompts)) if index not in file.done]
+        if waiting:
+            generator = torch.Generator(target.device).manual_seed(seed + resumed[name])
+            measure_acceptance(
+                target,
+                runs[name],
+                [prompts[index] for index in waiting],
+                settings,
+                generator,
+                progress and f"{progress}, {name}",
+                lambda prompt, report, file=file, waiting=waiting: file.append(waiting[prompt], report),
+            )
 
-    def tau(report: AcceptanceReport, index: list[int]) -> float:
-        committed, verifications = report.committed, report.verifications
-        return sum(committed[i] for i in index) / max(sum(verifications[i] for i in index), 1)
+    def texts_of(name: str) -> list[AcceptanceReport]:
+        return [files[name].done[index] for index in range(len(prompts))]
 
-    values = []
-    for _ in range(resamples):
-        index = draws.choices(range(count), k=count)
-        values.append(tau(first, index) - (tau(second, index) if second is not None else 0.0))
-    values.sort()
-    tail = (1 - level) / 2
-    return values[int(tail * resamples)], values[min(int((1 - tail) * resamples), resamples - 1)]
+    reports = {name: join_reports(texts_of(name)) for name in runs}
+    plain = reports.pop("plain", None)
+    return {
+        "prompts": len(prompts),
+        "plain": plain and {"tokens_per_second": plain.tokens_per_second, "resumed": resumed["plain"]},
+        "drafters": {
+            name: {
+                **report.summary(),
+                "speedup": plain and report.tokens_per_second / plain.tokens_per_second,
+                "speedup_interval": plain and list(speedup_interval(texts_of(name), texts_of("plain"))),
+                "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
+                "resumed": resumed[name],
+            }
+            for name, report in reports.items()
+        },
+        "difference": _difference(*reports.values()) if len(reports) == 2 else None,
+    }
+
+
+def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
+    low, high = bootstrap_interval(first, second)
+    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}

@@ -1,23 +1,95 @@
-"""What a run is made of, loaded and checked before anything expensive: target, tokenizer, sizes, adapters."""
+"""What a run is made of, loaded and checked before anything expensive: prompts, target, tokenizer, sizes, adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl_compat import create_model_from_path
+from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .consistency import describe_misfit, text_fit
+from .drafters.base import Drafter
 from .rollout import RolloutSource
 from .sampling import SamplingParams
 from .target import Target
 
 
 logger = get_logger(__name__)
+
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """
+    Prompts from the Hub (an id, or the folder of a downloaded one), a folder of `save_to_disk`, or a local file.
+
+    Args:
+        name (`str`): Id, folder, or a `.json`, `.jsonl` or `.parquet` file.
+        config, split (`str`, *optional*): Where the data set has several.
+
+    Raises:
+        `FileNotFoundError`: No such file or data set, or no network to fetch it.
+    """
+    path = Path(name)
+    if path.suffix in _FORMATS:
+        if not path.is_file():
+            raise FileNotFoundError(f"{name} is not a file here. Give the path of a {', '.join(_FORMATS)} file.")
+        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(name)[split]
+    if (path / "state.json").is_file():
+        return load_from_disk(name)
+    try:
+        return load_dataset(name, config, split=split)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no data set here, and could not be fetched from the Hub ({error}). Without a network, give "
+            "a local file or folder; `hf download --repo-type dataset ID --local-dir DIR` makes one elsewhere."
+        ) from error
+
+
+def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """
+    The data set without `count` rows drawn at random, and these rows; `None` where `count` is 0.
+
+    Raises:
+        `ValueError`: Nothing would be left.
+    """
+    if count == 0:
+        return dataset, None
+    if len(dataset) <= count:
+        raise ValueError(
+            f"Holding {count} prompts out for evaluation leaves nothing to train on: the data set has {len(dataset)} "
+            "rows. Hold fewer out (--num_eval_prompts), or none (0)."
+        )
+    parts = dataset.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def load_pair(
+    drafters: Sequence[str], teacher_model: str, dtype: str = "float32"
+) -> tuple[Target, list[Drafter], PreTrainedTokenizerBase]:
+    """
+    A target, drafters bound to it, and its tokenizer, ready to decode; on the GPU if there is one.
+
+    Args:
+        drafters (`Sequence[str]`): Paths or ids.
+        teacher_model (`str`): Path or id of the target.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of all of them, or `"auto"` for the target's own.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = Target(AutoModelForCausalLM.from_pretrained(teacher_model, dtype=dtype).to(device))
+    bound = [load_drafter(name, dtype=target.dtype).to(device).bind(target) for name in drafters]
+    return target, bound, AutoTokenizer.from_pretrained(teacher_model)
 
 
 def load_tokenizer(

@@ -147,6 +147,7 @@ def speculate(
     settings: SpeculationSettings,
     generator: torch.Generator | None = None,
     on_round: Callable[[int, int, int], None] | None = None,
+    on_text: Callable[[int, list[int], list[int]], None] | None = None,
 ) -> Rollout:
     """
     Write texts with the target, sped up by the drafter; lossless whatever the drafter proposes.
@@ -158,6 +159,8 @@ def speculate(
         settings ([`SpeculationSettings`]): Lengths, law, batching.
         generator (`torch.Generator`, *optional*): On the target's device.
         on_round (`Callable`, *optional*): Called as `on_round(finished texts, committed tokens, verifications)`.
+        on_text (`Callable`, *optional*): Called when a text has ended, as `on_text(prompt, completion, accepted)`: the
+            prompt's index, token ids, and the length of each block's accepted run inside the text.
 
     Returns:
         [`Rollout`] in the order of `prompts`. A text's first token comes from the prefill; every further one from a
@@ -171,14 +174,18 @@ def speculate(
     slots = _Slots(target, drafter, prompts, settings)
     choose = Chooser(settings.sampling if settings.sample_proposals else None, generator)
     texts: list[torch.Tensor | None] = [None] * len(prompts)
+    runs: list[list[int]] = [[] for _ in prompts]
     record: list[tuple[DraftBlocks, torch.Tensor | None]] = []
     finished = verifications = committed_tokens = 0
 
     def finish(ended_slots: list[int]) -> None:
         nonlocal finished
         for slot in ended_slots:
-            texts[slots.prompt_of[slot]] = slots.tokens[slot, : slots.host_lengths[slot]].clone()
+            prompt = slots.prompt_of[slot]
+            texts[prompt] = slots.tokens[slot, : slots.host_lengths[slot]].clone()
             slots.prompt_of[slot] = None
+            if on_text is not None:
+                on_text(prompt, texts[prompt][len(prompts[prompt]) :].tolist(), runs[prompt])
         finished += len(ended_slots)
 
     while True:
@@ -206,11 +213,14 @@ def speculate(
             drafter.extend(slots.state, features, positions, slots.tokens)
             record.append(_recorded(slots, active, anchors, draft_tokens, num_accepted, states))
         slots.lengths = slots.lengths + count
-        # The one host sync of the round: how far each row came, and which ended.
-        for slot, (length, end) in enumerate(torch.stack([slots.lengths, ended.long()], dim=1).tolist()):
+        # The one host sync of the round: how far each row came, which ended, and what was accepted.
+        progress = torch.stack([slots.lengths, ended.long(), num_accepted], dim=1).tolist()
+        for slot, (length, end, accepted) in enumerate(progress):
             if slots.prompt_of[slot] is None:
                 continue
-            committed_tokens += length - slots.host_lengths[slot]
+            committed = length - slots.host_lengths[slot]
+            runs[slots.prompt_of[slot]].append(min(accepted, committed))
+            committed_tokens += committed
             slots.host_lengths[slot] = length
             if end:
                 finish([slot])

@@ -27,12 +27,13 @@ from ._trl_compat import (
     identity,
     prepare_deepspeed,
 )
+from .acceptance import AcceptanceReport, join_reports
 from .batching import BatchMaker, ReplayMetrics, StreamSettings
 from .callbacks import AcceptanceProgressCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
-from .evaluation import AcceptanceReport, measure_acceptance, merge_reports
+from .evaluation import measure_acceptance
 from .feed import BatchFeed, EpochSampler
 from .hub import check_hub_access
 from .hub_trainer import HubTrainer
@@ -367,8 +368,9 @@ class DraftOPDTrainer(HubTrainer):
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
 
         Returns:
-            `dict` with `eval_acceptance_length`, `eval_acceptance_slot_<k>` (share of blocks whose first k proposals
-            were all accepted), `eval_tokens_per_second`, `eval_runtime`, `eval_prompts`.
+            `dict` of all of [`AcceptanceReport.metrics`]: `eval_acceptance_length` with `_low` and `_high` (95 % over
+            prompts), `eval_acceptance_slot_<k>`, `eval_acceptance_length_from_<position>`,
+            `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput.
 
         Raises:
             `ValueError`: There is no evaluation data set.
@@ -385,7 +387,7 @@ class DraftOPDTrainer(HubTrainer):
             dataset = self._tokenize(dataset, "eval_dataset")
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
-        metrics = merge_reports(gather_object([report])).metrics(metric_key_prefix)
+        metrics = join_reports(gather_object([report]), at_once=True).metrics(metric_key_prefix)
         with in_eval_mode(self.model):
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -18,17 +18,29 @@ NAME = "draft_opd_trl"
 
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
-    ("_trl_compat",),
+    ("_trl_compat", "metrics", "metrics.acceptance_length.acceptance_length"),
     ("records",),
-    ("sampling", "prompts", "losses", "verification", "cache", "optim", "callbacks", "vocabulary", "serving"),
+    (
+        "sampling",
+        "prompts",
+        "losses",
+        "verification",
+        "acceptance",
+        "cache",
+        "optim",
+        "callbacks",
+        "vocabulary",
+        "serving",
+    ),
     ("server", "text_cache"),
     ("target", "drafters.base", "drafters.parts", "config"),
     ("drafters",),
     ("speculation", "consistency"),
-    ("rollout", "replay", "evaluation", "checkpoints", "model_card", "hub", "loading"),
+    ("rollout", "replay", "evaluation", "results", "checkpoints", "model_card", "hub", "loading", "suites"),
     ("batching",),
     ("feed", "hub_trainer"),
     ("trainer",),
+    ("commands",),
     ("cli",),
     ("",),
 )
@@ -37,8 +49,10 @@ LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in la
 # What a room must never know, beyond what its layer already forbids: each name stands for itself and all below it.
 MODELS = ("transformers", "trl", "peft", f"{NAME}.cache", f"{NAME}.target", f"{NAME}.drafters")
 UNKNOWN_TO = {
+    "metrics": (NAME,),  # each is pushed alone, as a Space
     "records": MODELS,
     "verification": MODELS,
+    "acceptance": MODELS,
     "losses": MODELS,
     "server": MODELS,
     "text_cache": MODELS,
@@ -63,6 +77,8 @@ def _same_drafter(module: str, other: str) -> bool:
 
 
 def _layer(module: str) -> int | None:
+    if module.startswith("commands."):
+        return LAYER_OF["commands"]
     return LAYER_OF["drafters"] if _is_concrete_drafter(module) else LAYER_OF.get(module)
 
 
@@ -222,7 +238,8 @@ HOUSE = {
     "rollout.py": "from .speculation import speculate",
     "replay.py": "from .rollout import generate\nfrom .losses import reduce",
     "trainer.py": "from trl import TrlParser\nfrom . import replay, losses\nfrom draft_opd_trl.config import Config",
-    "cli.py": "def main():\n    from .trainer import DraftOPDTrainer",
+    "commands/train.py": "from ..config import Config\ndef run():\n    from ..trainer import DraftOPDTrainer",
+    "cli.py": "from . import commands",
 }
 
 
@@ -285,6 +302,7 @@ REGISTRY = "go through DRAFTERS"
         ("target.py", "from .drafters.base import Drafter", "target:1", "target must not know draft_opd_trl.drafters"),
         ("speculation.py", "import time", "speculation:1", "speculation must not know time"),
         ("replay.py", "from torch.optim import AdamW", "replay:1", "replay must not know torch.optim"),
+        ("trainer.py", "from .commands import train", "trainer:1", BELOW),
         ("config.py", "import os\nx = os.environ['X']", "config:2", "reads the environment"),
         ("config.py", "from os import getenv", "config:1", "reads the environment"),
     ],

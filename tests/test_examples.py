@@ -57,14 +57,17 @@ def test_quickstart_writes_what_it_promises(scripts, kind, tmp_path):
 
 
 def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4", "--baseline"]
-    command += ["--max_new_tokens", "64"]
+    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4"]
+    command += ["--max_new_tokens", "64", "--output_dir", "run", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["texts_changed"] == 0
-    assert result["interval"][0] <= result["acceptance_length"] <= result["interval"][1]
+    result = json.loads(done.stdout)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == result
+    measured = result["results"][0]["drafters"]["model"]
+    assert measured["texts"] == {"checked": 4, "changed": 0, "at_ties": 0, "largest_gap": 0.0}
+    assert measured["interval"][0] <= measured["acceptance_length"] <= measured["interval"][1]
+    assert (tmp_path / "run" / "pocket-t0-model.jsonl").is_file()
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)

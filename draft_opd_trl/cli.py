@@ -1,0 +1,201 @@
+"""The `draft-opd` command line: finds a command's module, reads its options, runs it, prints its result once.
+
+Holds what all commands share: help, exit codes, where output goes. Knows no command's own options and does no work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from trl import TrlParser
+
+
+# Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`.
+COMMANDS = {
+    "train": "draft_opd_trl.commands.train",
+    "evaluate": "draft_opd_trl.commands.evaluate",
+}
+# What bad input raises, all the way down to the Hub's client; anything else is a bug and keeps its traceback.
+INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if _is_main_process():
+        print(f"draft-opd: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class CommandParser(TrlParser):
+    """
+    TRL's parser (dataclasses, `--config file.yaml`) with errors of one line that name the nearest option.
+
+    Args:
+        name (`str`): The command.
+        command (module): With `ARGUMENTS` and a docstring whose first line is the help.
+        all_options (`bool`, *optional*, defaults to `False`): Show inherited options in the help too.
+    """
+
+    def __init__(self, name: str, command: ModuleType, all_options: bool = False) -> None:
+        super().__init__(
+            command.ARGUMENTS,
+            prog=f"draft-opd {name}",
+            description=command.__doc__,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
+        self.usage = " ".join([self.prog, *places, "[options]"])
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
+        self.add_argument("--json", action="store_true", help="Print the result as one JSON document.")
+        self.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
+        if not all_options:
+            self._hide_inherited(command.ARGUMENTS)
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        if field.metadata.get("positional"):
+            optional = field.default is not dataclasses.MISSING
+            given = {"nargs": "?", "default": field.default} if optional else {}
+            parser.add_argument(field.name, help=field.metadata["help"], **given)
+        else:
+            TrlParser._parse_dataclass_field(parser, field)
+
+    def _hide_inherited(self, dataclass_types: Sequence[type]) -> None:
+        """Leave out of the help what other packages' classes bring: hundreds of options of `TrainingArguments`."""
+        for dataclass_type in dataclass_types:
+            bases = [base for base in dataclass_type.__mro__ if base.__module__.startswith(__package__)]
+            own = {name for base in bases for name in base.__annotations__}
+            inherited = {field.name for field in dataclasses.fields(dataclass_type)} - own
+            for action in self._actions:
+                if action.dest in inherited:
+                    action.help = argparse.SUPPRESS
+            if inherited:
+                self.epilog = (
+                    f"And {len(inherited)} options of transformers.TrainingArguments, such as --output_dir, "
+                    "--max_steps and --per_device_train_batch_size; --help_all lists them."
+                )
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (`{self.prog} --help` lists the options.)", 2)
+
+    def _check_option(self, word: str, where: str = "") -> None:
+        option = word.split("=")[0]
+        if option not in self._option_string_actions:
+            known = [option for option in self._option_string_actions if "-" not in option[2:]]
+            self.error(f"unknown option {option}{where}.{_nearest(option, known)}")
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]!r} belongs to no option.")
+        return parsed, unknown
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        defaults = {}
+        for key, value in config.items():
+            self._check_option(f"--{key}", " in the --config file")
+            action = self._option_string_actions[f"--{key}"]
+            # argparse takes a default as it stands, and a string for a list of its letters.
+            defaults[action.dest] = [value] if action.nargs == "+" and not isinstance(value, list) else value
+        return super().set_defaults_with_config(**defaults)
+
+    def parse(self, argv: Sequence[str]) -> list:
+        """Instances of the command's dataclasses, then a namespace with `json` and `traceback`."""
+        # TrlParser knows `--config FILE` as two words only.
+        words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if words and words[-1] == "--config":
+            self.error("--config needs a YAML file.")
+        # Before argparse, which would speak of missing options first when one of them is misspelt.
+        for word in words:
+            if word.startswith("--"):
+                self._check_option(word)
+        return list(self.parse_args_and_config(words))
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option without its twin in hyphens, its value once, and no empty defaults."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        options = ", ".join(word for word in action.option_strings if "-" not in word[2:])
+        if not options or action.nargs == 0:
+            return options or super()._format_action_invocation(action)
+        return f"{options} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False
+        return action.help if empty else super()._get_help_string(action)
+
+
+def _overview() -> str:
+    """All commands with the first lines of their docstrings, read without importing them."""
+    lines = ["usage: draft-opd <command> [options]", "", "commands:"]
+    for name, module in COMMANDS.items():
+        source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+        lines.append(f"  {name:<10} {ast.get_docstring(ast.parse(source)).splitlines()[0]}")
+    return "\n".join([*lines, "", "`draft-opd <command> --help` shows a command's options."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Words of the command line; the process's own by default.
+
+    Returns:
+        0. Exits with 2 on an unknown command or option, with 1 on bad input. One line on stderr says why.
+    """
+    name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name not in COMMANDS:
+        _fail(f"unknown command {name!r}.{_nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
+    traceback = "--traceback" in words
+    try:
+        # Whatever a library prints goes to stderr, so that stdout holds the result and nothing else.
+        with contextlib.redirect_stdout(sys.stderr):
+            command = importlib.import_module(COMMANDS[name])
+            parser = CommandParser(name, command, all_options="--help_all" in words)
+            if {"-h", "--help", "--help_all"} & set(words):
+                text = parser.format_help()
+            else:
+                *parsed, options = parser.parse(words)
+                result = command.run(*parsed)
+                text = json.dumps(result, indent=2) if options.json else command.show(result)
+    except INPUT_ERRORS as error:
+        if traceback:
+            raise
+        _fail(str(error) or repr(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    if _is_main_process():
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

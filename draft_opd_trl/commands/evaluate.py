@@ -1,0 +1,163 @@
+"""Measure a drafter on its target by real speculative decoding, with intervals, against decoding without it.
+
+Suites: gsm8k, math500, aime25, mbpp, humaneval, mt-bench and swe-bench-lite from the Hub (or from a local copy:
+--suite_path), pocket and pocket-<kind> from the source tree, or any data set with a `prompt` column: an id, a folder,
+a .json, .jsonl or .parquet file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .options import PairArguments
+
+
+@dataclass
+class EvaluateArguments(PairArguments):
+    """What to measure."""
+
+    suite: list[str] = field(metadata={"help": "Suites or data sets, separated by commas or spaces."})
+    suite_path: list[str] = field(
+        default_factory=list, metadata={"help": "Local copies of suites, as name=path, for use without a network."}
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts a suite, instead of its own number."})
+    compare: str | None = field(default=None, metadata={"help": "A second drafter, compared pairwise: path or id."})
+    temperature: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "Sampling temperatures of the target."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Top-k of the target; 0 keeps all."})
+    top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
+    sample_proposals: bool = field(default=False, metadata={"help": "Draw proposals instead of taking the argmax."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion. The paper's tables: 8192."})
+    batch_size: int = field(default=16, metadata={"help": "Rows decoded side by side."})
+    dtype: str = field(default="float32", metadata={"help": "Of target and drafters: float32, bfloat16, auto."})
+    chat_template_kwargs: str = field(
+        default="{}", metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
+    )
+    baseline: bool = field(default=True, metadata={"help": "Also decode plainly: speedup, and that no text changed."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
+    seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
+
+
+ARGUMENTS = (EvaluateArguments,)
+
+
+def run(arguments: EvaluateArguments) -> dict[str, Any]:
+    import json
+    from pathlib import Path
+
+    from accelerate import PartialState
+
+    from ..acceptance import DEFINITION
+    from ..evaluation import evaluate_drafters
+    from ..loading import load_pair
+    from ..prompts import tokenize_dataset
+    from ..results import write_atomically
+    from ..sampling import SamplingParams
+    from ..speculation import SpeculationSettings
+    from ..suites import load_suite
+    from ..target import stop_token_ids
+
+    if PartialState().num_processes > 1:
+        raise ValueError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
+    names = [name for word in arguments.suite for name in word.split(",")]
+    paths = _paths(arguments.suite_path, names)
+    suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
+    sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
+    try:
+        chat = json.loads(arguments.chat_template_kwargs)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs {arguments.chat_template_kwargs} is not JSON: {error}.") from error
+    folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
+    target, drafters, tokenizer = load_pair(folders, arguments.teacher_model_name_or_path, arguments.dtype)
+    output = Path(arguments.output_dir) if arguments.output_dir else None
+    results = []
+    for name, suite in suites.items():
+        prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=name)["prompt_ids"])
+        for law in sampling:
+            settings = SpeculationSettings(
+                max_new_tokens=arguments.max_new_tokens,
+                stop_token_ids=stop_token_ids(target.model, tokenizer),
+                sampling=law,
+                sample_proposals=arguments.sample_proposals and not law.greedy,
+                batch_size=arguments.batch_size,
+            )
+            title = f"{Path(name).stem}-t{law.temperature:g}"
+            measured = evaluate_drafters(
+                target,
+                dict(zip(("model", "compare"), drafters, strict=False)),
+                prompts,
+                settings,
+                arguments.seed,
+                arguments.baseline,
+                output and output / title,
+                title,
+            )
+            results.append({"suite": name, "temperature": law.temperature, **measured})
+    named = dict(zip(("model", "compare"), folders, strict=False))
+    result = {"definition": DEFINITION, "teacher": arguments.teacher_model_name_or_path, **named, "results": results}
+    if output:
+        write_atomically(output / "results.json", json.dumps(result, indent=2))
+    return result
+
+
+def _paths(words: list[str], names: list[str]) -> dict[str, str]:
+    paths = dict(word.partition("=")[::2] for word in words)
+    for name, path in paths.items():
+        if not path or name not in names:
+            raise ValueError(f"--suite_path {name}{'=' if path else ''}{path} must be name=path of one of {names}.")
+    return paths
+
+
+def _with_interval(entry: dict[str, Any], style: str) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:{style}} [{low:{style}}, {high:{style}}]"
+
+
+def _shown(name: str, drafter: dict[str, Any]) -> list[str]:
+    positions = [
+        f"{place['start']}–{place['stop'] - 1}: {place['value']:.2f}" for place in drafter["acceptance_by_position"]
+    ]
+    tau = {"value": drafter["acceptance_length"], "interval": drafter["interval"]}
+    lines = [
+        f"  {name}",
+        f"    τ                        {_with_interval(tau, '.3f')}",
+        f"    mean of prompts' own τ   {_with_interval(drafter['acceptance_length_per_prompt'], '.3f')}",
+        f"    blocks fully accepted    {_with_interval(drafter['blocks_fully_accepted'], '.1%')}",
+        f"    stop tokens in blocks    {_with_interval(drafter['stops_in_blocks'], '.1%')}",
+        "    first k accepted         " + " ".join(f"{share:.0%}" for share in drafter["acceptance_by_slot"]),
+        "    τ by position            " + ", ".join(positions),
+        f"    seconds                  {drafter['seconds']:.1f}: {drafter['draft_seconds']:.1f} in the drafter, "
+        f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
+    ]
+    if drafter["speedup"] is not None:
+        speedup = {"value": drafter["speedup"], "interval": drafter["speedup_interval"]}
+        lines.append(f"    speedup                  {_with_interval(speedup, '.2f')} over decoding without a drafter")
+    if drafter["texts"] is not None:
+        lines.append("    " + _losslessness(drafter["texts"]))
+    if drafter["resumed"]:
+        lines.append(f"    {drafter['resumed']} texts came from an earlier run, and so did their times")
+    return lines
+
+
+def _losslessness(texts: dict[str, Any]) -> str:
+    if not texts["changed"]:
+        return f"lossless                 all {texts['checked']} greedy texts are the target's own"
+    where = f"{texts['changed']} of {texts['checked']} greedy texts differ from decoding without a drafter"
+    gap = f"largest gap {texts['largest_gap']:.3g} between the logits of the tokens that differ"
+    if texts["changed"] == texts["at_ties"]:
+        return f"CHANGED AT TIES: {where}, all where two logits are equal to rounding ({gap})"
+    return f"*** NOT LOSSLESS *** {where}, {texts['at_ties']} of them at ties ({gap}). Do not trust these numbers."
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [result["definition"], "Intervals: 95 %, bootstrap over prompts."]
+    for measured in result["results"]:
+        lines += ["", f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"]
+        for name, drafter in measured["drafters"].items():
+            lines += _shown(f"{name}: {result[name]}", drafter)
+        if measured["difference"]:
+            mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
+            lines.append(f"  model − compare: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""Train a drafter by Draft-OPD, or by SFT with `--lmbda 0`.
+
+Prompts are an id on the Hub, a folder written by `save_to_disk`, or a local .json / .jsonl file with a `prompt` column
+(text or messages); with `--rollout_source dataset` also `completion`. On several GPUs:
+`accelerate launch -m draft_opd_trl.cli train ...`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import DraftOPDConfig
+from .options import PairArguments
+
+
+@dataclass
+class TrainArguments(PairArguments):
+    """Which drafter, target and prompts."""
+
+    dataset_name: str = field(metadata={"help": "Prompts: id, folder, or .json / .jsonl file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to take prompts from."})
+    num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure acceptance length on."})
+
+
+ARGUMENTS = (TrainArguments, DraftOPDConfig)
+
+
+def run(arguments: TrainArguments, config: DraftOPDConfig) -> dict[str, Any]:
+    from ..loading import hold_out, load_prompts
+    from ..trainer import DraftOPDTrainer
+
+    prompts = load_prompts(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    prompts, held_out = hold_out(prompts, arguments.num_eval_prompts, config.seed)
+    trainer = DraftOPDTrainer(
+        arguments.model_name_or_path,
+        arguments.teacher_model_name_or_path,
+        config,
+        train_dataset=prompts,
+        eval_dataset=held_out,
+    )
+    result: dict[str, Any] = {"output_dir": config.output_dir}
+    if held_out is not None:
+        result["before"] = trainer.evaluate()
+    result["train"] = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
+    trainer.save_model()
+    if held_out is not None:
+        result["after"] = trainer.evaluate()
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+    return result
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [f"drafter written to {result['output_dir']}"]
+    if "before" in result:
+        before, after = (result[when]["eval_acceptance_length"] for when in ("before", "after"))
+        lines.append(f"acceptance length: {before:.3f} before, {after:.3f} after")
+    return "\n".join(lines)
