@@ -39,8 +39,8 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl import replay as replay_module  # noqa: E402
 from draft_opd_trl.records import Rollout  # noqa: E402
-from draft_opd_trl.replay import replay_text  # noqa: E402
 
 
 ARMS = {
@@ -118,11 +118,22 @@ class Arm:
 
 
 def chains_table(drafter, target: Target, texts: list[list[int]], lengths: list[int], repeats: int) -> bool:
-    """Print replay's speed by number of chains on long texts; returns whether every number gave the same blocks."""
+    """
+    Print replay's speed by number of chains on long texts, over one chain, and the sequential rounds it took; returns
+    whether every number of chains gave the same blocks.
+    """
+    drafted_at, rounds = replay_module.draft_at, 0
+
+    def count_rounds(*arguments):
+        nonlocal rounds
+        rounds += 1
+        return drafted_at(*arguments)
+
+    replay_module.draft_at = count_rounds
     written = torch.tensor([token for text in texts for token in text], device=target.device)
     equal = True
-    print("| tokens | texts | blocks | " + " | ".join(f"{chains} chains" for chains in CHAINS[1:]) + " |")
-    print("|---|---|---|" + "---|" * (len(CHAINS) - 1))
+    print("| tokens | texts | blocks | rounds, 1 chain |" + "".join(f" {n} chains | rounds |" for n in CHAINS[1:]))
+    print("|---|---|---|---|" + "---|---|" * (len(CHAINS) - 1))
     for length in lengths:
         # No text of the pocket world is that long: they are laid end to end.
         count = min(4, len(written) // length)
@@ -133,16 +144,18 @@ def chains_table(drafter, target: Target, texts: list[list[int]], lengths: list[
         )
         features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
         seconds: dict[int, list[float]] = defaultdict(list)
-        found = {}
+        found, depth = {}, {}
         for _ in range(repeats):
             for chains in CHAINS:
-                start = time.perf_counter()
-                found[chains] = replay_text(drafter, rollout, features, chains)
+                rounds, start = 0, time.perf_counter()
+                found[chains] = replay_module.replay_text(drafter, rollout, features, chains)
+                depth[chains] = rounds
                 seconds[chains].append(time.perf_counter() - start)
         for blocks in found.values():
             equal &= all(torch.equal(getattr(found[1], name), getattr(blocks, name)) for name in vars(blocks))
-        cells = [_ratio(seconds[1], seconds[chains]) for chains in CHAINS[1:]]
-        print(f"| {length} | {count} | {len(found[1])} | " + " | ".join(cells) + " |")
+        cells = [f" {_ratio(seconds[1], seconds[chains])} | {depth[chains]} |" for chains in CHAINS[1:]]
+        print(f"| {length} | {count} | {len(found[1])} | {depth[1]} |" + "".join(cells))
+    replay_module.draft_at = drafted_at
     return equal
 
 
