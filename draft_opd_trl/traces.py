@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -71,6 +72,11 @@ class Trace:
     prompt: str
     first: str
     blocks: list[TraceBlock]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Trace:
+        """A trace read back from what `dataclasses.asdict` made of it."""
+        return cls(**{**values, "blocks": [TraceBlock(**block) for block in values["blocks"]]})
 
     @property
     def completion(self) -> str:
