@@ -16,12 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .acceptance import DEFINITION, AcceptanceReport, bootstrap_interval
+from .results import write_atomically
 
 
 # Okabe–Ito colours, and a marker each, as colour alone does not tell lines apart for everyone.
 COLORS = ("#777777", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 POSITION_BINS = 12
+
+
+def save_report(reports: Mapping[str, AcceptanceReport], stem: Path) -> None:
+    """Save [`acceptance_table`] as `<stem>.md` and [`plot_acceptance`]'s picture as `<stem>.png`."""
+    write_atomically(stem.with_name(stem.name + ".md"), acceptance_table(reports) + "\n")
+    plot_acceptance(reports, stem.with_name(stem.name + ".png"))
 
 
 def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
@@ -71,9 +78,9 @@ def plot_acceptance(
         histories (`Mapping[str, Sequence[dict]]`, *optional*): A Trainer's `state.log_history` by run, with
             evaluations.
     """
-    scratch = Path(file).with_suffix(".tmp.png")
+    scratch = Path(f"{file}.tmp")
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    acceptance_figure(reports, histories).savefig(scratch, dpi=120)
+    acceptance_figure(reports, histories).savefig(scratch, dpi=120, format="png")
     os.replace(scratch, file)
 
 

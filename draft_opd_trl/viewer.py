@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
+from .results import write_atomically
 from .traces import Trace
 
 
@@ -55,11 +56,7 @@ def write_page(file: str | os.PathLike, traces: Mapping[str, Sequence[Trace]], a
     # Inside <script> only "<" can end the element or open a comment; in JSON it stands in strings alone.
     document = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "templates" / "trace.html").read_text(encoding="utf-8")
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(file.name + ".tmp")
-    scratch.write_text(template.replace("__DATA__", document), encoding="utf-8")
-    os.replace(scratch, file)
+    write_atomically(Path(file), template.replace("__DATA__", document))
 
 
 def _side_by_side(traces: Mapping[str, Sequence[Trace]]) -> list[tuple[Trace, ...]]:

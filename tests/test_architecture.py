@@ -24,7 +24,7 @@ LAYERS = (
     ("target", "drafters.base", "drafters.parts", "config"),
     ("drafters",),
     ("speculation",),
-    ("rollout", "replay", "evaluation", "results", "checkpoints", "model_card", "loading", "suites"),
+    ("rollout", "replay", "evaluation", "results", "report", "checkpoints", "model_card", "loading", "suites"),
     ("batching",),
     ("traces", "viewer", "callbacks"),
     ("feed",),

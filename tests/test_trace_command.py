@@ -27,7 +27,7 @@ def test_page_and_json_hold_the_same_traces_of_both_drafters(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     page = data_of(file)
     assert result["file"] == str(file)
-    assert list(result["traces"]) == page["drafters"] == ["drafter-dflash", OTHER]
+    assert list(result["traces"]) == page["drafters"] == [OTHER, "drafter-dflash"]
     assert len(page["texts"]) == 2
     first, second = result["traces"].values()
     # The same weights along the same texts.
@@ -65,4 +65,4 @@ def test_drafters_of_one_name_go_by_their_paths(tmp_path, capsys):
     shutil.copytree(DRAFTER, tmp_path / DRAFTER.name)
     assert trace("--compare", tmp_path / DRAFTER.name, "--json", "--terminal") == 0
     names = list(json.loads(capsys.readouterr().out)["traces"])
-    assert names == [str(DRAFTER), str(tmp_path / DRAFTER.name)]
+    assert names == [str(tmp_path / DRAFTER.name), str(DRAFTER)]

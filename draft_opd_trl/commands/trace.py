@@ -1,8 +1,8 @@
 """Show what verification said of a drafter, token by token: an HTML page, or the terminal.
 
 The target writes answers to the prompts, sped up by the drafter. The page shows each text as its blocks: what was
-accepted, what was rejected and what the target wanted instead, with the probabilities both gave. `--compare` puts a
-second drafter beside the first, on the same texts.
+accepted, what was rejected and what the target wanted instead, with the probabilities both gave. `--compare` puts
+another drafter beside it, on the same texts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from .options import PairArguments
 class TraceArguments(PairArguments):
     """Which texts, and where they are shown."""
 
-    dataset_name: str = field(
-        metadata={"help": "Prompts: id, folder, or .json / .jsonl file.", "aliases": ["--prompts"]}
+    suite: str = field(
+        metadata={
+            "help": "Suite or data set of prompts, as `draft-opd evaluate` takes them.",
+            "aliases": ["--prompts"],
+        }
     )
+    suite_path: str | None = field(default=None, metadata={"help": "A local copy of the suite."})
+    num_prompts: int = field(default=20, metadata={"help": "Prompts to trace."})
     compare: str | None = field(
-        default=None, metadata={"help": "A second drafter on the same texts, such as the first one after training."}
+        default=None, metadata={"help": "Another drafter, shown before --model, such as that one before training."}
     )
     output_file: str = field(default="trace.html", metadata={"help": "The page."})
     terminal: bool = field(default=False, metadata={"help": "Print the traces; write no page."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    num_prompts: int = field(default=20, metadata={"help": "Prompts to trace, from the first."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the target."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the target."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
@@ -45,7 +47,7 @@ def _names(arguments: TraceArguments) -> dict[str, str]:
     """Drafters by the name they are shown under: the folder's own where that tells them apart."""
     from pathlib import Path
 
-    paths = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
+    paths = [*([arguments.compare] if arguments.compare else []), arguments.model_name_or_path]
     if len(set(paths)) < len(paths):
         raise ValueError(f"--compare {arguments.compare} is the drafter of --model itself. Name another one.")
     short = [Path(path).name for path in paths]
@@ -57,42 +59,40 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from dataclasses import asdict
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..checkpoints import load_drafter
     from ..evaluation import measure_acceptance
-    from ..loading import load_prompts
+    from ..loading import load_pair
     from ..prompts import tokenize_dataset
     from ..records import Rollout
     from ..sampling import SamplingParams
     from ..speculation import SpeculationSettings
-    from ..target import Target, stop_token_ids
+    from ..suites import load_suite
+    from ..target import stop_token_ids
     from ..traces import trace_texts
     from ..viewer import write_page
 
     names = _names(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher_model_name_or_path)
-    dataset = load_prompts(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
-    dataset = dataset.select(range(min(arguments.num_prompts, len(dataset))))
-    kwargs = json.loads(arguments.chat_template_kwargs)
-    prompts = list(tokenize_dataset(dataset, tokenizer, None, kwargs, name=arguments.dataset_name)["prompt_ids"])
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(arguments.teacher_model_name_or_path, dtype=dtype).to(device)
-    target = Target(model)
-    drafters = {name: load_drafter(path, dtype=target.dtype).to(device).bind(target) for name, path in names.items()}
     sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
+    suite = load_suite(arguments.suite, arguments.suite_path, arguments.num_prompts)
+    target, drafters, tokenizer = load_pair(
+        list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype
+    )
+    chat = json.loads(arguments.chat_template_kwargs)
+    prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)["prompt_ids"])
     settings = SpeculationSettings(
         max_new_tokens=arguments.max_new_tokens,
-        stop_token_ids=stop_token_ids(model, tokenizer),
+        stop_token_ids=stop_token_ids(target.model, tokenizer),
         sampling=sampling,
         batch_size=arguments.batch_size,
     )
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    written = measure_acceptance(target, next(iter(drafters.values())), prompts, settings, generator, "Writing texts")
+    generator = torch.Generator(target.device).manual_seed(arguments.seed)
+    written = measure_acceptance(target, drafters[-1], prompts, settings, generator, "Writing texts")
     # Replayed for each drafter in the same way, so that what differs is the drafter.
-    texts = Rollout.from_ids(prompts, written.completions, device=device)
-    traces = {name: trace_texts(target, drafter, texts, tokenizer, sampling) for name, drafter in drafters.items()}
+    texts = Rollout.from_ids(prompts, written.completions, device=target.device)
+    traces = {
+        name: trace_texts(target, drafter, texts, tokenizer, sampling)
+        for name, drafter in zip(names, drafters, strict=True)
+    }
     file = None if arguments.terminal else arguments.output_file
     if file is not None:
         write_page(file, traces, f"{target.name}, temperature {arguments.temperature:g}")
