@@ -33,7 +33,7 @@ LEGEND = (("│", "quiet"), ("accepted", "accepted"), ("⟨rejected⟩", "reject
 LEGEND = (*LEGEND, ("│", "quiet"), ("accepted", "accepted"), ("⁺bonus", "bonus"), ("│ a block ends", "quiet"))
 
 
-def write_page(file: str | os.PathLike, traces: Mapping[str, Sequence[Trace]], about: str = "") -> None:
+def write_trace_page(file: str | os.PathLike, traces: Mapping[str, Sequence[Trace]], about: str = "") -> None:
     """
     Write the viewer: one HTML file that asks no network for anything.
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from draft_opd_trl.traces import Trace, TraceBlock
-from draft_opd_trl.viewer import LEGEND, marked_text, print_traces, write_page
+from draft_opd_trl.viewer import LEGEND, marked_text, print_traces, write_trace_page
 
 
 NASTY = "</script><b>&amp;\u2028\"'"
@@ -58,7 +58,7 @@ def data_of(file):
 
 
 def test_page_holds_the_traces_and_nothing_that_ends_its_script(tmp_path):
-    write_page(tmp_path / "new" / "trace.html", traces(), "a <target>")
+    write_trace_page(tmp_path / "new" / "trace.html", traces(), "a <target>")
     data = data_of(tmp_path / "new" / "trace.html")
     assert data["drafters"] == ["before <b>", "after"] and data["about"] == "a <target>"
     assert data["num_draft_tokens"] == 3
@@ -70,13 +70,13 @@ def test_page_holds_the_traces_and_nothing_that_ends_its_script(tmp_path):
 
 def test_probabilities_are_written_to_four_digits(tmp_path):
     block = TraceBlock(1, ["a"], [1 / 3], [2 / 3], 1, [], [], [], None)
-    write_page(tmp_path / "trace.html", {"d": [Trace("p", "f", [block])]})
+    write_trace_page(tmp_path / "trace.html", {"d": [Trace("p", "f", [block])]})
     written = data_of(tmp_path / "trace.html")["texts"][0][0]["blocks"][0]
     assert (written["draft_probs"], written["target_probs"]) == ([0.3333], [0.6667])
 
 
 def test_page_names_no_other_file(tmp_path):
-    write_page(tmp_path / "trace.html", traces())
+    write_trace_page(tmp_path / "trace.html", traces())
     page = (tmp_path / "trace.html").read_text("utf-8")
     page = re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.DOTALL)
     assert re.findall(r"\b(?:src|href|action)=|url\(|@import|fetch\(|XMLHttp|import\(", page) == []
@@ -86,7 +86,7 @@ def test_page_names_no_other_file(tmp_path):
 
 @pytest.mark.parametrize("broken", [{}, {"a": []}, {"a": traces()["after"], "b": traces()["after"][:1]}])
 def test_drafters_without_the_same_texts_are_refused(tmp_path, broken):
-    for shows in (lambda: write_page(tmp_path / "trace.html", broken), lambda: print_traces(broken)):
+    for shows in (lambda: write_trace_page(tmp_path / "trace.html", broken), lambda: print_traces(broken)):
         with pytest.raises(ValueError, match="needs traces of the same texts"):
             shows()
     assert list(tmp_path.iterdir()) == []
@@ -147,8 +147,9 @@ class Browser:
                 time.sleep(0.05)
         self.url += f"/{session['sessionId']}"
 
-    def _ask(self, path, body):
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+    def _ask(self, path, body=None, method="POST"):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -194,7 +195,7 @@ class Browser:
 
     def close(self):
         try:
-            self.tool("Browser.close")
+            self._ask("", method="DELETE")
         finally:
             self.process.terminate()
             self.process.wait()
@@ -211,7 +212,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, tmp_path):
-    write_page(tmp_path / "trace.html", traces(), "a <target>")
+    write_trace_page(tmp_path / "trace.html", traces(), "a <target>")
     browser.open(tmp_path / "trace.html")
     yield browser
     assert browser._ask("/se/log", {"type": "browser"}) == []  # no error, and nothing that the policy stopped
@@ -336,7 +337,7 @@ def test_browser_marks_kinds_by_more_than_colour(page):
 
 @pytest.mark.browser
 def test_browser_shows_one_drafter_alone(browser, tmp_path):
-    write_page(tmp_path / "trace.html", {"only": traces()["after"]})
+    write_trace_page(tmp_path / "trace.html", {"only": traces()["after"]})
     browser.open(tmp_path / "trace.html")
     assert browser.texts("#columns h2") == ["only"] and browser.texts(".tau") == ["τ 2.50"]
     assert browser.run("return document.querySelector('#order [value=change]').hidden")

@@ -69,7 +69,7 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..suites import load_suite
     from ..target import stop_token_ids
     from ..traces import trace_texts
-    from ..viewer import write_page
+    from ..viewer import write_trace_page
 
     names = _names(arguments)
     sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
@@ -95,7 +95,7 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     }
     file = None if arguments.terminal else arguments.output_file
     if file is not None:
-        write_page(file, traces, f"{target.name}, temperature {arguments.temperature:g}")
+        write_trace_page(file, traces, f"{target.name}, temperature {arguments.temperature:g}")
     return {"file": file, "traces": {name: [asdict(trace) for trace in part] for name, part in traces.items()}}
 
 
