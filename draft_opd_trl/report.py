@@ -41,14 +41,14 @@ def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
     first, *others = reports.values()
     summaries = [report.summary() for report in reports.values()]
 
-    def with_interval(entry: tuple[float, Sequence[float]], form: str) -> str:
-        value, (low, high) = entry
+    def with_interval(value: float, interval: Sequence[float], form: str) -> str:
+        low, high = interval
         return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
-    rows = [("τ", [with_interval((one["acceptance_length"], one["interval"]), ".3f") for one in summaries])]
+    rows = [("τ", [with_interval(one["acceptance_length"], one["interval"], ".3f") for one in summaries])]
     if others:
         changes = [
-            with_interval((one.acceptance_length - first.acceptance_length, bootstrap_interval(one, first)), "+.3f")
+            with_interval(one.acceptance_length - first.acceptance_length, bootstrap_interval(one, first), "+.3f")
             for one in others
         ]
         rows.append(("change of τ, paired", ["", *changes]))

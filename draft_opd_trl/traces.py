@@ -145,7 +145,7 @@ def trace_texts(
     for start in range(0, len(rollout), batch_size):
         texts = rollout.rows(start, min(start + batch_size, len(rollout)))
         batch = _judge(target, drafter, texts)
-        choices, draft_probs, target_probs = slot_probabilities(target, drafter, batch, sampling)
+        choices, draft_probs, target_probs = _slot_probabilities(target, drafter, batch, sampling)
         completions = texts.completions()
         part = [
             Trace(tokenizer.decode(row[:length]), read(completion[0]), [])
@@ -193,21 +193,12 @@ def _judge(target: Target, drafter: Drafter, texts: Rollout) -> ReplayBatch:
     return make_batch(target, texts, blocks, on_policy, StreamSettings(rejected_weight=1.0), features, states, cache)
 
 
-def slot_probabilities(
+def _slot_probabilities(
     target: Target, drafter: Drafter, batch: ReplayBatch, sampling: SamplingParams, chunk_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    What both models thought at every slot, given the proposals before it.
-
-    Args:
-        target ([`Target`]), drafter ([`Drafter`]): Bound to each other.
-        batch ([`ReplayBatch`]): Blocks of the drafter, with `draft_states`.
-        sampling ([`SamplingParams`]): The law of both.
-        chunk_size (`int`, *optional*, defaults to `256`): Slots projected to the vocabulary at once.
-
-    Returns:
-        The target's choice `(N, K)`: the text's token up to the first rejected slot, its most likely one after that.
-        Then the drafter's and the target's probability `(N, K, 2)` of the proposal and of that choice.
+    The target's choice `(N, K)`: the text's token up to the first rejected slot, its most likely one after that. Then
+    the drafter's and the target's probability `(N, K, 2)` of the proposal and of that choice.
     """
     num_draft_tokens = batch.blocks.num_draft_tokens
     slots = torch.arange(num_draft_tokens, device=batch.labels.device)

@@ -29,8 +29,16 @@ STYLES = {
     "bonus": "bold black on #cc79a7",
     "quiet": "dim",
 }
-LEGEND = (("│", "quiet"), ("accepted", "accepted"), ("⟨rejected⟩", "rejected"), ("recovered", "recovered"))
-LEGEND = (*LEGEND, ("│", "quiet"), ("accepted", "accepted"), ("⁺bonus", "bonus"), ("│ a block ends", "quiet"))
+LEGEND = (
+    ("│", "quiet"),
+    ("accepted", "accepted"),
+    ("⟨rejected⟩", "rejected"),
+    ("recovered", "recovered"),
+    ("│", "quiet"),
+    ("accepted", "accepted"),
+    ("⁺bonus", "bonus"),
+    ("│ a block ends", "quiet"),
+)
 
 
 def write_trace_page(file: str | os.PathLike, traces: Mapping[str, Sequence[Trace]], about: str = "") -> None:

@@ -43,6 +43,8 @@ UNKNOWN_TO = {
     "verification": MODELS,
     "acceptance": MODELS,
     "losses": MODELS,
+    "report": MODELS,
+    "viewer": MODELS,
     "target": (f"{NAME}.drafters",),
     "drafters": (f"{NAME}.losses",),
     "speculation": (f"{NAME}.losses", "torch.optim", "datasets", "time"),
