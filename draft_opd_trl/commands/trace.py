@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .options import PairArguments
+from .options import PairArguments, read_chat_kwargs
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TraceArguments(PairArguments):
             "aliases": ["--prompts"],
         }
     )
-    suite_path: str | None = field(default=None, metadata={"help": "A local copy of the suite."})
+    suite_path: str | None = field(default=None, metadata={"help": "A local copy of the suite, without a network."})
     num_prompts: int = field(default=20, metadata={"help": "Prompts to trace."})
     compare: str | None = field(
         default=None, metadata={"help": "Another drafter, shown before --model, such as that one before training."}
@@ -55,7 +55,6 @@ def _names(arguments: TraceArguments) -> dict[str, str]:
 
 
 def run(arguments: TraceArguments) -> dict[str, Any]:
-    import json
     from dataclasses import asdict
 
     import torch
@@ -72,12 +71,12 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..viewer import write_trace_page
 
     names = _names(arguments)
+    chat = read_chat_kwargs(arguments.chat_template_kwargs)
     sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
     suite = load_suite(arguments.suite, arguments.suite_path, arguments.num_prompts)
     target, drafters, tokenizer = load_pair(
         list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype
     )
-    chat = json.loads(arguments.chat_template_kwargs)
     prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)["prompt_ids"])
     settings = SpeculationSettings(
         max_new_tokens=arguments.max_new_tokens,
