@@ -115,6 +115,7 @@ def _plot_tau(axis: Axes, reports: Mapping[str, AcceptanceReport], looks: Mappin
         axis.annotate(f"{tau:.2f}", (tau, place), (0, 7), textcoords="offset points", ha="center")
     axis.set(title="Acceptance length", xlabel="τ, tokens per verification (95 % interval)", yticks=[])
     axis.set_ylim(len(reports) - 0.5, -0.6)
+    axis.spines["left"].set_visible(False)
 
 
 def _plot_slots(axis: Axes, reports: Mapping[str, AcceptanceReport], looks: Mapping[str, dict]) -> None:
