@@ -1,4 +1,4 @@
-"""What the Trainer's progress bar, the terminal and trackers show of a run, beyond scalars."""
+"""What a run shows and remembers, through the Trainer's callbacks: the progress bar, traces, trackers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ class AcceptanceProgressCallback(ProgressCallback):
         if self.training_bar is not None and tau is not None:
             self.training_bar.set_postfix_str(f"τ {tau:.2f}", refresh=False)
         super().on_step_end(args, state, control, **kwargs)
+
+
+class FirstEvaluationCallback(TrainerCallback):
+    """Puts an evaluation made before training into the run's history, which `train()` begins anew."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == 0:
+            self.logs.append({**metrics, "step": 0})
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The history of a resumed run may hold one.
+        if not any(log["step"] == 0 for log in state.log_history):
+            state.log_history[:0] = self.logs
 
 
 class TraceCallback(TrainerCallback):

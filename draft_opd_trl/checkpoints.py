@@ -29,7 +29,8 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, token=token))
+        # Subfolders hold a Trainer's checkpoints, optimizer state and all.
+        return Path(snapshot_download(path_or_id, revision=revision, token=token, ignore_patterns="*/*"))
     except Exception as error:
         raise FileNotFoundError(
             f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "

@@ -11,7 +11,7 @@ from ._trl_compat import _BaseConfig
 from .losses import HARD_LOSSES, LOSSES
 
 
-ROLLOUT_SOURCES = ("speculation", "generate", "dataset")
+ROLLOUT_SOURCES = ("speculation", "generate", "server", "dataset")
 ANCHORS = ("exposed", "random")
 # What a recipe sets. "paper": Draft-OPD (arXiv 2605.29343), section 4 and its appendix, on DFlash.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -65,8 +65,25 @@ class DraftOPDConfig(_BaseConfig):
             Where on-policy blocks start: at the anchors that verification of the current drafter has (`exposed`), or
             at `random` ones, to tell the effect of the anchors from that of the drafter's own proposals.
         rollout_source (`str`, *optional*, defaults to `"speculation"`):
-            Who writes the text: `speculation` (target sped up by the drafter in training), `generate` (target alone)
-            or `dataset` (completions the target already wrote).
+            Who writes the text: `speculation` (target sped up by the drafter in training), `generate` (target alone),
+            `server` (an OpenAI-compatible completions endpoint that serves the target) or `dataset` (completions the
+            target already wrote).
+        server_url (`str`, *optional*):
+            Where the server listens, such as `http://localhost:8000`. vLLM and SGLang are told and asked token ids;
+            `transformers serve` is told text, which is tokenised again and held against the target.
+        server_model, server_token (`str`, *optional*):
+            Model to ask for, where it serves several; bearer token.
+        server_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds an answer may take.
+        server_concurrency, server_max_retries (`int`, *optional*, default to `64`, `5`):
+            Requests under way at once, and repetitions of a failed one with exponential back-off; a process.
+        text_cache_dir (`str`, *optional*):
+            Where written texts are kept, for later epochs and other runs. Default: `_text_cache` in `output_dir`.
+        regenerate_every (`int`, *optional*, defaults to `1`):
+            Epochs that a drawn text serves (temperature > 0). At temperature 0 a text is written once.
+        num_texts_to_check (`int`, *optional*, defaults to `16`):
+            Texts of the data set that the target reads before training, to warn if they are not its own
+            (`rollout_source="dataset"`).
         steps_per_generation (`int`, *optional*):
             Micro-steps a set of texts serves; a multiple of `gradient_accumulation_steps`, its default.
         temperature, top_k, top_p (`float`, `int`, `float`, *optional*, default to `0.0`, `0`, `1.0`):
@@ -151,6 +168,15 @@ class DraftOPDConfig(_BaseConfig):
     rollout_source: str = field(
         default="speculation", metadata={"help": "Who writes the text.", "choices": list(ROLLOUT_SOURCES)}
     )
+    server_url: str | None = field(default=None, metadata={"help": "Completions server, as http://localhost:8000."})
+    server_model: str | None = field(default=None, metadata={"help": "Model to ask the server for."})
+    server_token: str | None = field(default=None, metadata={"help": "Bearer token for the server."})
+    server_timeout: float = field(default=600.0, metadata={"help": "Seconds an answer of the server may take."})
+    server_concurrency: int = field(default=64, metadata={"help": "Requests under way at once, a process."})
+    server_max_retries: int = field(default=5, metadata={"help": "Repetitions of a failed request."})
+    text_cache_dir: str | None = field(default=None, metadata={"help": "Where written texts are kept."})
+    regenerate_every: int = field(default=1, metadata={"help": "Epochs that a drawn text serves."})
+    num_texts_to_check: int = field(default=16, metadata={"help": "Texts of the data set the target reads first."})
     steps_per_generation: int | None = field(default=None, metadata={"help": "Micro-steps a set of texts serves."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the target; 0 is greedy."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the target; 0 keeps all."})
@@ -228,8 +254,12 @@ class DraftOPDConfig(_BaseConfig):
         need("rejected_decay", 0 <= self.rejected_decay <= 1, "it must lie in [0, 1]")
         need("accepted_decay", 0 < self.accepted_decay <= 1, "it must lie in (0, 1]")
         counts = ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size")
-        for name in (*counts, "steps_per_generation", "num_completions_to_print"):
+        counts += ("steps_per_generation", "regenerate_every", "server_concurrency", "num_completions_to_print")
+        for name in counts:
             need(name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in ("server_max_retries", "num_texts_to_check"):
+            need(name, getattr(self, name) >= 0, "it must be 0 or positive")
+        need("server_timeout", self.server_timeout > 0, "it must be positive")
         need("max_completion_length", self.max_completion_length >= 2, "a text of one token holds no block")
         need("top_p", 0 < self.top_p <= 1, "it must lie in (0, 1]")
         need("top_k", self.top_k >= 0, "0 keeps all tokens, a positive number keeps that many")
@@ -256,6 +286,11 @@ class DraftOPDConfig(_BaseConfig):
             raise ValueError(
                 "rejected_loss='accepted_length' counts slots from the block's first, but the rejected stream begins "
                 "later. Use it for the accepted stream only."
+            )
+        if (self.rollout_source == "server") != (self.server_url is not None):
+            raise ValueError(
+                f"rollout_source={self.rollout_source!r} and server_url={self.server_url!r} do not go together: a "
+                "server is asked if and only if both name it. Set both, or neither."
             )
         if self.replay_ratio > 0 and self.replay_buffer_size == 0:
             raise ValueError(

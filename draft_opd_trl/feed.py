@@ -1,17 +1,30 @@
 """Micro-steps → replay batches: which texts serve which step, and what a checkpoint must remember of that.
 
-Holds the cycle (texts are written once for `steps_per_generation` micro-steps and replayed once an optimizer step) and
-the global denominator. Knows no losses, no models and no logs.
+Holds the order of rows, the cycle (texts are written once for `steps_per_generation` micro-steps and replayed once an
+optimizer step) and the global denominator. Knows no losses, no models and no logs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from accelerate import Accelerator
 
+from ._trl_compat import RepeatSampler
 from .batching import BatchMaker, ReplayMetrics
 from .records import ReplayBatch, Rollout
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order is a function of seed and epoch, so that a resumed run finds the epoch it was in."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """As called by the Trainer before each epoch, a resumed one included."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 class BatchFeed:

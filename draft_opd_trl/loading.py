@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, load_dataset, load_from_disk
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,9 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ._trl_compat import create_model_from_path
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
+from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
+from .rollout import RolloutSource
+from .sampling import SamplingParams
 from .target import Target
 
+
+logger = get_logger(__name__)
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -152,6 +158,25 @@ def check_dataset_size(dataset: Dataset, args: DraftOPDConfig) -> None:
             f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
             f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
         )
+
+
+def check_texts(dataset: Dataset, count: int, source: RolloutSource, target: Target, sampling: SamplingParams) -> None:
+    """
+    Warn, with numbers, if texts of the data set are not what the target writes.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Tokenised, with completions.
+        count (`int`): Texts to read, spread over the data set; 0 reads none.
+        source ([`RolloutSource`]): Cuts them as training will.
+        target ([`Target`]): Reads them.
+        sampling ([`SamplingParams`]): The law they are said to follow.
+    """
+    count = min(count, len(dataset))
+    if count:
+        rows = [dataset[index * len(dataset) // count] for index in range(count)]
+        misfit = describe_misfit(text_fit(target, source.write(rows), sampling), sampling)
+        if misfit is not None:
+            logger.warning(misfit)
 
 
 def check_peft(peft_config: PeftConfig) -> PeftConfig:

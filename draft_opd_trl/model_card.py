@@ -1,11 +1,26 @@
-"""The model card of a drafter folder. Knows nothing of training beyond what it is handed."""
+"""The model card of a drafter folder: what is known of a drafter and of the run that trained it in, `README.md` out.
+
+Knows no trainer; it reads a run's history as the Trainer logs it.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+from yaml import YAMLError
+
+from .drafters.base import Drafter
+from .serving import launch_commands
 
 
 CITATION = """@article{draftopd2026,
@@ -15,26 +30,183 @@ CITATION = """@article{draftopd2026,
 }"""
 
 
-def write_model_card(file: Path, target_name: str, tags: list[str], **fields: Any) -> None:
+TAGS = ("draft-opd", "speculative-decoding")
+
+
+@dataclass
+class Evaluation:
     """
-    Render `templates/model_card.md` to `file`.
+    Acceptance, as a Trainer logged it once.
 
     Args:
-        file (`Path`): Where; its folder is made.
-        target_name (`str`): Id or path of the target; linked as base model when it is an id.
-        tags (`list[str]`): Hub tags.
-        fields: What the template names (`model_name`, `kind`, `num_draft_tokens`, `recipe`, `metrics`, …).
+        name (`str`): Of the prompts; empty for a Trainer's only evaluation set.
+        step (`int`): Optimizer steps taken before.
+        prompts (`int`): How many.
+        acceptance_length (`float`): τ.
+        by_slot (`list[float]`): Share of blocks whose first k proposals were all accepted.
     """
-    is_id = target_name.count("/") == 1 and not Path(target_name).exists()
-    data = ModelCardData(
-        library_name="transformers", tags=sorted(set(tags)), base_model=target_name if is_id else None
-    )
+
+    name: str
+    step: int
+    prompts: int
+    acceptance_length: float
+    by_slot: list[float]
+
+
+@dataclass
+class TrainingRun:
+    """
+    The run that trained a drafter.
+
+    Args:
+        step (`int`): Optimizer steps that these weights have seen.
+        history (`list[dict]`): The Trainer's `log_history`.
+        recipe (`dict`): Settings by name.
+        law (`str`): How evaluation decoded, such as "temperature 0".
+        tokens (`int`): Tokens of text read, prompts included.
+        dataset_name (`str`, *optional*): Where the prompts came from.
+    """
+
+    step: int
+    history: Sequence[dict[str, Any]]
+    recipe: dict[str, Any]
+    law: str
+    tokens: int
+    dataset_name: str | None = None
+
+    def evaluations(self) -> list[list[Evaluation]]:
+        """For each set of prompts the last evaluation before the first step, and the last one up to `step`."""
+        kept: dict[str, dict[bool, Evaluation]] = {}
+        for evaluation in (evaluation for log in self.history for evaluation in _read(log)):
+            if evaluation.step <= self.step:
+                kept.setdefault(evaluation.name, {})[evaluation.step > 0] = evaluation
+        return [[pair[trained] for trained in sorted(pair)] for pair in kept.values()]
+
+
+def _read(log: dict[str, Any]) -> list[Evaluation]:
+    evaluations = []
+    for match in filter(None, (re.fullmatch(r"(\w+)_acceptance_length", key) for key in log)):
+        prefix = match[1]
+        slots = (f"{prefix}_acceptance_slot_{k}" for k in itertools.count(1))
+        evaluations.append(
+            Evaluation(
+                name=prefix.removeprefix("eval").strip("_"),
+                step=log["step"],
+                prompts=log[f"{prefix}_prompts"],
+                acceptance_length=round(log[match[0]], 4),
+                by_slot=[round(log[slot], 4) for slot in itertools.takewhile(log.__contains__, slots)],
+            )
+        )
+    return evaluations
+
+
+def _eval_results(evaluation: Evaluation, law: str) -> list[EvalResult]:
+    about = {
+        "task_type": "text-generation",
+        "task_name": "Speculative decoding",
+        "dataset_type": evaluation.name or "prompts",
+        "dataset_name": f"{evaluation.name or 'Evaluation'} prompts ({evaluation.prompts})",
+    }
+    name = f"Acceptance length τ: tokens committed per verification, {law}"
+    results = [
+        EvalResult(
+            **about, metric_type="acceptance_length", metric_name=name, metric_value=evaluation.acceptance_length
+        )
+    ]
+    for k, share in enumerate(evaluation.by_slot, start=1):
+        name = f"Share of blocks whose first {k} proposals were all accepted, {law}"
+        results.append(EvalResult(**about, metric_type=f"acceptance_slot_{k}", metric_name=name, metric_value=share))
+    return results
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form `namespace/name`, and no folder here is called so."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def cached_revision(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model that was just loaded from the Hub; `None` if it was loaded from a folder."""
+    file = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_id(name) else None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _shown(name: str) -> str:
+    """An id as it is, a path without its folders, which are this machine's alone."""
+    return name if is_hub_id(name) else Path(name).name
+
+
+def _link(name: str, revision: str | None = None) -> str:
+    """Markdown of a model or data set, with a link if it is on the Hub."""
+    if not is_hub_id(name):
+        return f"`{_shown(name)}`"
+    return f"[`{name}`](https://huggingface.co/{name}{f'/tree/{revision}' if revision else ''})"
+
+
+@lru_cache
+def target_licence(name: str, revision: str | None) -> dict[str, str]:
+    """The licence fields of a target's own card; empty where there is none or it cannot be read."""
+    try:
+        file = hf_hub_download(name, "README.md", revision=revision) if is_hub_id(name) else Path(name) / "README.md"
+        data = ModelCard.load(file).data
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
+def write_model_card(
+    file: Path,
+    model_name: str,
+    drafter: Drafter,
+    target_name: str | None = None,
+    target_revision: str | None = None,
+    tags: Sequence[str] = TAGS,
+    run: TrainingRun | None = None,
+) -> None:
+    """
+    Render `templates/model_card.md`.
+
+    Args:
+        file (`Path`): Where to; its folder is made.
+        model_name (`str`): Id on the Hub, or name of the folder.
+        drafter ([`Drafter`]): The drafter.
+        target_name (`str`, *optional*): Id or path of its target; linked when it is an id, else named without its
+            folders.
+        target_revision (`str`, *optional*): Commit of the target that the drafter was trained for.
+        tags (`Sequence[str]`, *optional*): Hub tags, beside the kind.
+        run ([`TrainingRun`], *optional*): What trained it.
+    """
+    licence = target_licence(target_name, target_revision) if target_name else {}
+    evaluations = run.evaluations() if run is not None else []
+    # The index is about these very weights, so an evaluation of an earlier step does not enter it.
+    measured = [pair[-1] for pair in evaluations if pair[-1].step == run.step]
+    results = [result for last in measured for result in _eval_results(last, run.law)]
     card = ModelCard.from_template(
-        data,
+        ModelCardData(
+            library_name="transformers",
+            base_model=target_name if is_hub_id(target_name or "") else None,
+            datasets=[run.dataset_name] if run is not None and is_hub_id(run.dataset_name or "") else None,
+            tags=sorted({drafter.kind, *tags}),
+            model_name=model_name if results else None,
+            eval_results=results or None,
+            **licence,
+        ),
         template_path=str(Path(__file__).parent / "templates" / "model_card.md"),
-        target_name=target_name if is_id else Path(target_name).name,
+        model_name=model_name,
+        drafter=drafter,
+        start=drafter.config._name_or_path,
+        target=_link(target_name, target_revision) if target_name else "its target",
+        target_revision=target_revision,
+        licence=licence.get("license_name") or licence.get("license"),
+        run=run,
+        evaluations=evaluations,
+        commands=launch_commands(drafter.kind, _shown(target_name or "TARGET"), model_name, drafter.num_draft_tokens),
+        versions={
+            __package__: importlib.import_module(__package__).__version__,
+            **{name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "datasets")},
+        },
+        link=_link,
         citation=CITATION,
-        **fields,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    card.save(file)
+    card.save(file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)

@@ -5,6 +5,8 @@ Wraps a causal LM of transformers and never changes it. It does not know which d
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +55,20 @@ class Target:
     @property
     def name(self) -> str:
         return self.config._name_or_path or type(self.model).__name__
+
+    def fingerprint(self, samples: int = 1024) -> str:
+        """Hash of the config, the revision and some values of every weight: cheap, and another model has another."""
+        config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        config.pop("transformers_version", None)
+        revision = getattr(self.model.config, "_commit_hash", None)
+        digest = hashlib.sha256(json.dumps([config, revision], sort_keys=True, default=str).encode())
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if weight.numel() and not weight.is_meta:  # offloaded or sharded away
+                values = weight.detach().reshape(-1)
+                values = values[:: max(values.numel() // samples, 1)].contiguous().cpu()
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation

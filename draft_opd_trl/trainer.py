@@ -10,7 +10,7 @@ import os
 import time
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ._trl_compat import (
-    RepeatSampler,
-    _BaseTrainer,
     _ForwardRedirection,
     disable_dropout_in_model,
     identity,
@@ -37,28 +35,31 @@ from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
 from .evaluation import measure_acceptance
-from .feed import BatchFeed
+from .feed import BatchFeed, EpochSampler
+from .hub import check_hub_access
+from .hub_trainer import HubTrainer
 from .loading import (
     check_dataset_size,
     check_peft,
+    check_texts,
     choose_pad_token,
     generation_batch_size,
     load_target,
     load_tokenizer,
 )
 from .losses import Heads, LossSettings, batch_loss
-from .model_card import CITATION, write_model_card
+from .model_card import cached_revision
 from .prompts import tokenize_dataset
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
-from .rollout import write_texts
+from .rollout import RolloutSource, build_source
 from .sampling import SamplingParams
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
 
 
-class DraftOPDTrainer(_BaseTrainer):
+class DraftOPDTrainer(HubTrainer):
     """
     Trainer for Draft-OPD (arXiv 2605.29343): on-policy distillation of a speculative-decoding drafter.
 
@@ -89,9 +90,6 @@ class DraftOPDTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _tag_names = ["draft-opd", "speculative-decoding"]
-    _name = "Draft-OPD"
-    _paper = {"title": "Draft-OPD", "id": "2605.29343", "citation": CITATION}
 
     def __init__(
         self,
@@ -109,6 +107,8 @@ class DraftOPDTrainer(_BaseTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.kind
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
+        if args.push_to_hub:
+            check_hub_access(args.hub_token)
         set_seed(args.seed)
         # Data first: what is wrong with it must show before models are loaded.
         tokenizer = load_tokenizer(teacher_model, args, processing_class)
@@ -123,6 +123,9 @@ class DraftOPDTrainer(_BaseTrainer):
         drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
         teacher = load_target(teacher_model, args, quantization_config)
         self.target = Target(teacher)
+        if isinstance(teacher_model, str):
+            revision = (args.teacher_model_init_kwargs or {}).get("revision")
+            self.target_revision = cached_revision(teacher_model, revision)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
@@ -152,6 +155,9 @@ class DraftOPDTrainer(_BaseTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(TraceCallback(self.example_traces, self.callback_handler.callbacks))
         self._prepare_rooms()
+        if train_dataset is not None and args.rollout_source == "dataset":
+            sampling = self.speculation_settings().sampling
+            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, sampling)
 
     def _place_target(self) -> None:
         teacher = self.target.model
@@ -202,8 +208,6 @@ class DraftOPDTrainer(_BaseTrainer):
             args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
-        self._generator = torch.Generator(self.accelerator.device)
-        self._generator.manual_seed(args.seed + 1000003 * self.accelerator.process_index)
         self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
         self.last_acceptance_length: float | None = None
@@ -227,7 +231,7 @@ class DraftOPDTrainer(_BaseTrainer):
         )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return RepeatSampler(
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=1,
             batch_size=generation_batch_size(self.args),
@@ -249,6 +253,21 @@ class DraftOPDTrainer(_BaseTrainer):
             pad_token_id=self._pad_token_id,
         )
 
+    @cached_property
+    def source(self) -> RolloutSource:
+        """Where texts to train on come from."""
+        args = self.args
+        on_policy = args.lmbda > 0 or args.lmbda_end
+        return build_source(
+            args,
+            self.target,
+            self.drafter,
+            self.processing_class,
+            self.speculation_settings(keep_states=args.rejected_weight > 0 and on_policy),
+            lambda name, value: self._metrics[name].append(value),
+            progress=self.accelerator.is_main_process and not args.disable_tqdm,
+        )
+
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
         start = time.perf_counter()
         if self.args.lmbda_end is not None:
@@ -264,9 +283,8 @@ class DraftOPDTrainer(_BaseTrainer):
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
         start = time.perf_counter()
-        on_policy = self.args.lmbda > 0 or self.args.lmbda_end
-        settings = self.speculation_settings(self.args.rejected_weight > 0 and on_policy)
-        rollout = write_texts(self.args.rollout_source, rows, self.target, self.drafter, settings, self._generator)
+        draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0
+        rollout = self.source.write(rows, draw)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()
         self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
@@ -408,12 +426,11 @@ class DraftOPDTrainer(_BaseTrainer):
         state = {
             "feed": self.feed.state_dict(),
             "error_buffer": self.error_buffer.state_dict(),
-            "generator": self._generator.get_state(),
         }
         file = self._state_file(folder)
         torch.save(state, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
-        self.create_model_card(Path(self.args.output_dir).name)
+        self.create_model_card()
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -421,28 +438,12 @@ class DraftOPDTrainer(_BaseTrainer):
         file = self._state_file(resume_from_checkpoint)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer, random state). "
+                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer). "
                 "Resume from another checkpoint, or start a new run from this drafter."
             )
         state = torch.load(file, weights_only=False)
         self.feed.load_state_dict(state["feed"])
         self.error_buffer.load_state_dict(state["error_buffer"])
-        self._generator.set_state(state["generator"])
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
-        """Write `README.md` of the drafter folder from this project's own template."""
-        if self.is_world_process_zero():
-            write_model_card(
-                Path(self.args.output_dir) / "README.md",
-                model_name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
-                kind=self.drafter.kind,
-                target_name=self.target.name,
-                num_draft_tokens=self.drafter.num_draft_tokens,
-                recipe={name: getattr(self.args, name) for name in _CARD_FIELDS},
-                metrics=next((log for log in reversed(self.state.log_history) if "eval_acceptance_length" in log), {}),
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-                dataset_name=dataset_name,
-            )
 
 
 def _tokenize(
@@ -461,18 +462,3 @@ def _tokenize(
         args.truncate_prompts,
         name,
     )
-
-
-_CARD_FIELDS = (
-    "lmbda",
-    "rollout_source",
-    "temperature",
-    "teacher_temperature",
-    "accepted_loss",
-    "rejected_weight",
-    "num_anchors",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)

@@ -2,9 +2,14 @@
 
 import itertools
 import os
+import socket
 
 
-# Before any import of transformers: tests reach no network, and nothing may behave differently because CI is set.
+# Before any import of transformers: tests reach no network, and nothing may behave differently because CI is set. What
+# tests call the Hub is a port of this machine, at which a server listens only where a test has started it.
+HUB_SOCKET = socket.socket()
+HUB_SOCKET.bind(("127.0.0.1", 0))
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_SOCKET.getsockname()[1]}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("CI", None)
 

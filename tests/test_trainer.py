@@ -168,8 +168,9 @@ class StopAt(TrainerCallback):
         return control
 
 
-def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path):
-    """Weights, optimizer, schedule, random state, texts in use and buffer: killed inside a generation cycle."""
+@pytest.mark.parametrize("step", [3, 4, 5], ids=["inside-cycle", "end-of-epoch", "second-epoch"])
+def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path, step):
+    """Weights, optimizer, schedule, random state, order of rows, texts in use and buffer."""
     options = {
         "rollout_source": "speculation",
         "temperature": 0.8,
@@ -183,15 +184,15 @@ def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path):
         "lr_scheduler_type": "cosine",
         "max_steps": 6,
         "save_strategy": "steps",
-        "save_steps": 3,
+        "save_steps": step,
     }
     whole = make_trainer(drafter_folder, model, texts, tmp_path / "whole", **options)
     whole.train()
-    cut = make_trainer(drafter_folder, model, texts, tmp_path / "cut", callbacks=[StopAt(3)], **options)
+    cut = make_trainer(drafter_folder, model, texts, tmp_path / "cut", callbacks=[StopAt(step)], **options)
     cut.train()
-    assert cut.state.global_step == 3
+    assert cut.state.global_step == step
     resumed = make_trainer(drafter_folder, model, texts, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
     for name, value in parameters_of(whole).items():
         torch.testing.assert_close(value, parameters_of(resumed)[name], atol=0, rtol=0)
     assert whole.error_buffer.entries == resumed.error_buffer.entries

@@ -6,6 +6,7 @@ one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come 
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -186,6 +187,11 @@ class Drafter(PreTrainedModel, ABC):
                 "the state to save",
             )
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push the folder, with a card of its own; see [`~draft_opd_trl.hub.push_drafter`]."""
+        # By name: the copy of this file that travels with a checkpoint stands without the package.
+        return importlib.import_module("draft_opd_trl.hub").push_drafter(self, repo_id, **kwargs)
 
     # -- shared --------------------------------------------------------------------------------------------------
 

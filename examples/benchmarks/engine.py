@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,6 +62,22 @@ class Engines:
                 completions.append(row[: end + 1])
         return completions
 
+    def generate_batch(self, prompts: list[list[int]]) -> list[list[int]]:
+        """transformers' continuous batching; it changes the attention of its model, so it gets one of its own."""
+        model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32).to(self.device)
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.stops,
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=False,  # it pages its own
+        )
+        paging = ContinuousBatchingConfig(max_batch_tokens=2048, num_blocks=1024, page_size=32)
+        outputs = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=paging, progress_bar=False
+        )
+        return [output.generated_tokens for output in outputs.values()]
+
     def native_dflash(self, prompts: list[list[int]]) -> list[list[int]]:
         """transformers' own DFlash decoding with our drafter; it takes one prompt at a time."""
         return self.generate(prompts, 1, assistant_model=self.drafter, speculation_type="dflash")
@@ -82,6 +98,7 @@ def main(args: argparse.Namespace) -> None:
         "differs_from_plain_same_engine": differences(engines.ours(prompts, 64), plain),
         "plain_differs_from_generate": differences(plain, engines.generate(prompts, 64)),
         "native_dflash_differs": differences(engines.native_dflash(prompts[:32]), plain[:32]),
+        "continuous_batching_differs": differences(engines.generate_batch(prompts[:64]), plain[:64]),
     }
     print(json.dumps(result, indent=2))
 
@@ -94,6 +111,9 @@ def main(args: argparse.Namespace) -> None:
         "generate, batch 16": lambda: engines.generate(few, 16),
         "ours plain, batch 16": lambda: engines.ours(few, 16, drafter=False),
         "ours, batch 16": lambda: engines.ours(few, 16),
+        "generate, batch 64": lambda: engines.generate(few, 64),
+        "continuous batching, batch 64": lambda: engines.generate_batch(few),
+        "ours plain, batch 64": lambda: engines.ours(few, 64, drafter=False),
     }
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(args.repeats), desc="Timing"):

@@ -1,0 +1,103 @@
+"""A completions server for tests: in vLLM's shapes, or knowing text only, and failing on demand."""
+
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class CompletionsServer:
+    """
+    Answers `POST /v1/completions` with `answer(prompt ids) -> (completion ids, stopped)`.
+
+    Args:
+        answer (`Callable`): The model.
+        tokenizer: For text.
+        takes_ids, returns_ids, takes_text (`bool`): Whether it understands token ids, gives them, understands text.
+        faults (`list`): What goes wrong with the first requests after the probe, one each: a status, "reset", "cut"
+            (dies in the middle of an answer) or "slow".
+        dies_after (`int`, *optional*): Answers given before every further connection is reset.
+    """
+
+    def __init__(
+        self, answer, tokenizer, takes_ids=True, returns_ids=True, takes_text=True, faults=(), dies_after=None
+    ):
+        self.answer, self.tokenizer = answer, tokenizer
+        self.takes_ids, self.returns_ids, self.takes_text = takes_ids, returns_ids, takes_text
+        self.faults, self.dies_after = list(faults), dies_after
+        self.requests, self.headers = [], []
+        self.answered = self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                    server.headers.append(dict(self.headers))
+                try:
+                    server.respond(self, body)
+                finally:
+                    with server.lock:
+                        server.at_once -= 1
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+    def respond(self, handler, body):
+        ids = not isinstance(body["prompt"], str)
+        if not (self.takes_ids if ids else self.takes_text):
+            return self.send(handler, 422, {"detail": "not such a prompt"})
+        with self.lock:
+            probe = body["max_tokens"] == 1
+            fault = self.faults.pop(0) if self.faults and not probe else None
+            dead = self.dies_after is not None and self.answered >= self.dies_after
+            if not (probe or fault or dead):
+                self.answered += 1
+                self.requests.append(body)
+        if fault == "reset" or dead:
+            handler.close_connection = True
+            return handler.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "slow":
+            time.sleep(1.0)
+        elif isinstance(fault, int):
+            return self.send(handler, fault, {"error": "injected"})
+        prompt = body["prompt"] if ids else self.tokenizer(body["prompt"])["input_ids"]
+        completion, stopped = self.answer(prompt)
+        completion = completion[: body["max_tokens"]]
+        shown = completion[:-1] if stopped else completion
+        choice = {"index": 0, "text": self.tokenizer.decode(shown), "finish_reason": "stop" if stopped else "length"}
+        if ids and self.returns_ids:
+            choice |= {"token_ids": completion, "stop_reason": None}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
+        self.send(handler, 200, {"choices": [choice], "usage": usage}, cut=fault == "cut")
+
+    def send(self, handler, status, body, cut=False):
+        data = json.dumps(body).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            handler.wfile.flush()
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,186 @@
+"""The model card: what it says of a run, what it does not claim, and that the Hub and a shell can read it."""
+
+import ast
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import KINDS, tiny_drafter, tiny_model
+from huggingface_hub import ModelCard
+
+import draft_opd_trl
+from draft_opd_trl.model_card import TrainingRun, target_licence, write_model_card
+from draft_opd_trl.serving import launch_commands
+from draft_opd_trl.target import Target
+
+
+ID = "Qwen/Qwen3-4B"
+SLOTS = [0.75, 0.5, 0.25, 0.125]
+
+
+def evaluation(step, tau, prefix="eval"):
+    """A log as `evaluate` makes it."""
+    slots = {f"{prefix}_acceptance_slot_{k}": share * tau / 4 for k, share in enumerate(SLOTS, start=1)}
+    return {
+        f"{prefix}_acceptance_length": tau,
+        f"{prefix}_prompts": 64,
+        f"{prefix}_runtime": 9.0,
+        **slots,
+        "step": step,
+    }
+
+
+def run(*history, step=300, **options):
+    history = [{"loss": 1.0, "acceptance/length": 3.0, "step": 1}, *history]
+    recipe = {"lmbda": 1.0, "learning_rate": 3e-4}
+    return TrainingRun(step=step, history=history, recipe=recipe, law="temperature 0", tokens=1234567, **options)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def drafter(request):
+    return tiny_drafter(request.param, Target(tiny_model("qwen3")))
+
+
+@pytest.fixture
+def card(drafter, tmp_path):
+    def write(*args, **kwargs):
+        write_model_card(tmp_path / "out" / "README.md", "user/mine", drafter, *args, **kwargs)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
+        return checked(ModelCard.load(tmp_path / "out" / "README.md"))
+
+    return write
+
+
+def checked(card):
+    """Well-formed: no leftovers of the template, whole tables, code that parses."""
+    assert not re.search(r"{{|{%|%}|}}|\bNone\b|\n\n\n", card.text), card.text
+    for table in re.findall(r"(?:^\|.*\n)+", card.text, flags=re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1, table
+        assert re.fullmatch(r"\|(-+\|)+", table.splitlines()[1]), table
+    assert len(re.findall(r"^\|---", card.text, flags=re.MULTILINE)) == len(
+        re.findall(r"(?:^\|.*\n)+", card.text, re.M)
+    )
+    for code in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+        ast.parse(code)
+    assert card.data.library_name == "transformers"
+    return card
+
+
+def test_before_and_after(card, drafter):
+    card = card(ID, "abc123", run=run(evaluation(0, 3.0), evaluation(150, 3.5), evaluation(300, 4.0)))
+    assert "| | before training | after step 300 |\n|---|---|---|\n| **τ** | **3.000** | **4.000** |" in card.text
+    assert "| slot 1 | 0.562 | 0.750 |" in card.text and "| slot 4 | 0.094 | 0.125 |" in card.text
+    assert "Prompts: 64.\n" in card.text
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"acceptance_length": 4.0, **{f"acceptance_slot_{k}": SLOTS[k - 1] for k in (1, 2, 3, 4)}}
+    assert {result.dataset_name for result in card.data.eval_results} == {"Evaluation prompts (64)"}
+    assert card.data.model_name == "user/mine"
+    assert "300 optimizer steps on\n1,234,567 tokens" in card.text
+    assert card.data.base_model == ID
+    assert f"[`{ID}`](https://huggingface.co/{ID}/tree/abc123), revision `abc123`" in card.text
+    assert f"| block size | {drafter.num_draft_tokens + 1}:" in card.text
+    assert f"draft_opd_trl {draft_opd_trl.__version__}" in card.text and f"torch {torch.__version__}" in card.text
+    assert {drafter.kind, "draft-opd", "speculative-decoding"} == set(card.data.tags)
+
+
+@pytest.mark.parametrize(
+    ("history", "columns", "said"),
+    [
+        ([evaluation(300, 4.0)], "after step 300", "There was no evaluation before training."),
+        ([evaluation(0, 3.0)], "before training", "There was no evaluation after training."),
+        ([evaluation(0, 3.0), evaluation(200, 3.9)], "before training | after step 200", "later, of step 300."),
+    ],
+)
+def test_what_was_not_measured_is_said(card, history, columns, said):
+    card = card(ID, run=run(*history))
+    assert f"| | {columns} |" in card.text
+    assert said in card.text
+    # The index is about the weights beside it.
+    assert (card.data.eval_results is not None) == (history[-1]["step"] == 300)
+
+
+def test_a_run_without_evaluation_and_a_drafter_without_a_run(card):
+    assert "It was not evaluated in the run that trained it." in (without := card(ID, run=run())).text
+    assert "τ" not in without.text and without.data.eval_results is None
+    bare = card()
+    assert "## Training" not in bare.text and "## Acceptance" not in bare.text
+    assert "speculative decoding with its target" in bare.text and "vllm serve TARGET" in bare.text
+    assert bare.data.base_model is None
+
+
+def test_an_evaluation_after_the_weights_is_not_theirs(card):
+    """The best checkpoint of a run was loaded: what came later is another drafter's."""
+    card = card(ID, run=run(evaluation(0, 3.0), evaluation(100, 3.5), evaluation(300, 3.2), step=100))
+    assert "| **τ** | **3.000** | **3.500** |" in card.text
+    assert card.data.eval_results[0].metric_value == 3.5
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [({"lmbda": 1.0}, "By [Draft-OPD]"), ({"lmbda": 0.0}, "By SFT, the baseline of [Draft-OPD]")]
+    + [({"lmbda": 0.0, "lmbda_end": 1.0}, "By [Draft-OPD]")],
+)
+def test_sft_is_called_so(card, share, said):
+    told = run()
+    told.recipe = share
+    assert said in card(ID, run=told).text
+
+
+def test_several_sets_of_prompts(card):
+    history = [evaluation(0, 3.0, "eval_math"), evaluation(300, 4.0, "eval_math"), evaluation(300, 2.0, "eval_code")]
+    card = card(ID, run=run(*history))
+    assert "math prompts: 64.\n" in card.text
+    assert "code prompts: 64. There was no evaluation before training." in card.text
+    taus = [result for result in card.data.eval_results if result.metric_type == "acceptance_length"]
+    assert [(tau.dataset_type, tau.metric_value) for tau in taus] == [("math", 4.0), ("code", 2.0)]
+
+
+def test_what_lies_on_this_machine_is_named_without_its_folders(card, drafter, tmp_path, monkeypatch):
+    monkeypatch.setattr(drafter.config, "_name_or_path", str(tmp_path / "start"))
+    card = card(str(tmp_path / "pocket"), run=run(dataset_name=str(tmp_path / "prompts.jsonl")))
+    assert str(tmp_path) not in str(card)
+    assert "speculative decoding with `pocket`" in card.text and "| trained from | `start` |" in card.text
+    assert "prompts of `prompts.jsonl`" in card.text
+    assert card.data.base_model is None and card.data.datasets is None
+
+
+def test_the_licence_is_the_targets_own(card, tmp_path):
+    (tmp_path / "pocket").mkdir()
+    readme = tmp_path / "pocket" / "README.md"
+    for unreadable in (None, "no metadata", "---\nlicense: [\n---\n"):
+        target_licence.cache_clear()
+        if unreadable is not None:
+            readme.write_text(unreadable)
+        assert "licence" not in card(str(tmp_path / "pocket")).text
+    target_licence.cache_clear()
+    fields = "license: other\nlicense_name: pocket-1\nlicense_link: https://example.com/licence"
+    readme.write_text(f"---\n{fields}\n---\n# Pocket")
+    with_licence = card(str(tmp_path / "pocket"))
+    assert "| licence of the target | pocket-1 |" in with_licence.text
+    assert (with_licence.data.license, with_licence.data.license_name) == ("other", "pocket-1")
+    assert with_licence.data.license_link == "https://example.com/licence"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_are_what_a_shell_takes(kind):
+    commands = launch_commands(kind, ID, "user/mine", 7)
+    vllm = shlex.split(commands["vLLM"].replace("\\\n", ""))
+    assert vllm[:3] == ["vllm", "serve", ID]
+    assert json.loads(vllm[4]) == {"method": kind, "model": "user/mine", "num_speculative_tokens": 7}
+    sglang = shlex.split(commands["SGLang"].replace("\\\n", ""))
+    options = dict(zip(sglang[3::2], sglang[4::2], strict=True))
+    lengths = {"--speculative-num-steps": "7", "--speculative-eagle-topk": "1", "--speculative-num-draft-tokens": "8"}
+    assert options == {
+        "--model-path": ID,
+        "--speculative-algorithm": {"dflash": "DFLASH", "eagle3": "EAGLE3"}[kind],
+        "--speculative-draft-model-path": "user/mine",
+        **(lengths if kind == "eagle3" else {}),
+    }
+
+
+def test_the_card_shows_the_commands(card, drafter):
+    text = card(ID).text
+    for engine, command in launch_commands(drafter.kind, ID, "user/mine", drafter.num_draft_tokens).items():
+        assert f"With {engine}:\n\n```bash\n{command}\n```" in text
