@@ -24,6 +24,7 @@ from .target import Target
 
 logger = get_logger(__name__)
 
+
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
