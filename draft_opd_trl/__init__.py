@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from .drafters import DRAFTERS, create_drafter
     from .evaluation import evaluate_drafters, measure_acceptance
     from .optim import MuonWithAdamW
+    from .report import acceptance_table, plot_acceptance
     from .sampling import SamplingParams
     from .speculation import SpeculationSettings, speculate
     from .suites import load_suite
     from .target import Target, stop_token_ids
+    from .traces import Trace, trace_texts
     from .trainer import DraftOPDTrainer
+    from .viewer import print_traces, write_trace_page
     from .vocabulary import draft_vocabulary
 
 __version__ = "0.1.0.dev0"
@@ -29,6 +32,8 @@ __all__ = [
     "SamplingParams",
     "SpeculationSettings",
     "Target",
+    "Trace",
+    "acceptance_table",
     "bootstrap_interval",
     "create_drafter",
     "draft_vocabulary",
@@ -36,8 +41,12 @@ __all__ = [
     "load_drafter",
     "load_suite",
     "measure_acceptance",
+    "plot_acceptance",
+    "print_traces",
     "speculate",
     "stop_token_ids",
+    "trace_texts",
+    "write_trace_page",
 ]
 # Where each public name lives.
 _HOME = {
@@ -49,6 +58,8 @@ _HOME = {
     "SamplingParams": "sampling",
     "SpeculationSettings": "speculation",
     "Target": "target",
+    "Trace": "traces",
+    "acceptance_table": "report",
     "bootstrap_interval": "acceptance",
     "create_drafter": "drafters",
     "draft_vocabulary": "vocabulary",
@@ -56,8 +67,12 @@ _HOME = {
     "load_drafter": "checkpoints",
     "load_suite": "suites",
     "measure_acceptance": "evaluation",
+    "plot_acceptance": "report",
+    "print_traces": "viewer",
     "speculate": "speculation",
     "stop_token_ids": "target",
+    "trace_texts": "traces",
+    "write_trace_page": "viewer",
 }
 
 

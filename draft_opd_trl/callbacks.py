@@ -1,11 +1,20 @@
-"""What a run shows and remembers, through the Trainer's callbacks."""
+"""What a run shows and remembers, through the Trainer's callbacks: the progress bar, traces, trackers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
+import numpy as np
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, rewrite_logs
 from transformers.trainer_callback import ProgressCallback
+
+from .traces import Trace
+from .viewer import marked_text, print_traces
 
 
 class AcceptanceProgressCallback(ProgressCallback):
@@ -41,3 +50,94 @@ class FirstEvaluationCallback(TrainerCallback):
         # The history of a resumed run may hold one.
         if not any(log["step"] == 0 for log in state.log_history):
             state.log_history[:0] = self.logs
+
+
+class TraceCallback(TrainerCallback):
+    """
+    Acceptance by slot as a histogram for the trackers in `report_to`, and with `log_completions` example texts as
+    traces: printed, and as a table where the tracker has tables (TensorBoard gets them as text).
+
+    Args:
+        example_traces (`Callable`): Returns the traces; called on every rank, as a sharded target needs all of them.
+        callbacks (`Sequence[TrainerCallback]`): The Trainer's, one of which may hold TensorBoard's writer.
+    """
+
+    def __init__(self, example_traces: Callable[[], list[Trace]], callbacks: Sequence[TrainerCallback]) -> None:
+        self.example_traces, self.callbacks = example_traces, callbacks
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # Evaluations and the end of training log too; texts are in use where a training step was logged.
+        traces = self.example_traces() if args.log_completions and "loss" in logs else []
+        if not state.is_world_process_zero:
+            return
+        if traces:
+            print_traces({f"step {state.global_step}": traces})
+        histograms = rewrite_logs(slot_shares(logs))
+        for tracker in _trackers(args.report_to):
+            record = {name: tracker.Histogram(np_histogram=histogram(shares)) for name, shares in histograms.items()}
+            if traces:
+                record["traces"] = tracker.Table(dataframe=trace_table(traces, state.global_step))
+            if record:
+                tracker.log({**record, "train/global_step": state.global_step})
+        for writer in (one.tb_writer for one in self.callbacks if isinstance(one, TensorBoardCallback)):
+            for name, shares in histograms.items():
+                _add_histogram(writer, name, shares, state.global_step)
+            for number, trace in enumerate(traces):
+                # Indented, Markdown takes it as it stands.
+                text = marked_text(trace).plain.replace("\n", "\n    ")
+                title = f"τ {trace.acceptance_length:.2f}"
+                writer.add_text(f"traces/{number}", f"{title}\n\n    {text}", state.global_step)
+            writer.flush()
+
+
+def _trackers(report_to: Sequence[str]) -> list[ModuleType]:
+    """Modules with wandb's interface that a run reports to."""
+    named = [importlib.import_module(name) for name in ("wandb", "trackio") if name in report_to]
+    # As in TRL: wandb may be switched off, and then has no run.
+    return [module for module in named if module.__name__ != "wandb" or module.run is not None]
+
+
+def slot_shares(logs: dict[str, float]) -> dict[str, list[float]]:
+    """`…slot_1`, `…slot_2`, … of a log as one list, named `…by_slot`."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    for name, value in logs.items():
+        found = re.fullmatch(r"(.*acceptance[/_])slot_\d+", name)
+        if found:
+            shares[f"{found[1]}by_slot"].append(value)
+    return shares
+
+
+def histogram(shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and edges: bar k, around k, is the share of blocks whose first k proposals were accepted."""
+    return np.array(shares), np.arange(len(shares) + 1) + 0.5
+
+
+def _add_histogram(writer, name: str, shares: list[float], step: int) -> None:
+    heights, edges = histogram(shares)
+    slots = (edges[:-1] + edges[1:]) / 2
+    writer.add_histogram_raw(
+        name,
+        min=edges[0],
+        max=edges[-1],
+        num=heights.sum(),
+        sum=(heights * slots).sum(),
+        sum_squares=(heights * slots**2).sum(),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=heights.tolist(),
+        global_step=step,
+    )
+
+
+def trace_table(traces: list[Trace], step: int):
+    """A `pandas.DataFrame`, as trackers take it, a text a row."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "step": [step] * len(traces),
+            "prompt": [trace.prompt for trace in traces],
+            "completion": [trace.completion for trace in traces],
+            "acceptance_length": [trace.acceptance_length for trace in traces],
+            "trace": [marked_text(trace).plain for trace in traces],
+        }
+    )

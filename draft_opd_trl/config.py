@@ -138,7 +138,8 @@ class DraftOPDConfig(_BaseConfig):
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Shuffle prompts.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Print a few texts at each log.
+            Print a few texts at each log as the blocks that verification sees, and send them to the trackers of
+            `report_to` that have tables.
         num_completions_to_print (`int`, *optional*, defaults to `2`):
             How many.
     """
@@ -206,7 +207,7 @@ class DraftOPDConfig(_BaseConfig):
     loss_chunk_size: int = field(default=256, metadata={"help": "Slots projected to the vocabulary at once."})
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off in the drafter."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle prompts."})
-    log_completions: bool = field(default=False, metadata={"help": "Print a few texts at each log."})
+    log_completions: bool = field(default=False, metadata={"help": "Print a few texts at each log, as blocks."})
     num_completions_to_print: int = field(default=2, metadata={"help": "How many texts to print."})
 
     def __post_init__(self) -> None:
@@ -253,7 +254,8 @@ class DraftOPDConfig(_BaseConfig):
         need("rejected_decay", 0 <= self.rejected_decay <= 1, "it must lie in [0, 1]")
         need("accepted_decay", 0 < self.accepted_decay <= 1, "it must lie in (0, 1]")
         counts = ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size")
-        for name in (*counts, "steps_per_generation", "regenerate_every", "server_concurrency"):
+        counts += ("steps_per_generation", "regenerate_every", "server_concurrency", "num_completions_to_print")
+        for name in counts:
             need(name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("server_max_retries", "num_texts_to_check"):
             need(name, getattr(self, name) >= 0, "it must be 0 or positive")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, speedup_interval
 from .drafters.base import Drafter
+from .report import save_report
 from .results import ResultsFile
 from .speculation import SpeculationSettings, speculate
 from .target import Target
@@ -184,7 +185,7 @@ def evaluate_drafters(
             to check that no text changed.
         results (`Path`, *optional*): Start of the files' names, `<results>-<drafter>.jsonl`. Every text is appended as
             it ends. What is there already is not decoded again; texts cut off by a kill are, at temperature > 0 with
-            new draws.
+            new draws. A table and pictures of the whole are written to `<results>.md` and `<results>.png`.
         progress (`str`, *optional*): Start of the progress bars' labels.
 
     Returns:
@@ -230,6 +231,8 @@ def evaluate_drafters(
 
     reports = {name: join_reports(texts_of(name)) for name in runs}
     plain = reports.pop("plain", None)
+    if results is not None:
+        save_report(dict(reversed(reports.items())), results)  # differences are first − second
     return {
         "prompts": len(prompts),
         "plain": plain and {"tokens_per_second": plain.tokens_per_second, "resumed": resumed["plain"]},

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ._trl_compat import (
 )
 from .acceptance import AcceptanceReport, join_reports
 from .batching import BatchMaker, ReplayMetrics, StreamSettings
-from .callbacks import AcceptanceProgressCallback
+from .callbacks import AcceptanceProgressCallback, TraceCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
@@ -55,6 +56,7 @@ from .rollout import RolloutSource, build_source
 from .sampling import SamplingParams
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
+from .traces import Trace, trace_texts
 
 
 class DraftOPDTrainer(HubTrainer):
@@ -151,6 +153,7 @@ class DraftOPDTrainer(HubTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
         self.remove_callback(PrinterCallback)
+        self.add_callback(TraceCallback(self.example_traces, self.callback_handler.callbacks))
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
             sampling = self.speculation_settings().sampling
@@ -402,15 +405,17 @@ class DraftOPDTrainer(HubTrainer):
                 if finite:
                     logs[name] = sum(finite) / len(finite)
             self._metrics.clear()
-            self._print_completions()
         super().log(logs, start_time)
 
-    def _print_completions(self) -> None:
-        if not (self.args.log_completions and self.accelerator.is_main_process and self.feed.rollouts):
-            return
-        rollout = self.feed.rollouts[0]
-        for ids in rollout.completions()[: self.args.num_completions_to_print]:
-            self.accelerator.print(f"--- step {self.state.global_step}\n{self.processing_class.decode(ids)}")
+    def example_traces(self) -> list[Trace]:
+        """A few of the texts in use, as this drafter would speed them up now by its argmax."""
+        if not self.feed.rollouts:
+            return []
+        texts = replace(self.feed.rollouts[0], blocks=None, block_states=None)
+        texts = texts.rows(0, self.args.num_completions_to_print)
+        sampling = self.speculation_settings().sampling
+        with in_eval_mode(self.drafter):
+            return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder) / f"draft_opd_state_{self.accelerator.process_index}.pt"

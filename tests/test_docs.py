@@ -14,6 +14,7 @@ from draft_opd_trl._trl_compat import _BaseConfig
 from draft_opd_trl.cli import COMMANDS, CommandParser
 from draft_opd_trl.commands.evaluate import EvaluateArguments
 from draft_opd_trl.commands.options import PairArguments
+from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.config import DraftOPDConfig
 
 
@@ -128,8 +129,9 @@ def test_options_of_commands_exist():
     assert unknown == []
 
 
-def test_every_option_of_evaluate_is_in_its_table():
-    table = _read(SOURCE / "cli.md").split("## evaluate")[1]
+@pytest.mark.parametrize(("command", "arguments"), [("evaluate", EvaluateArguments), ("trace", TraceArguments)])
+def test_every_option_is_in_its_table(command, arguments):
+    table = _read(SOURCE / "cli.md").split(f"## {command}\n")[1].split("\n## ")[0]
     pair = {field.name for field in dataclasses.fields(PairArguments)}
-    options = {field.name for field in dataclasses.fields(EvaluateArguments)} - pair
+    options = {field.name for field in dataclasses.fields(arguments)} - pair
     assert {option for option in options if f"`--{option}`" not in table} == set()

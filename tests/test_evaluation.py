@@ -159,9 +159,8 @@ def test_two_drafters_are_measured_on_the_same_prompts(qwen_target, qwen_drafter
     low, high = bootstrap_interval(*reports)
     mean = reports[0].acceptance_length - reports[1].acceptance_length
     assert result["difference"] == {"mean": mean, "low": low, "high": high}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"tiny-{name}.jsonl" for name in ("fresh", "plain", "trained")
-    ]
+    texts = [f"tiny-{name}.jsonl" for name in ("fresh", "plain", "trained")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*texts, "tiny.md", "tiny.png"]
 
 
 class Killed(Exception):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .options import PairArguments
+from .options import PairArguments, read_chat_kwargs
 
 
 @dataclass
@@ -65,10 +65,7 @@ def run(arguments: EvaluateArguments) -> dict[str, Any]:
     paths = _paths(arguments.suite_path, names)
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
-    try:
-        chat = json.loads(arguments.chat_template_kwargs)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs {arguments.chat_template_kwargs} is not JSON: {error}.") from error
+    chat = read_chat_kwargs(arguments.chat_template_kwargs)
     folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
     target, drafters, tokenizer = load_pair(folders, arguments.teacher_model_name_or_path, arguments.dtype)
     output = Path(arguments.output_dir) if arguments.output_dir else None

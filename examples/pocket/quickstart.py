@@ -33,6 +33,7 @@ from draft_opd_trl import (
     stop_token_ids,
 )
 from draft_opd_trl.prompts import tokenize_dataset
+from draft_opd_trl.report import plot_acceptance
 
 
 POCKET = Path(__file__).resolve().parent
@@ -51,6 +52,8 @@ class Recipe:
     texts: int = 1600
     max_new_tokens: int = 512
     eval_prompts: int = 400
+    # Of these, measured during training too.
+    watched_prompts: int = 64
 
 
 def read_prompts(tokenizer: Any, name: str, count: int) -> list[list[int]]:
@@ -69,8 +72,9 @@ def _train(
     target: Any,
     tokenizer: Any,
     texts: Dataset,
+    watched: Dataset,
 ) -> tuple[DraftOPDTrainer, float]:
-    """One arm; returns its trainer and the seconds training took."""
+    """One arm, measured on `watched` on its way; returns its trainer and the seconds that training alone took."""
     config = DraftOPDConfig(
         output_dir=str(folder),
         lmbda=lmbda,
@@ -82,6 +86,8 @@ def _train(
         max_completion_length=recipe.max_new_tokens,
         save_strategy="no",
         logging_steps=max(steps // 3, 1),
+        eval_strategy="steps",
+        eval_on_start=True,
         report_to="none",
         disable_tqdm=False,  # quiet logging, set below, would turn the bar off too
     )
@@ -89,11 +95,18 @@ def _train(
     optimizer = MuonWithAdamW(drafter.parameters(), lr=recipe.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     trainer = DraftOPDTrainer(
-        drafter, target, config, train_dataset=texts, processing_class=tokenizer, optimizers=(optimizer, schedule)
+        drafter,
+        target,
+        config,
+        train_dataset=texts,
+        eval_dataset=watched,
+        processing_class=tokenizer,
+        optimizers=(optimizer, schedule),
     )
     start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start
+    measuring = sum(log.get("eval_runtime", 0) for log in trainer.state.log_history)
+    seconds = time.perf_counter() - start - measuring
     trainer.save_model()
     return trainer, seconds
 
@@ -150,6 +163,7 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
     print(f"The target writes {len(prompts)} texts to train on …")
     texts = speculate(target, drafter, prompts, settings)
     dataset = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": texts.completions()})
+    watched = Dataset.from_dict({"prompt_ids": held_out[: recipe.watched_prompts]})
     written = time.perf_counter() - started
 
     start = time.perf_counter()
@@ -157,16 +171,25 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
     plain_speed = int(plain.completion_lengths.sum()) / (time.perf_counter() - start)
     reports = {"start": measure_acceptance(target, drafter, held_out, settings, progress="Judging the start")}
     seconds = {"texts": written}
-    steps, parts = {"opd": recipe.steps, "sft": recipe.steps}, {}
+    steps, parts, histories = {"opd": recipe.steps, "sft": recipe.steps}, {}, {}
     for name, lmbda in (("opd", 1.0), ("sft", 0.0), ("sft-equal-time", 0.0)):
         if name == "sft-equal-time":
             # As many SFT steps as fit the time Draft-OPD took, with a schedule of their own.
             steps[name] = max(round(recipe.steps * seconds["opd"] / seconds["sft"]), 1)
         print(f"Training {name}: {steps[name]} steps …")
         trainer, seconds[name] = _train(
-            origin, output / f"drafter-{name}", lmbda, steps[name], recipe, args.seed, model, tokenizer, dataset
+            origin,
+            output / f"drafter-{name}",
+            lmbda,
+            steps[name],
+            recipe,
+            args.seed,
+            model,
+            tokenizer,
+            dataset,
+            watched,
         )
-        parts[name] = step_parts(trainer)
+        parts[name], histories[name] = step_parts(trainer), trainer.state.log_history
         reports[name] = measure_acceptance(
             trainer.target, trainer.drafter, held_out, settings, progress=f"Judging {name}"
         )
@@ -193,7 +216,8 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
     }
     _write(output / "results.json", json.dumps(results, indent=2))
     _write(output / "results.md", table(results))
-    plot(reports, output / "tau.png")
+    named = {LABELS[name]: report for name, report in reports.items()}
+    plot_acceptance(named, output / "tau.png", {LABELS[name]: history for name, history in histories.items()})
     print("\n" + table(results))
     print(
         f"\nWritten to {output}: results.json, results.md, tau.png, drafter-opd, drafter-sft, drafter-sft-equal-time"
@@ -253,35 +277,3 @@ def table(results: dict[str, Any]) -> str:
         "blocks whose first k proposals were all accepted. Speedup: over plain decoding by the same engine, batch 64."
     )
     return "\n".join(lines)
-
-
-def plot(reports: dict[str, AcceptanceReport], file: Path) -> None:
-    """τ with its interval, and acceptance by slot, for every drafter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"start": "#999999", "sft": "#56B4E9", "sft-equal-time": "#0072B2", "opd": "#D55E00"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for place, (name, label) in enumerate(LABELS.items()):
-        report = reports[name]
-        low, high = bootstrap_interval(report)
-        tau = report.acceptance_length
-        left.errorbar(place, tau, [[tau - low], [high - tau]], fmt="o", capsize=5, color=colors[name])
-        left.annotate(f"{tau:.2f}", (place, tau), xytext=(8, 0), textcoords="offset points", va="center")
-        slots = range(1, len(report.acceptance_by_slot) + 1)
-        right.plot(slots, report.acceptance_by_slot, marker="o", color=colors[name], label=label)
-    left.set_xticks(range(len(LABELS)), [label.replace(", ", ",\n") for label in LABELS.values()], fontsize=8)
-    left.set_xlim(-0.5, len(LABELS) - 0.2)
-    left.set_ylabel("acceptance length τ (95 % interval)")
-    right.set_xlabel("slot k")
-    right.set_ylabel("blocks whose first k proposals were accepted")
-    right.set_ylim(0, 1)
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    scratch = file.with_name(file.stem + ".tmp.png")
-    figure.savefig(scratch, dpi=120)
-    os.replace(scratch, file)
-    plt.close(figure)

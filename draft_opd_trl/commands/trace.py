@@ -1,0 +1,116 @@
+"""Show what verification said of a drafter, token by token: an HTML page, or the terminal.
+
+The target writes answers to the prompts, sped up by the drafter. The page shows each text as its blocks: what was
+accepted, what was rejected and what the target wanted instead, with the probabilities both gave. `--compare` puts
+another drafter beside it, on the same texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .options import PairArguments, read_chat_kwargs
+
+
+@dataclass
+class TraceArguments(PairArguments):
+    """Which texts, and where they are shown."""
+
+    suite: str = field(
+        metadata={
+            "help": "Suite or data set of prompts, as `draft-opd evaluate` takes them.",
+            "aliases": ["--prompts"],
+        }
+    )
+    suite_path: str | None = field(default=None, metadata={"help": "A local copy of the suite, without a network."})
+    num_prompts: int = field(default=20, metadata={"help": "Prompts to trace."})
+    compare: str | None = field(
+        default=None, metadata={"help": "Another drafter, shown before --model, such as that one before training."}
+    )
+    output_file: str = field(default="trace.html", metadata={"help": "The page."})
+    terminal: bool = field(default=False, metadata={"help": "Print the traces; write no page."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the target."})
+    top_k: int = field(default=0, metadata={"help": "Top-k of the target."})
+    top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest completion."})
+    batch_size: int = field(default=16, metadata={"help": "Rows decoded side by side."})
+    dtype: str = field(default="float32", metadata={"help": "Of the target: float32, bfloat16, auto."})
+    chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON passed to the chat template."})
+    seed: int = field(default=0, metadata={"help": "At temperature > 0."})
+
+
+ARGUMENTS = (TraceArguments,)
+
+
+def _names(arguments: TraceArguments) -> dict[str, str]:
+    """Drafters by the name they are shown under: the folder's own where that tells them apart."""
+    from pathlib import Path
+
+    paths = [*([arguments.compare] if arguments.compare else []), arguments.model_name_or_path]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--compare {arguments.compare} is the drafter of --model itself. Name another one.")
+    short = [Path(path).name for path in paths]
+    return dict(zip(short if len(set(short)) == len(paths) else paths, paths, strict=True))
+
+
+def run(arguments: TraceArguments) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    import torch
+
+    from ..evaluation import measure_acceptance
+    from ..loading import load_pair
+    from ..prompts import tokenize_dataset
+    from ..records import Rollout
+    from ..sampling import SamplingParams
+    from ..speculation import SpeculationSettings
+    from ..suites import load_suite
+    from ..target import stop_token_ids
+    from ..traces import trace_texts
+    from ..viewer import write_trace_page
+
+    names = _names(arguments)
+    chat = read_chat_kwargs(arguments.chat_template_kwargs)
+    sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
+    suite = load_suite(arguments.suite, arguments.suite_path, arguments.num_prompts)
+    target, drafters, tokenizer = load_pair(
+        list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype
+    )
+    prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)["prompt_ids"])
+    settings = SpeculationSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        stop_token_ids=stop_token_ids(target.model, tokenizer),
+        sampling=sampling,
+        batch_size=arguments.batch_size,
+    )
+    generator = torch.Generator(target.device).manual_seed(arguments.seed)
+    written = measure_acceptance(target, drafters[-1], prompts, settings, generator, "Writing texts")
+    # Replayed for each drafter in the same way, so that what differs is the drafter.
+    texts = Rollout.from_ids(prompts, written.completions, device=target.device)
+    traces = {
+        name: trace_texts(target, drafter, texts, tokenizer, sampling)
+        for name, drafter in zip(names, drafters, strict=True)
+    }
+    file = None if arguments.terminal else arguments.output_file
+    if file is not None:
+        write_trace_page(file, traces, f"{target.name}, temperature {arguments.temperature:g}")
+    return {"file": file, "traces": {name: [asdict(trace) for trace in part] for name, part in traces.items()}}
+
+
+def show(result: dict[str, Any]) -> str:
+    import sys
+
+    from rich.console import Console
+
+    from ..traces import Trace
+    from ..viewer import print_traces
+
+    traces = {name: [Trace.from_dict(trace) for trace in part] for name, part in result["traces"].items()}
+    if result["file"] is not None:
+        count = len(next(iter(traces.values())))
+        return f"{count} texts written to {result['file']}"
+    console = Console(file=sys.__stdout__)  # where the text goes decides on colours
+    with console.capture() as shown:
+        print_traces(traces, console)
+    return shown.get().rstrip("\n")
