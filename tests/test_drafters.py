@@ -307,6 +307,27 @@ def test_dflash_equals_a_slow_reference_block_by_block(target):
         torch.testing.assert_close(got[index], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_activation_checkpointing_keeps_no_activations_and_changes_no_gradient(qwen_target, kind):
+    rollout = _texts(seed=8)
+    results, kept = [], []
+    for recompute in (False, True):
+        drafter = tiny_drafter(kind, qwen_target)
+        if recompute:
+            drafter.activation_checkpointing_enable()
+        blocks = _every_anchor(rollout, drafter.num_draft_tokens)
+        features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda t: t):  # noqa: B023
+            states = drafter.replay(features, rollout.tokens, blocks)
+        states.square().sum().backward()
+        gradients = [p.grad for name, p in drafter.named_parameters() if name != "lm_head.weight"]
+        results.append([states.detach(), *gradients])
+        kept.append(sum(sizes))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-6)
+    assert kept[1] < kept[0] / 2
+
+
 @torch.no_grad()
 def test_packing_many_blocks_in_small_chunks_changes_nothing(qwen_target):
     drafter = tiny_drafter("dflash", qwen_target)
