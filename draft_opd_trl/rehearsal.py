@@ -10,20 +10,18 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Trainer
 
 from .config import DraftOPDConfig
-from .drafters import DRAFTERS
+from .drafters import DRAFTERS, Drafter
 from .losses import Heads, LossSettings, batch_loss
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, draft_at, read_text
@@ -40,9 +38,9 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def _record_bytes(record: object) -> int:
+def _tensors(record: object) -> list[torch.Tensor]:
     values = [getattr(record, field.name) for field in fields(record)]
-    return tensor_bytes(value for value in values if isinstance(value, torch.Tensor))
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,14 +119,13 @@ class _PackedLinear(nn.Module):
         return nn.functional.linear(inputs, inputs.new_empty(self.shape), self.bias)
 
 
-def _bytes_per_weight(quantization: Any) -> float | None:
-    """Of a linear layer under a bitsandbytes config; scales are one float a row (8-bit) or a block of 64 (4-bit)."""
-    settings = quantization if isinstance(quantization, dict) else vars(quantization)
-    settings = {name.removeprefix("_"): value for name, value in settings.items()}
+def _bytes_per_weight(quantization: BitsAndBytesConfig | dict[str, Any]) -> float | None:
+    """Of a linear layer; 4-bit weights have a scale a block of 64, of 4 bytes, or of 1 where it is quantised too."""
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if settings.get("load_in_8bit"):
         return 1.0
     if settings.get("load_in_4bit"):
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if settings.get("bnb_4bit_use_double_quant") else 4 / 64)
+        return 0.5 + (1 if settings.get("bnb_4bit_use_double_quant") else 4) / 64
     return None
 
 
@@ -157,6 +154,23 @@ def fake_target(config: PreTrainedConfig) -> Target:
                 if isinstance(child, nn.Linear) and child is not head:
                     setattr(module, name, _PackedLinear(child, size))
     return Target(model)
+
+
+def _with_adapters(drafter: Drafter, peft_config: PeftConfig) -> PeftModel:
+    # PEFT makes adapters on the meta device when asked; moving them from there it cannot do on fake tensors.
+    model = get_peft_model(drafter, peft_config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
+    return model
+
+
+def _class_of(config: PreTrainedConfig) -> type[Drafter]:
+    for drafter_class in DRAFTERS.values():
+        if drafter_class.config_class is type(config):
+            return drafter_class
+    raise ValueError(f"{type(config).__name__} is the config of no drafter; the kinds known are {sorted(DRAFTERS)}.")
 
 
 class Rehearsal:
@@ -190,11 +204,10 @@ class Rehearsal:
         self.args, self.autocast, self.make_optimizer = args, autocast, make_optimizer
         with LiveBytes():
             self.target = fake_target(target_config)
-            drafter_class = next(kind for kind in DRAFTERS.values() if kind.config_class is type(drafter_config))
-            self.drafter = drafter_class(copy.deepcopy(drafter_config)).bind(self.target)
+            self.drafter = _class_of(drafter_config)(copy.deepcopy(drafter_config)).bind(self.target)
         for parameter in self.drafter.parameters():
             parameter.data = parameter.data.to(drafter_dtype)
-        self.model = self.drafter if peft_config is None else get_peft_model(self.drafter, peft_config)
+        self.model = self.drafter if peft_config is None else _with_adapters(self.drafter, peft_config)
         if args.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         self.trainable = [parameter for parameter in self.drafter.parameters() if parameter.requires_grad]
@@ -204,22 +217,25 @@ class Rehearsal:
         new_texts = args.per_device_train_batch_size * args.steps_per_generation
         self.slots = args.rollout_batch_size if args.eval_strategy != "no" else min(args.rollout_batch_size, new_texts)
         self.verified = math.ceil((completions - 1) / acceptance_length)
-        self.blocks_per_row = min(args.num_anchors, completions - 1 if args.lmbda < 1 else self.verified)
+        shares = (args.lmbda, args.lmbda if args.lmbda_end is None else args.lmbda_end)
+        self.drafted = max(shares) > 0
+        self.any_anchor = min(shares) < 1 or args.anchors == "random" or args.replay_ratio > 0
+        self.blocks_per_row = min(args.num_anchors, completions - 1 if self.any_anchor else self.verified)
         self.sampling = SamplingParams(args.temperature, args.top_k, args.top_p)
-        self.scores = args.rejected_weight > 0 and args.lmbda > 0
-        self.keeps_states = self.scores and args.rollout_source == "speculation"
+        self.scores = args.rejected_weight > 0
+        self.keeps_states = self.scores and self.drafted and args.rollout_source == "speculation"
         serves_one_step = args.steps_per_generation == args.gradient_accumulation_steps
-        self.always_fresh = args.rollout_source == "speculation" and serves_one_step and args.replay_ratio == 0
+        self.always_fresh = args.rollout_source == "speculation" and serves_one_step and not self.any_anchor
 
-    def _live(self, chosen: float = 1.0) -> LiveBytes:
+    def _live(self, held: Iterable[torch.Tensor] = (), chosen: float = 1.0) -> LiveBytes:
         modules = (self.target.model, self.model)
-        held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        return LiveBytes(held, chosen)
+        weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return LiveBytes([*weights, *held], chosen)
 
     def _teaching(self) -> float:
         """Share of the slots that a stream reads, at most."""
         args, num_draft_tokens = self.args, self.drafter.num_draft_tokens
-        if args.lmbda < 1 or args.replay_ratio > 0:
+        if self.any_anchor or args.whole_blocks:
             return 1.0
         if self.scores:
             # The first rejected slot is in both streams, every other one in one of them.
@@ -234,10 +250,8 @@ class Rehearsal:
 
     def weights(self) -> dict[str, int]:
         """Bytes of both models."""
-        parts = {}
-        for name, model in (("target weights", self.target.model), ("drafter weights", self.model)):
-            parts[name] = tensor_bytes([*model.parameters(), *model.buffers()])
-        return parts
+        models = {"target weights": self.target.model, "drafter weights": self.model}
+        return {name: tensor_bytes([*model.parameters(), *model.buffers()]) for name, model in models.items()}
 
     @torch.no_grad()
     def rollout(self) -> dict[str, int]:
@@ -304,18 +318,16 @@ class Rehearsal:
             texts = Rollout(tokens, lengths, lengths)
             cache = target.new_cache(*tokens.shape) if self.scores and not self.always_fresh else None
             features, states = target.forward_text(tokens, drafter.target_layer_ids, cache)
-            if self.args.lmbda > 0 and not self.always_fresh:
+            if self.drafted and not self.always_fresh:
                 self._replay(texts, features, states)
             blocks = self._blocks(self.blocks_per_row)
             if self.scores:
                 if cache is not None:
                     # One chunk stands for all: the rehearsal's blocks are all rejected at once.
                     target.score_blocks(tokens, self._blocks(min(self.blocks_per_row, 64)), cache)
-                on_text, scored = (
-                    states.new_empty((len(blocks), num_draft_tokens, self.target.hidden_size)) for _ in range(2)
-                )
-                draft_states = torch.where(on_text > 0, on_text, scored)
-                del on_text, scored
+                # States on the text, states behind it, and the two together; kept ones are chosen and joined before.
+                shape = (len(blocks), num_draft_tokens, target.hidden_size)
+                draft_states = [states.new_empty(shape) for _ in range(5 if self.always_fresh else 3)][0]
             weights = torch.zeros((len(blocks), num_draft_tokens))
             batch = ReplayBatch(
                 tokens=tokens,
@@ -329,7 +341,7 @@ class Rehearsal:
                 rejected_weights=weights.clone(),
                 denominator=torch.zeros(()),
             )
-        size = _record_bytes(batch)
+        size = tensor_bytes(_tensors(batch))
         parts = self._waiting(size)
         parts["the target's pass, replay and scoring"] = live.peak - size
         return batch, parts
@@ -358,19 +370,17 @@ class Rehearsal:
         accepted, rejected = (
             LossSettings(kind, args.teacher_temperature, **loss) for kind in (args.accepted_loss, args.rejected_loss)
         )
-        precision = nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
         self.model.train()
-        with self._live(self._teaching()) as live:
+        with self._live([*_tensors(batch), *_tensors(batch.blocks)], self._teaching()) as live:
             if args.gradient_accumulation_steps > 1:
                 self._fill_gradients()
-            with precision:
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
                 hidden = self.drafter.replay(batch.features, batch.tokens, batch.blocks)
                 losses = batch_loss(hidden, batch, heads, accepted, rejected, args.loss_chunk_size)
             losses["loss"].backward()
-        gradients = tensor_bytes(self.trainable)
-        parts = self._waiting(_record_bytes(batch))
-        parts["gradients"] = gradients
-        parts["drafter activations and loss chunks"] = live.peak - gradients
+        parts = self._waiting(tensor_bytes(_tensors(batch)))
+        parts["gradients"] = tensor_bytes(self.trainable)
+        parts["drafter activations and loss chunks"] = live.peak - parts["gradients"]
         return parts
 
     def _fill_gradients(self) -> None:
@@ -379,16 +389,15 @@ class Rehearsal:
 
     def update(self, batch: ReplayBatch) -> tuple[int, dict[str, int]]:
         """Optimizer state in bytes, and what its step holds beside it."""
-        parts = self._waiting(_record_bytes(batch))
+        parts = self._waiting(tensor_bytes(_tensors(batch)))
         parts["gradients"] = tensor_bytes(self.trainable)
         self._fill_gradients()
-        if self.make_optimizer is None:
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            if options.get("optim_bits") == 8:
+        make, options = self.make_optimizer, {}
+        if make is None:
+            if "8bit" in self.args.optim:
                 return _eight_bit_state(self.trainable), parts
-            optimizer = optimizer_class(self.trainable, **options)
-        else:
-            optimizer = self.make_optimizer(self.trainable)
+            make, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+        optimizer = make(self.trainable, **options)
         with LiveBytes([*self.trainable, *(parameter.grad for parameter in self.trainable)]) as live:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.args.max_grad_norm or 1.0)
             optimizer.step()
@@ -397,7 +406,6 @@ class Rehearsal:
 
 
 def _eight_bit_state(parameters: list[nn.Parameter]) -> int:
-    """Two moments of bitsandbytes' 8-bit Adam: a byte a weight and a scale a block of 256; 32 bits if small."""
-    large = sum(parameter.numel() for parameter in parameters if parameter.numel() >= 4096)
-    small = sum(parameter.numel() for parameter in parameters if parameter.numel() < 4096)
-    return 2 * (large + 4 * math.ceil(large / 256) + 4 * small)
+    """Two moments of bitsandbytes' 8-bit Adam: a byte a weight and a scale a block of 256; 32 bits where small."""
+    sizes = [parameter.numel() for parameter in parameters]
+    return sum(2 * (size + 4 * math.ceil(size / 256)) if size >= 4096 else 8 * size for size in sizes)

@@ -327,7 +327,9 @@ class LlamaForCausalLMEagle3(Drafter):
 
         def draft(part: slice) -> torch.Tensor:
             given = read[:, part]
-            return self._chains(*context, anchor_tokens[:, part], anchors[:, part], lambda slot, _: given[..., slot - 1])
+            return self._chains(
+                *context, anchor_tokens[:, part], anchors[:, part], lambda slot, _: given[..., slot - 1]
+            )
 
         chains, chunk = anchors.shape[1], self.chains_per_chunk
         states = draft_in_parts(draft, chains, chunk, self.gradient_checkpointing or chains > chunk)

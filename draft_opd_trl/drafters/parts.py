@@ -49,9 +49,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return states * cos + rotate_half(states) * sin
 
 
-def draft_in_parts(
-    draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool
-) -> torch.Tensor:
+def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:
     """States `(B, width, K, H)` of anchors drafted `size` at a time; recomputed parts keep no activations."""
     parts = [slice(start, start + size) for start in range(0, width, size)]
     if recompute and torch.is_grad_enabled():
