@@ -14,7 +14,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -156,16 +155,6 @@ def fake_target(config: PreTrainedConfig) -> Target:
     return Target(model)
 
 
-def _with_adapters(drafter: Drafter, peft_config: PeftConfig) -> PeftModel:
-    # PEFT makes adapters on the meta device when asked; moving them from there it cannot do on fake tensors.
-    model = get_peft_model(drafter, peft_config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
-    return model
-
-
 def _class_of(config: PreTrainedConfig) -> type[Drafter]:
     for drafter_class in DRAFTERS.values():
         if drafter_class.config_class is type(config):
@@ -185,7 +174,6 @@ class Rehearsal:
         drafter_dtype (`torch.dtype`): Of its parameters.
         autocast (`torch.dtype`, *optional*): What the drafter's forward pass in training is cast to.
         acceptance_length (`float`): τ assumed; 1 gives the most blocks a text can have.
-        peft_config ([`~peft.PeftConfig`], *optional*): Adapter on the drafter.
         make_optimizer (`Callable`, *optional*): Parameters → optimizer; `args.optim` by default.
     """
 
@@ -198,7 +186,6 @@ class Rehearsal:
         drafter_dtype: torch.dtype = torch.float32,
         autocast: torch.dtype | None = None,
         acceptance_length: float = 1.0,
-        peft_config: PeftConfig | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> None:
         self.args, self.autocast, self.make_optimizer = args, autocast, make_optimizer
@@ -207,9 +194,8 @@ class Rehearsal:
             self.drafter = _class_of(drafter_config)(copy.deepcopy(drafter_config)).bind(self.target)
         for parameter in self.drafter.parameters():
             parameter.data = parameter.data.to(drafter_dtype)
-        self.model = self.drafter if peft_config is None else _with_adapters(self.drafter, peft_config)
         if args.activation_checkpointing:
-            self.model.activation_checkpointing_enable()
+            self.drafter.activation_checkpointing_enable()
         self.trainable = [parameter for parameter in self.drafter.parameters() if parameter.requires_grad]
         completions = args.max_completion_length
         self.prompt_length, self.length = prompt_length, prompt_length + completions
@@ -228,7 +214,7 @@ class Rehearsal:
         self.always_fresh = args.rollout_source == "speculation" and serves_one_step and not self.any_anchor
 
     def _live(self, held: Iterable[torch.Tensor] = (), chosen: float = 1.0) -> LiveBytes:
-        modules = (self.target.model, self.model)
+        modules = (self.target.model, self.drafter)
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         return LiveBytes([*weights, *held], chosen)
 
@@ -250,7 +236,7 @@ class Rehearsal:
 
     def weights(self) -> dict[str, int]:
         """Bytes of both models."""
-        models = {"target weights": self.target.model, "drafter weights": self.model}
+        models = {"target weights": self.target.model, "drafter weights": self.drafter}
         return {name: tensor_bytes([*model.parameters(), *model.buffers()]) for name, model in models.items()}
 
     @torch.no_grad()
@@ -370,7 +356,7 @@ class Rehearsal:
         accepted, rejected = (
             LossSettings(kind, args.teacher_temperature, **loss) for kind in (args.accepted_loss, args.rejected_loss)
         )
-        self.model.train()
+        self.drafter.train()
         with self._live([*_tensors(batch), *_tensors(batch.blocks)], self._teaching()) as live:
             if args.gradient_accumulation_steps > 1:
                 self._fill_gradients()

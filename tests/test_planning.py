@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, MuonWithAdamW
@@ -44,7 +43,7 @@ def settings(folder="unused", **options):
     defaults = {
         "max_steps": 2,
         "per_device_train_batch_size": 3,
-        "max_completion_length": 32,
+        "max_completion_length": 12,
         "rollout_source": "dataset",
         "report_to": "none",
         "save_strategy": "no",
@@ -94,7 +93,7 @@ def test_bytes_are_counted_while_they_live_and_views_count_nothing():
 )
 def test_the_plan_is_what_a_run_holds(model, kind, tmp_path, options):
     drafter = drafter_for(model, kind)
-    args = settings(tmp_path, **options)
+    args = settings(tmp_path, max_completion_length=48, **options)
     draws = torch.Generator().manual_seed(0)
     rows = 2 * args.per_device_train_batch_size * args.steps_per_generation
     texts = torch.randint(2, 512, (rows, PROMPT_LENGTH + args.max_completion_length), generator=draws)
@@ -118,12 +117,10 @@ def test_parts_follow_the_settings_that_bound_them(model, kind):
         return parts(**options)[part] < plain[part]
 
     plain = parts()
-    assert shrinks("drafter activations and loss chunks", num_anchors=16)
-    # A few chains of EAGLE-3 are one part, and a part is recomputed whole.
-    assert kind == "eagle3" or shrinks("drafter activations and loss chunks", activation_checkpointing=True)
+    assert shrinks("drafter activations and loss chunks", num_anchors=6)
     assert shrinks("drafter activations and loss chunks", per_device_train_batch_size=1)
     assert shrinks("target's KV cache", rollout_batch_size=1)
-    assert shrinks("target's KV cache", max_completion_length=16)
+    assert shrinks("target's KV cache", max_completion_length=6)
     assert shrinks("optimizer state", optim="adamw_8bit")
     many = parts(gradient_accumulation_steps=4)
     name = "features and target states of the step"
@@ -143,14 +140,6 @@ def test_weights_and_optimizer_states_are_exact(model, kind):
     assert 4 * trainable < muon < 5 * trainable
     halved = planned(model, drafter, settings(), drafter_dtype=torch.bfloat16).always["drafter weights"]
     assert halved < 0.6 * always["drafter weights"]
-
-
-def test_adapters_bound_gradients_and_optimizer_state(model, kind):
-    drafter = drafter_for(model, kind)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    plain, adapted = (planned(model, drafter, settings(), peft_config=config) for config in (None, lora))
-    assert adapted.always["optimizer state"] < 0.1 * plain.always["optimizer state"]
-    assert adapted.phases["training"]["gradients"] < 0.1 * plain.phases["training"]["gradients"]
 
 
 def test_mixed_precision_halves_activations(model, kind):
@@ -180,7 +169,7 @@ def test_levers_are_measured_and_sorted(model):
     drafter, args = drafter_for(model, "dflash"), settings()
     levers = find_levers(model.config, drafter.config, args, PROMPT_LENGTH)
     assert list(levers.values()) == sorted(levers.values(), reverse=True)
-    assert "num_anchors=15" in levers and "activation_checkpointing=True" in levers
+    assert "num_anchors=5" in levers
     halved = copy.copy(args)
     halved.per_device_train_batch_size = 1
     freed = planned(model, drafter, args).peak - planned(model, drafter, halved).peak
@@ -191,7 +180,7 @@ def test_levers_are_measured_and_sorted(model):
 
 def test_training_begins_with_the_plan(model, kind, tmp_path, capsys):
     drafter = drafter_for(model, kind)
-    columns = {"prompt_ids": [[5, 6]] * 6, "completion_ids": [[7] * 10] * 6}
+    columns = {"prompt_ids": [[5, 6]] * 3, "completion_ids": [[7] * 10] * 3}
     args = settings(tmp_path, max_steps=1)
     trainer = DraftOPDTrainer(drafter, model, args, Dataset.from_dict(columns), processing_class=tiny_tokenizer())
     trainer.train()
@@ -199,7 +188,7 @@ def test_training_begins_with_the_plan(model, kind, tmp_path, capsys):
 
 
 def test_a_model_that_cannot_be_rehearsed_trains_all_the_same(model, tmp_path, capsys, monkeypatch):
-    columns = {"prompt_ids": [[5, 6]] * 6, "completion_ids": [[7] * 10] * 6}
+    columns = {"prompt_ids": [[5, 6]] * 3, "completion_ids": [[7] * 10] * 3}
     args = settings(tmp_path, max_steps=1)
     drafter = drafter_for(model, "dflash")
     trainer = DraftOPDTrainer(drafter, model, args, Dataset.from_dict(columns), processing_class=tiny_tokenizer())
@@ -214,16 +203,15 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     model.config.save_pretrained(tmp_path / "target")
     drafter.config.save_pretrained(tmp_path / "drafter")
     assert type(load_drafter_config(tmp_path / "drafter")) is DRAFTERS[kind].config_class
-    arguments = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), device_memory=0.001)
+    memory = 0.001 if kind == "dflash" else 80
+    arguments = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), device_memory=memory)
     result = command.run(arguments, settings(max_prompt_length=PROMPT_LENGTH))
     assert result == json.loads(json.dumps(result))
     plan = planned(model, drafter, settings(), autocast=torch.bfloat16)
     assert result["peak"] == plan.peak
     shown = command.show(result)
     assert plan.table() in shown
-    assert "exceed the device's 0.001 GiB" in shown and "num_anchors" in shown
-    arguments.device_memory = 80
-    assert "exceed" not in command.show(command.run(arguments, settings(max_prompt_length=PROMPT_LENGTH)))
+    assert ("exceed the device's 0.001 GiB" in shown and "num_anchors=5 frees" in shown) == (kind == "dflash")
     packed = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), load_in_4bit=True)
     packed = command.run(packed, settings(max_prompt_length=PROMPT_LENGTH))
     assert packed["always"]["target weights"] < plan.always["target weights"]

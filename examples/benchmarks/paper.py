@@ -2,12 +2,11 @@
 
     python examples/benchmarks/paper.py
 
-Nothing is measured: shapes are those of public configs, rates those that NVIDIA states, times one stated share of them.
+Nothing is measured: shapes are those of public configs, and times take a stated share of the rates NVIDIA states.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BitsAndBytesConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from draft_opd_trl import DraftOPDConfig
 from draft_opd_trl.drafters import DFlashConfig
@@ -64,6 +63,17 @@ LARGE = {
 }
 
 
+CASES = (
+    ("Qwen3-4B", "bf16", "24 GB", SMALL),
+    ("Qwen3-4B", "nf4", "24 GB", SMALL),
+    ("Qwen3-8B", "bf16", "24 GB", SMALL),
+    ("Qwen3-8B", "nf4", "24 GB", SMALL),
+    ("Qwen3-8B", "bf16", "80 GB", LARGE),
+    ("Qwen3-32B", "bf16", "80 GB", SMALL),
+)
+PHASES = ("rollout", "replay and scoring", "training", "update")
+
+
 def drafter_for(target: PreTrainedConfig) -> DFlashConfig:
     """A DFlash drafter as z-lab's: five layers as wide as the target's, blocks of 16."""
     return DFlashConfig.from_target(target, mask_token_id=target.vocab_size - 1)
@@ -83,15 +93,17 @@ def flops_of(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def seconds(target: PreTrainedConfig, args: DraftOPDConfig, plan: MemoryPlan, card: str) -> dict[str, float]:
     """Expected seconds of one optimizer step: of its texts, its batches and its gradients."""
-    _, compute, bandwidth = (CARDS[card][0], *(UTILISATION * rate for rate in CARDS[card][1:]))
+    compute, bandwidth = (UTILISATION * rate for rate in CARDS[card][1:])
     with FakeTensorMode():
-        step = Rehearsal(target, drafter_for(target), args, args.max_prompt_length, autocast=torch.bfloat16)
+        options = {"autocast": torch.bfloat16, "acceptance_length": TAU}
+        step = Rehearsal(target, drafter_for(target), args, args.max_prompt_length, **options)
         prepare, (batch, _) = flops_of(step.prepare)
         train, _ = flops_of(lambda: step.train(batch))
     texts = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rounds = args.max_completion_length / TAU * texts / step.slots
     # A round of decoding reads all weights, and on average half of the cache.
-    read = plan.always["target weights"] + plan.always["drafter weights"] + plan.phases["rollout"]["target's KV cache"] / 2
+    cache = plan.phases["rollout"]["target's KV cache"]
+    read = plan.always["target weights"] + plan.always["drafter weights"] + cache / 2
     times = {
         "rollout": rounds * read / bandwidth,
         "replay": args.gradient_accumulation_steps * prepare / compute,
@@ -100,31 +112,30 @@ def seconds(target: PreTrainedConfig, args: DraftOPDConfig, plan: MemoryPlan, ca
     return {**times, "step": sum(times.values())}
 
 
-def main(arguments: argparse.Namespace) -> None:
-    cases = (
-        ("Qwen3-4B", "bf16", "24 GB", SMALL),
-        ("Qwen3-4B", "nf4", "24 GB", SMALL),
-        ("Qwen3-8B", "bf16", "24 GB", SMALL),
-        ("Qwen3-8B", "nf4", "24 GB", SMALL),
-        ("Qwen3-8B", "bf16", "80 GB", LARGE),
-        ("Qwen3-32B", "bf16", "80 GB", SMALL),
-    )
-    phases = ("rollout", "replay and scoring", "training", "update")
-    print("| target | weights | card | target | drafter | optimizer |", " | ".join(phases), "| peak | fits |")
-    print("|---" * 12 + "|")
-    for name, weights, card, settings in cases:
+def memory_row(plan: MemoryPlan, card: str) -> list[str]:
+    sizes = [*plan.always.values(), *(sum(plan.phases[phase].values()) for phase in PHASES), plan.peak]
+    return [*(f"{size / GIB:.1f}" for size in sizes), "yes" if plan.peak < CARDS[card][0] * GIB else "no"]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def main() -> None:
+    memory, times = [], []
+    for name, weights, card, settings in CASES:
         target = TARGETS[name] if weights == "bf16" else packed(TARGETS[name])
         args = DraftOPDConfig("unused", max_completion_length=1024, **settings)
         plan = plan_memory(target, drafter_for(target), args, autocast=torch.bfloat16, acceptance_length=TAU)
-        sizes = [*plan.always.values(), *(sum(plan.phases[phase].values()) for phase in phases), plan.peak]
-        fits = "yes" if plan.peak < CARDS[card][0] * GIB else "no"
-        print(f"| {name} | {weights} | {card} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + f" | {fits} |")
-        if arguments.times:
-            times = seconds(target, args, plan, card)
-            print("  ", {part: round(value, 1) for part, value in times.items()}, flush=True)
+        memory.append([name, weights, card, *memory_row(plan, card)])
+        times.append([name, weights, card, *(f"{value:.1f}" for value in seconds(target, args, plan, card).values())])
+    case = ["target", "weights", "card"]
+    print(table([*case, "target", "drafter", "optimizer", *PHASES, "peak", "fits"], memory))
+    print(table([*case, "rollout", "replay", "training", "step"], times))
+    with torch.device("meta"):
+        mixture = sum(parameter.nbytes for parameter in AutoModelForCausalLM.from_config(MOE).parameters())
+    print(f"Qwen3-235B-A22B: {mixture / GIB:.0f} GiB of weights in bf16")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", action="store_true", help="Also the expected seconds of a step.")
-    main(parser.parse_args())
+    main()
