@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import DraftOPDConfig
+from .options import PairArguments
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(PairArguments):
     """What to plan for."""
 
-    model_name_or_path: str = field(metadata={"help": "Drafter: path or id.", "aliases": ["--model"]})
-    teacher_model_name_or_path: str = field(
-        metadata={"help": "Target: path or id.", "aliases": ["--teacher", "--teacher_model"]}
-    )
     device_memory: float | None = field(default=None, metadata={"help": "Memory of the GPU, in GiB."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the target to 8 bits (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to nf4 (bitsandbytes)."})
