@@ -7,6 +7,8 @@ them). Holds keys, values and visibility. It does not know what the tokens mean.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -40,7 +42,8 @@ class _PositionLayer(CacheLayerMixin):
 
     def __init__(self, parent: PositionCache) -> None:
         super().__init__()
-        self.parent = parent
+        # Weak: in a cycle, gigabytes of keys would live on after the last use, until Python looks for cycles.
+        self.parent = weakref.proxy(parent)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 from .drafters import DRAFTERS
 from .drafters.base import Drafter, check_keys
@@ -36,6 +37,22 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
             f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
             "a drafter folder, or an id you can reach."
         ) from error
+
+
+def load_drafter_config(path_or_id: str, **hub: Any) -> PreTrainedConfig:
+    """
+    The config of a drafter, without its weights.
+
+    Args:
+        path_or_id (`str`): Folder, or id on the Hub.
+        hub: `revision` and `token`, for the Hub.
+
+    Raises:
+        `OSError`: No `config.json` there.
+        `ValueError`: Unknown architecture.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    return DRAFTERS[_kind_of(config, Path(path_or_id))].config_class.from_pretrained(path_or_id, **hub)
 
 
 def _kind_of(config: dict[str, Any], folder: Path) -> str:

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "draft_opd_trl.commands.train",
     "evaluate": "draft_opd_trl.commands.evaluate",
     "trace": "draft_opd_trl.commands.trace",
+    "plan": "draft_opd_trl.commands.plan",
 }
 # What bad input raises, all the way down to the Hub's client; anything else is a bug and keeps its traceback.
 INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)

@@ -69,7 +69,10 @@ class BatchFeed:
         """
         micro = self.micro_steps % self.steps_per_generation
         accumulated = self.micro_steps % self.accumulation_steps
+        if accumulated == 0:
+            self._batches = []  # freed before the next texts and batches are made
         if micro == 0:
+            self.rollouts = []
             texts = self.write(rows)
             self.rollouts = [
                 texts.rows(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
@@ -77,7 +80,6 @@ class BatchFeed:
             self._written_at = step
         metrics = None
         if accumulated == 0:
-            self._batches = []  # freed before the next ones are made
             served = self.rollouts[micro : micro + self.accumulation_steps]
             self._batches, metrics = self.make_batches(served, step, fresh=self._written_at == step)
             self._share_denominator()

@@ -49,6 +49,7 @@ from .loading import (
 )
 from .losses import Heads, LossSettings, batch_loss
 from .model_card import cached_revision
+from .planning import announce_plan
 from .prompts import tokenize_dataset
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
@@ -148,6 +149,7 @@ class DraftOPDTrainer(HubTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
                 "one target. Launch with `accelerate launch`, or make one GPU visible."
             )
+        self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
         self._place_target()
         self._forward_redirection = _ForwardRedirection()
         if self.pop_callback(ProgressCallback) is not None:
@@ -305,6 +307,20 @@ class DraftOPDTrainer(HubTrainer):
             self._metrics[name].append(value)
         if self.args.replay_buffer_size:
             self._metrics["replay/buffer"].append(len(self.error_buffer))
+
+    def train(self, *args: Any, **kwargs: Any):
+        """[`~transformers.Trainer.train`], once it has been said how much memory a step will take."""
+        if self.train_dataset is not None and self.accelerator.is_main_process:
+            self._announce_plan()
+        return super().train(*args, **kwargs)
+
+    def _announce_plan(self) -> None:
+        args, drafter = self.args, self.drafter
+        options: dict[str, Any] = {"drafter_dtype": drafter.dtype, "make_optimizer": self._optimizer_class}
+        if args.bf16 or args.fp16:
+            options["autocast"] = torch.bfloat16 if args.bf16 else torch.float16
+        longest = max(map(len, self.train_dataset["prompt_ids"]))
+        announce_plan(self.target.model.config, drafter.config, args, longest, self.accelerator.device, **options)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 """The position-slotted cache: visibility by hand, ragged writes, scratch mode, errors."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import VOCAB
@@ -65,8 +68,22 @@ def test_over_capacity_is_refused():
 
 
 def test_unplaced_forward_is_refused():
+    cache = PositionCache(1, 1, 4)
     with pytest.raises(RuntimeError, match=r"place\(\) must say where the tokens go"):
-        PositionCache(1, 1, 4).layers[0].update(_states([[1]]), _states([[1]]))
+        cache.layers[0].update(_states([[1]]), _states([[1]]))
+
+
+def test_a_cache_is_freed_with_its_last_use(target):
+    """By counting references alone: waiting for Python to look for cycles would hold it through a training step."""
+    tokens = torch.ones((2, 10), dtype=torch.long)
+    cache = target.new_cache(2, 10)
+    target.forward_text(tokens, (), cache)
+    gone = weakref.ref(cache.layers[0].keys)
+    gc.disable()
+    del cache
+    freed = gone() is None
+    gc.enable()
+    assert freed
 
 
 def test_scoring_blocks_leaves_the_targets_cache_unchanged(target):

@@ -307,6 +307,27 @@ def test_dflash_equals_a_slow_reference_block_by_block(target):
         torch.testing.assert_close(got[index], expected, rtol=1e-4, atol=1e-4)
 
 
+def _replay_with_gradients(drafter, target):
+    """States, gradients, and the bytes that the forward pass kept for the backward pass."""
+    rollout, kept = _texts(seed=8), []
+    features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    blocks = _every_anchor(rollout, drafter.num_draft_tokens)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        states = drafter.replay(features, rollout.tokens, blocks)
+    states.square().sum().backward()
+    gradients = [value.grad for name, value in drafter.named_parameters() if name != "lm_head.weight"]
+    return [states.detach(), *gradients], sum(kept)
+
+
+def test_activation_checkpointing_keeps_no_activations_and_changes_no_gradient(qwen_target, kind):
+    plain, kept = _replay_with_gradients(tiny_drafter(kind, qwen_target), qwen_target)
+    drafter = tiny_drafter(kind, qwen_target)
+    drafter.activation_checkpointing_enable()
+    recomputed, kept_when_recomputed = _replay_with_gradients(drafter, qwen_target)
+    torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+    assert kept_when_recomputed < kept / 2
+
+
 @torch.no_grad()
 def test_packing_many_blocks_in_small_chunks_changes_nothing(qwen_target):
     drafter = tiny_drafter("dflash", qwen_target)

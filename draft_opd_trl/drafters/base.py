@@ -78,6 +78,10 @@ class Drafter(PreTrainedModel, ABC):
 
     kind: str
     vocab_map: torch.Tensor | None = None
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    # Set by transformers' `activation_checkpointing_enable`; [`replay`] then keeps no activations of its blocks.
+    gradient_checkpointing = False
     _target: Target | None = None
 
     # -- to be provided by each architecture ---------------------------------------------------------------------

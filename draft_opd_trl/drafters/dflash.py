@@ -21,7 +21,7 @@ from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
 from ..target import Target
 from .base import Drafter, Proposal
-from .parts import copy_norm, init_layer, rotate, shape_of, with_rope_fields
+from .parts import copy_norm, draft_in_parts, init_layer, rotate, shape_of, with_rope_fields
 
 
 class DFlashConfig(Qwen3Config):
@@ -182,7 +182,7 @@ class DFlashDraftModel(Drafter):
     base_model_prefix = ""
     _supports_sdpa = True
     # Blocks of a text attend to themselves and the context; packing more of them in one call wastes attention
-    # quadratically, fewer waste launches.
+    # quadratically, fewer waste launches. With gradient checkpointing one such chunk is recomputed at a time.
     blocks_per_chunk = 32
 
     def __init__(self, config: DFlashConfig) -> None:
@@ -305,12 +305,12 @@ class DFlashDraftModel(Drafter):
         anchors = torch.ones((batch, max(width, 1)), dtype=torch.long, device=tokens.device)
         anchors[blocks.rows, columns] = blocks.anchors
         anchor_tokens = tokens.gather(1, anchors.clamp(max=length - 1))
-        chunk = self.blocks_per_chunk
-        hidden = [
-            self._draft(context, anchor_tokens[:, start : start + chunk], anchors[:, start : start + chunk])
-            for start in range(0, anchors.shape[1], chunk)
-        ]
-        return torch.cat(hidden, dim=1)[blocks.rows, columns]
+
+        def draft(part: slice) -> torch.Tensor:
+            return self._draft(context, anchor_tokens[:, part], anchors[:, part])
+
+        states = draft_in_parts(draft, anchors.shape[1], self.blocks_per_chunk, self.gradient_checkpointing)
+        return states[blocks.rows, columns]
 
     def forward(
         self,

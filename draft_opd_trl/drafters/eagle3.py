@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..records import DraftBlocks, pack_rows
@@ -22,7 +21,7 @@ from ..sampling import Chooser
 from ..target import Target
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
-from .parts import copy_norm, init_layer, rotate
+from .parts import copy_norm, draft_in_parts, init_layer, rotate
 
 
 class Eagle3Attention(nn.Module):
@@ -326,19 +325,15 @@ class LlamaForCausalLMEagle3(Drafter):
         read[blocks.rows, columns] = blocks.draft_tokens
         anchor_tokens = tokens.gather(1, anchors.clamp(max=length - 1))
 
-        def draft(part: slice, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        def draft(part: slice) -> torch.Tensor:
             given = read[:, part]
             return self._chains(
-                hidden, keys, values, anchor_tokens[:, part], anchors[:, part], lambda slot, _: given[..., slot - 1]
+                *context, anchor_tokens[:, part], anchors[:, part], lambda slot, _: given[..., slot - 1]
             )
 
-        chunk = self.chains_per_chunk
-        parts = [slice(start, start + chunk) for start in range(0, anchors.shape[1], chunk)]
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            states = [draft(part, *context) for part in parts]
-        else:
-            states = [checkpoint(draft, part, *context, use_reentrant=False) for part in parts]
-        return torch.cat(states, dim=1)[blocks.rows, columns]
+        chains, chunk = anchors.shape[1], self.chains_per_chunk
+        states = draft_in_parts(draft, chains, chunk, self.gradient_checkpointing or chains > chunk)
+        return states[blocks.rows, columns]
 
     @torch.no_grad()
     def init_from_target(self, target: Target) -> LlamaForCausalLMEagle3:

@@ -1,14 +1,17 @@
-"""Pieces that drafters share: the shape and start they take from a target, rotation, what engines read of RoPE.
+"""Pieces that drafters share: the shape and start they take from a target, rotation, drafting part by part, what
+engines read of RoPE.
 
 Knows no drafter kinds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -44,6 +47,14 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     return states * cos + rotate_half(states) * sin
+
+
+def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:
+    """States `(B, width, K, H)` of anchors drafted `size` at a time; recomputed parts keep no activations."""
+    parts = [slice(start, start + size) for start in range(0, width, size)]
+    if recompute and torch.is_grad_enabled():
+        return torch.cat([checkpoint(draft, part, use_reentrant=False) for part in parts], dim=1)
+    return torch.cat([draft(part) for part in parts], dim=1)
 
 
 def init_layer(layer: nn.Module, source: nn.Module) -> None:

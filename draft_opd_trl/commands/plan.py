@@ -1,0 +1,65 @@
+"""Say how much memory a training step will take, from configs alone.
+
+Nothing is downloaded but two config.json files. With `--device_memory` the plan is for a GPU of that size, in bf16
+where the settings do not say otherwise, and says what to turn if it does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import DraftOPDConfig
+from .options import PairArguments
+
+
+@dataclass
+class PlanArguments(PairArguments):
+    """What to plan for."""
+
+    device_memory: float | None = field(default=None, metadata={"help": "Memory of the GPU, in GiB."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the target to 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to nf4 (bitsandbytes)."})
+    acceptance_length: float = field(default=1.0, metadata={"help": "τ to assume; 1 gives the most blocks."})
+
+
+ARGUMENTS = (PlanArguments, DraftOPDConfig)
+
+
+def run(arguments: PlanArguments, config: DraftOPDConfig) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from ..checkpoints import load_drafter_config
+    from ..planning import GIB, find_levers, plan_memory
+
+    target = AutoConfig.from_pretrained(arguments.teacher_model_name_or_path)
+    dtype = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
+    if dtype != "auto":
+        target.dtype = getattr(torch, dtype)
+    if arguments.load_in_8bit or arguments.load_in_4bit:
+        target.quantization_config = BitsAndBytesConfig(
+            load_in_8bit=arguments.load_in_8bit, load_in_4bit=arguments.load_in_4bit, bnb_4bit_quant_type="nf4"
+        )
+    drafter = load_drafter_config(arguments.model_name_or_path)
+    options: dict[str, Any] = {"acceptance_length": arguments.acceptance_length}
+    if config.fp16:
+        options["autocast"] = torch.float16
+    elif config.bf16 or arguments.device_memory is not None:
+        options["autocast"] = torch.bfloat16
+    plan = plan_memory(target, drafter, config, **options)
+    result = plan.to_dict()
+    if arguments.device_memory is not None:
+        result["device_memory"] = int(arguments.device_memory * GIB)
+        if plan.peak > result["device_memory"]:
+            result["levers"] = find_levers(target, drafter, config, **options)
+    return result
+
+
+def show(result: dict[str, Any]) -> str:
+    from ..planning import MemoryPlan, misfit
+
+    lines = [MemoryPlan(result["always"], result["phases"], result["limits"]).table()]
+    if "levers" in result:
+        lines.append(misfit(result["peak"], result["device_memory"], result["levers"]))
+    return "\n".join(lines)
