@@ -102,8 +102,9 @@ def load_drafter(
     token: str | None = None,
 ) -> Drafter:
     """
-    Read a drafter folder, whole or not at all: DFlash as z-lab publishes it, EAGLE-3 as SpecForge, SGLang and SafeAILab
-    do, and both as vLLM's `speculators` does.
+    Read a drafter folder, whole or not at all.
+
+    Layouts: DFlash as z-lab publishes it, EAGLE-3 as SpecForge, SGLang and SafeAILab do, and vLLM's `speculators`.
 
     Args:
         path_or_id (`str`): Folder, or id on the Hub.

@@ -238,7 +238,8 @@ proposal = drafter.propose(state, prompt[:, -1:], anchor, prompt.shape[1], code[
 drafter.save_pretrained(again)
 text = None
 if drafter.kind == "dflash":
-    text = model.generate(prompt, assistant_model=drafter, speculation_type="dflash", max_new_tokens=20, do_sample=False)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    text = model.generate(prompt, assistant_model=drafter, speculation_type="dflash", **options)
 assert not any(name.startswith("draft_opd_trl") for name in sys.modules)
 torch.save({"state": drafter.state_dict(), "tokens": proposal.tokens, "text": text}, job)
 """

@@ -56,8 +56,8 @@ class Proposal:
 def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: object) -> None:
     """
     Raises:
-        `ValueError`: A tensor is missing, unexpected, or of the wrong shape or dtype, by name. Any floating-point dtype
-            of at least 16 bits may stand for another.
+        `ValueError`: A tensor is missing, unexpected, or of the wrong shape or dtype, by name. Floating-point dtypes
+            of at least 16 bits may stand for each other.
     """
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     wrong_shape, wrong_dtype = [], []
@@ -95,7 +95,8 @@ def modelling_files(module: str) -> dict[str, str]:
         package, _, stem = name.rpartition(".")
         if f"{stem}.py" not in files:
             source = Path(sys.modules[name].__file__).read_text(encoding="utf-8")
-            waiting += [resolve_name(sibling, package) for sibling in re.findall(r"^from (\.+\w+) import", source, re.M)]
+            siblings = re.findall(r"^from (\.+\w+) import", source, flags=re.M)
+            waiting += [resolve_name(sibling, package) for sibling in siblings]
             files[f"{stem}.py"] = re.sub(r"^from \.+(\w+) import", r"from .\1 import", source, flags=re.M)
     return files
 
