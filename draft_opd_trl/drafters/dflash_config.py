@@ -109,6 +109,20 @@ class DFlashConfig(Qwen3Config):
             "sample_from_anchor": False,
         }
 
+    @staticmethod
+    def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
+        """As [`Drafter.engine_faults`]."""
+        inner, faults = written.get("dflash_config") or {}, []
+        if not inner.get("target_layer_ids"):
+            faults.append(("dflash_config names no target_layer_ids: vLLM then taps EAGLE-3's layers", {"vLLM"}))
+        if not inner.get("block_size") and not written.get("block_size"):
+            faults.append(("there is no block_size, so 16 is assumed", set()))
+        if written.get("hidden_act", "silu") != "silu":
+            faults.append((f"hidden_act is {written['hidden_act']!r}, and SGLang computes silu", {"SGLang"}))
+        if written.get("tie_word_embeddings"):
+            faults.append(("tie_word_embeddings is true, though there is nothing to tie", set()))
+        return faults
+
     @classmethod
     def from_target(
         cls,

@@ -138,6 +138,35 @@ class Eagle3Config(LlamaConfig):
             "norm_before_fc": False,
         }
 
+    @staticmethod
+    def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
+        """As [`Drafter.engine_faults`]."""
+        faults = []
+        if written.get("architectures") == ["LlamaForCausalLM"]:
+            faults.append(("architectures says LlamaForCausalLM, which SGLang loads as a target", {"SGLang"}))
+        if "draft_vocab_size" not in written:
+            faults.append(("there is no draft_vocab_size, without which SGLang stops", {"SGLang"}))
+        elif written["draft_vocab_size"] == written["vocab_size"] and {"d2t", "t2d"} & names:
+            faults.append(("the tables d2t and t2d of a whole vocabulary are there, which vLLM refuses", {"vLLM"}))
+        for name in ("norm_before_residual", "attention_bias", "mlp_bias"):
+            if written.get(name):
+                faults.append((f"{name} is set, which SGLang does not compute", {"SGLang"}))
+        nested = (written.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        taps = {
+            "vLLM": written.get("eagle_aux_hidden_state_layer_ids"),
+            "SGLang": nested and [index + 1 for index in nested],
+        }
+        named = taps["vLLM"] or taps["SGLang"]
+        if named and named != [2, (named[-1] + 3) // 2, named[-1]]:
+            faults += [
+                (f"the taps {named} of hidden_states are not written where {engine} reads them", {engine})
+                for engine in taps
+                if not taps[engine]
+            ]
+        if "embed_tokens.weight" in names and written.get("target_hidden_size") in (None, written["hidden_size"]):
+            faults.append(("there are embeddings, in place of which SGLang takes the target's", set()))
+        return faults
+
     @classmethod
     def from_target(
         cls,
