@@ -169,6 +169,7 @@ def export_drafter(
     output_dir: str,
     format: str,
     target: str | None = None,
+    target_name: str | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
     token: str | None = None,
@@ -182,7 +183,9 @@ def export_drafter(
         format (`str`): `"dflash"` or `"eagle3"`, whichever the drafter is, for the flat folder that SGLang and vLLM
             load; `"speculators"` for vLLM's.
         target (`str`, *optional*): Folder or id of the target, of which the config alone is read. The drafter is
-            checked against it, and what its config leaves open is settled. A `speculators` folder names it.
+            checked against it, and what its config leaves open is settled.
+        target_name (`str`, *optional*): Id that a `speculators` folder names its target by; `target` by default. Of a
+            folder that names a path, `vllm serve FOLDER` is refused.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): Of the weights; the stored one by default.
         revision, token (`str`, *optional*): For the Hub.
 
@@ -210,7 +213,7 @@ def export_drafter(
         target_config = AutoConfig.from_pretrained(target)
         drafter.fit(TargetShape(target_config))
     if format == "speculators":
-        _write_speculators(drafter, part, target, target_config.architectures or [])
+        _write_speculators(drafter, part, target_name or target, target_config.architectures or [])
     else:
         drafter.save_pretrained(part)
     written = load_drafter(str(part), "auto")

@@ -38,11 +38,16 @@ def _config_faults(
     if "speculators_model_type" in written:
         fields = written.get("transformer_layer_config") or {}
         faults: list[Fault] = [("it is in the speculators layout, which vLLM alone reads", {"SGLang", "transformers"})]
+        verifier = (written.get("speculators_config") or {}).get("verifier", {}).get("name_or_path") or ""
+        if verifier.count("/") > 1 or Path(verifier).is_dir():
+            faults.append((f"its target is named by a path, {verifier}: `vllm serve FOLDER` wants an id", set()))
     else:
         fields, faults = written, drafter_class.engine_faults(written, names)
         reference = (written.get("auto_map") or {}).get("AutoModel", "")
         if not (folder / f"{reference.split('--')[-1].partition('.')[0]}.py").is_file():
             faults.append(("the code that AutoModel needs is not beside the weights", {"transformers"}))
+    if fields.get("hidden_act", "silu") != "silu":
+        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", {"SGLang", "vLLM"}))
     top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
     if top is None and inner is None:
         faults.append(("no rope_theta is written, and each loader has a default of its own", {"SGLang", "vLLM"}))
@@ -91,9 +96,9 @@ def inspect_drafter(
         revision, token (`str`, *optional*): For the Hub.
 
     Returns:
-        JSON-able `dict`: `path`, `kind`, `layout`, `num_parameters`, `dtypes` (dtype → tensors), `config` (what matters
-        of it), `faults` (`fault` in words, and which loaders it `breaks`: they refuse the folder, or draft otherwise
-        than the drafter was trained), `loads` (loader → `bool`), and `launch` (engine → command, where it loads).
+        JSON-able `dict`: `path`, `kind`, `layout`, `num_parameters`, `dtypes` (dtype → tensors), `config` (what
+        matters of it), `faults` (`fault` in words, and which loaders it `breaks`: they refuse the folder, or draft
+        otherwise than trained), `loads` (loader → `bool`), `launch` (engine → command, where it loads).
 
     Raises:
         `FileNotFoundError`: No such folder, config or weights.

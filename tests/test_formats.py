@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import EAGLE3_VARIANTS, random_prompts, tiny_drafter
+from conftest import EAGLE3_VARIANTS, KINDS, random_prompts, tiny_drafter
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig
 from draft_opd_trl.drafters.eagle3_config import Eagle3Config
+from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.sampling import Chooser
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
@@ -50,6 +52,80 @@ def _edit(folder, **fields):
     config = json.loads((folder / "config.json").read_text())
     config.update(fields)
     (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != ...}))
+
+
+# -- what engines read of a flat folder --------------------------------------------------------------------------
+
+# Field → value for the tiny drafter, and where it is read: SGLang 0.5.23 (in sglang/srt/), vLLM 0.33.0 (in vllm/).
+CONTRACT = {
+    "dflash": {
+        "architectures": ["DFlashDraftModel"],  # sglang models/dflash.py:1317; vllm .../configs/eagle.py
+        "model_type": "qwen3",  # both: AutoConfig, before anything else
+        "block_size": 5,  # sglang speculative/dflash_utils.py:610
+        "num_target_layers": 4,  # sglang speculative/dflash_utils.py:599
+        "dflash_config.target_layer_ids": [1, 2],  # sglang dflash_utils.py:658; vllm v1/.../eagle/eagle3_utils.py:124
+        "dflash_config.mask_token_id": 47,  # sglang dflash_utils.py:689; vllm v1/worker/gpu/spec_decode/utils.py:101
+        "layer_types": ["full_attention"] * 2,  # sglang get_dflash_layer_types; vllm qwen3_dflash.py:70
+        "hidden_act": "silu",  # sglang models/dflash.py:DFlashMLP
+    },
+    "eagle3": {
+        "architectures": ["LlamaForCausalLMEagle3"],  # sglang llama_eagle3.py:387; vllm .../configs/eagle.py
+        "model_type": "llama",  # both: AutoConfig
+        "draft_vocab_size": 43,  # sglang models/llama_eagle3.py:306; vllm model_executor/models/llama_eagle3.py:314
+        "target_hidden_size": 32,  # sglang llama_eagle3.py:151; vllm llama_eagle3.py:219
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],  # vllm v1/worker/gpu/spec_decode/eagle/eagle3_utils.py:119
+        "eagle_config.eagle_aux_hidden_state_layer_ids": [0, 1, 2],  # sglang .../spec_aux_hidden_state.py:192
+        "eagle_config.use_aux_hidden_state": True,  # sglang .../spec_aux_hidden_state.py:189; vllm llama_eagle3.py
+        "norm_output": False,  # sglang llama_eagle3.py:207; vllm llama_eagle3.py:252
+        "norm_before_residual": False,  # vllm llama_eagle3.py:101
+        "fc_norm": False,  # sglang llama_eagle3.py:185; vllm llama_eagle3.py:231
+    },
+}
+BOTH = {
+    "tie_word_embeddings": False,  # sglang models/llama_eagle3.py:303
+    "rope_theta": 10000.0,  # sglang utils/hf_transformers/common.py:517, where rope_parameters is not understood
+    "rope_parameters.rope_theta": 10000.0,  # sglang .../common.py:515; vllm qwen3_dflash.py:348
+    "max_position_embeddings": 256,  # sglang models/dflash.py:270; vllm qwen3_dflash.py:336
+}
+KEYS = {
+    "dflash": {"fc.weight", "hidden_norm.weight", "norm.weight"}
+    | {
+        f"layers.{layer}.{name}.weight"
+        for layer in range(2)
+        for name in ("input_layernorm", "post_attention_layernorm")
+        + tuple(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
+        + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+    },
+    "eagle3": {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+    | {
+        f"midlayer.{name}.weight"
+        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        + tuple(f"self_attn.{part}_proj" for part in "qkvo")
+        + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+    },
+}
+
+
+def test_the_contract_with_the_engines(kind, qwen_target, tmp_path):
+    """What `make test-serving` checks with their own loaders, held here by name."""
+    tiny_drafter(kind, qwen_target).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == KEYS[kind]
+    config = json.loads((tmp_path / "config.json").read_text())
+    for path, expected in {**CONTRACT[kind], **BOTH}.items():
+        value = config
+        for name in path.split("."):
+            value = value[name]
+        assert value == expected, path
+    # vLLM reads these where they are present, and drafts otherwise: qwen3_dflash.py:60, sglang models/dflash.py.
+    assert not {"is_causal", "use_swa", "draft_is_causal"} & {*config, *config.get("dflash_config", {})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shipped_folders_load_in_both_engines(kind):
+    pocket = Path(__file__).parents[1] / "examples" / "pocket"
+    told = inspect_drafter(str(pocket / f"drafter-{kind}"), str(pocket / "target"))
+    # They carry no copy of the package's own code.
+    assert [fault["breaks"] for fault in told["faults"]] == [["transformers"]]
 
 
 # -- conversion ----------------------------------------------------------------------------------------------------
@@ -107,14 +183,15 @@ def test_taps_in_every_count(qwen_target, target_folder, kind, flat, spec, tmp_p
 
 
 def test_the_speculators_folder(qwen_drafter, target_folder, folder, tmp_path):
-    export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    target = str(target_folder)
+    export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=target, target_name="org/target")
     config = json.loads((tmp_path / "spec" / "config.json").read_text())
     assert config["speculators_model_type"] == qwen_drafter.kind
     assert config["speculators_config"] == {
         "algorithm": qwen_drafter.kind,
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
         "default_proposal_method": "greedy",
-        "verifier": {"name_or_path": str(target_folder), "architectures": ["Qwen3ForCausalLM"]},
+        "verifier": {"name_or_path": "org/target", "architectures": ["Qwen3ForCausalLM"]},
     }
     layer = config["transformer_layer_config"]
     assert layer["rope_theta"] == layer["rope_parameters"]["rope_theta"] == 10000.0

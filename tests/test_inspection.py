@@ -61,6 +61,8 @@ def test_a_speculators_folder(kind, make, target_folder, tmp_path_factory):
     spec = str(tmp_path_factory.mktemp("spec") / "spec")
     export_drafter(make(kind), spec, "speculators", target=target_folder)
     told = inspect_drafter(spec)
+    assert [fault["breaks"] for fault in told["faults"]] == [["SGLang", "transformers"], []]
+    assert "named by a path" in told["faults"][1]["fault"]
     assert told["layout"] == "speculators (vLLM)"
     assert [loader for loader, loads in told["loads"].items() if loads] == ["draft_opd_trl", "vLLM"]
     assert list(told["launch"]) == ["vLLM"] and f"vllm serve {target_folder} " in told["launch"]["vLLM"]
@@ -92,7 +94,8 @@ EVERYONE = set(LOADERS)
         ("dflash", _set("dflash_config.sample_from_anchor", True), "asks for what is not computed here", EVERYONE),
         ("dflash", _set("dflash_config.target_layer_ids", None), "taps EAGLE-3's layers", {"vLLM"}),
         ("dflash", _drop("block_size"), "no block_size, so 16 is assumed", set()),
-        ("dflash", _set("hidden_act", "gelu"), "SGLang computes silu", {"SGLang"}),
+        ("dflash", _set("hidden_act", "gelu"), "engines compute silu alone", {"SGLang", "vLLM"}),
+        ("eagle3", _set("hidden_act", "gelu"), "engines compute silu alone", {"SGLang", "vLLM"}),
         ("dflash", _set("tie_word_embeddings", True), "nothing to tie", set()),
         ("dflash", _set("rope_theta", 5.0), "rope_theta is 5.0 at the top level and 10000.0", {"SGLang", "vLLM"}),
         ("dflash", _drop("rope_theta", "rope_parameters"), "no rope_theta is written", {"SGLang", "vLLM"}),

@@ -17,6 +17,9 @@ class ExportArguments:
         default=None,
         metadata={"help": "Its target: path or id, of which the config is read. A speculators folder names it."},
     )
+    target_name: str | None = field(
+        default=None, metadata={"help": "Id to name the target by, where --target is a local copy."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto (as stored), bfloat16, float32."})
     revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
 
@@ -33,6 +36,7 @@ def run(arguments: ExportArguments) -> dict[str, Any]:
         arguments.output_dir,
         arguments.format,
         target=arguments.target,
+        target_name=arguments.target_name,
         dtype=arguments.dtype,
         revision=arguments.revision,
     )

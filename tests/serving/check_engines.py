@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from draft_opd_trl import Target, create_drafter, load_drafter
 from draft_opd_trl.checkpoints import export_drafter
+from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.records import DraftBlocks
 from draft_opd_trl.sampling import Chooser
 
@@ -26,7 +27,9 @@ HERE = Path(__file__).parent
 POCKET = HERE.parents[1] / "examples" / "pocket"
 CACHE = Path.home() / ".cache" / "draft_opd_trl" / "serving"
 TORCH = "torch==2.13.0"
+NAME = "an/id"  # `vllm serve FOLDER` takes no path for the target's name.
 ENGINES = ("sglang", "vllm")
+pytestmark = pytest.mark.timeout(3600)  # Building an environment downloads some 600 MB.
 # What each engine lends of the target, or fills where a folder ships it (vLLM's separate mask embedding).
 LENT = {
     ("sglang", "dflash"): [],
@@ -40,6 +43,22 @@ MADE = {
     "eagle3-part": ("eagle3", {"draft_token_ids": list(range(0, 1024, 2))}),
     "eagle3-whole": ("eagle3", {}),
     "eagle3-norms": ("eagle3", {"fc_norm": True, "norm_output": True}),
+}
+# Drafters of which inspection says that an engine does not compute them, and changes of others' configs likewise.
+ODD = {
+    "eagle3-residual": ("eagle3", {"norm_before_residual": True}),
+    "eagle3-biased": ("eagle3", {"attention_bias": True}),
+    "dflash-gelu": ("dflash", {"mask_token_id": 5, "num_hidden_layers": 1, "hidden_act": "gelu"}),
+    "eagle3-gelu": ("eagle3", {"hidden_act": "gelu"}),
+}
+CHANGES = {
+    "plain Llama": ("eagle3-part", lambda config: config.update(architectures=["LlamaForCausalLM"])),
+    "no draft_vocab_size": ("eagle3-whole", lambda config: config.pop("draft_vocab_size")),
+    "SGLang's taps alone": ("eagle3-part", lambda config: config.pop("eagle_aux_hidden_state_layer_ids")),
+    "vLLM's taps alone": ("eagle3-part", lambda config: config.pop("eagle_config")),
+    "no taps": ("dflash-gelu", lambda config: config.update(hidden_act="silu", dflash_config={"mask_token_id": 5})),
+    "rope_theta alone": ("dflash-layers", lambda config: config.pop("rope_parameters")),
+    "rope_parameters alone": ("eagle3-part", lambda config: config.pop("rope_theta")),
 }
 SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "config.json").is_file())
 # Kernels round bfloat16 in other places than ours; in float32 nothing but the order of sums is left.
@@ -122,7 +141,7 @@ def jobs(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     target = Target(AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32))
     folders = {name: POCKET / name for name in SHIPPED}
-    for name, (kind, options) in MADE.items():
+    for name, (kind, options) in {**MADE, **ODD}.items():
         torch.manual_seed(0)
         drafter = create_drafter(kind, target, **options)
         with torch.no_grad():
@@ -131,13 +150,22 @@ def jobs(tmp_path_factory):
         folders[name] = root / name
         drafter.save_pretrained(folders[name])
     jobs = {}
+    odd = {name: folders.pop(name) for name in ODD}
+    for name, (base, change) in CHANGES.items():
+        odd[name] = _edit(shutil.copytree({**folders, **odd}[base], root / name), change)
+    odd["tables"] = shutil.copytree(folders["eagle3-whole"], root / "tables")
+    tensors = load_file(odd["tables"] / "model.safetensors")
+    tensors |= {"d2t": torch.zeros(1024, dtype=torch.long), "t2d": torch.ones(1024, dtype=torch.bool)}
+    save_file(tensors, odd["tables"] / "model.safetensors", metadata={"format": "pt"})
+    for name, folder in odd.items():
+        jobs[f"odd: {name}"] = {**_ours(folder, "float32"), "folder": str(folder)}
     for name, folder in folders.items():
         for dtype in TOLERANCE if name in SHIPPED else ["float32"]:
             jobs[f"{name}, {dtype}"] = {**_ours(folder, dtype), "folder": str(folder)}
         right = jobs[f"{name}, float32"]
         jobs[f"{name}, remote code"] = {**right, "trust_remote_code": True}
         spec = root / f"{name}-speculators"
-        export_drafter(str(folder), str(spec), "speculators", target=str(POCKET / "target"))
+        export_drafter(str(folder), str(spec), "speculators", target=str(POCKET / "target"), target_name=NAME)
         jobs[f"{name}, speculators"] = {**right, "folder": str(spec)}
         for fault, change in {"other tap": _other_tap, "other rope": _other_rope}.items():
             wrong = shutil.copytree(folder, root / f"{name}-{fault}")
@@ -155,8 +183,7 @@ def engine(request, jobs, tmp_path_factory):
     """Name, and what the engine made of every job; one process, because importing an engine takes longest."""
     python = _python(request.param)
     files = [tmp_path_factory.mktemp(request.param) / name for name in ("jobs", "results")]
-    mine = {name: job for name, job in jobs.items() if request.param == "vllm" or "speculators" not in name}
-    torch.save({name: {k: v for k, v in job.items() if k != "logits"} for name, job in mine.items()}, files[0])
+    torch.save({name: {k: v for k, v in job.items() if k != "logits"} for name, job in jobs.items()}, files[0])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     environment["HF_MODULES_CACHE"] = str(files[0].parent / "modules")
     command = [python, HERE / f"{request.param}_driver.py", *files]
@@ -175,14 +202,13 @@ def _error(job, result):
 
 NAMES = [*SHIPPED, *MADE]
 RIGHT = [f"{name}, {dtype}" for name in SHIPPED for dtype in TOLERANCE] + [f"{name}, float32" for name in MADE]
-RIGHT += [f"{name}, {variant}" for name in NAMES for variant in ("remote code", "speculators")]
+RIGHT += [f"{name}, remote code" for name in NAMES]
+JUDGED = [f"{name}, speculators" for name in NAMES] + [f"odd: {name}" for name in [*ODD, *CHANGES, "tables"]]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_the_engine_drafts_what_we_draft(engine, jobs, name):
     engine, results = engine
-    if name not in results:
-        pytest.skip(f"{engine} does not read speculators folders")
     job, result = jobs[name], results[name]
     error = _error(job, result)
     print(f"{engine}: {name}: relative error {error:.2g}")
@@ -193,15 +219,31 @@ def test_the_engine_drafts_what_we_draft(engine, jobs, name):
         assert torch.equal(result["logits"].argmax(-1), job["draft_tokens"])
     if engine == "sglang" and job["kind"] == "dflash":
         assert result["block_size"] == len(job["draft_tokens"]) + 1
-    if engine == "vllm":
-        # `vllm serve FOLDER` of a speculators folder: the target, its tokenizer, and how to speculate.
-        model, _, speculation = result["served"]
-        if "speculators" in name:
-            assert model == job["target"]
-            assert speculation["method"] == job["kind"] and speculation["model"] == job["folder"]
-            assert speculation["num_speculative_tokens"] == len(job["draft_tokens"])
-        else:
-            assert speculation is None
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_inspection_says_what_the_engine_does(engine, jobs, name):
+    engine, results = engine
+    job, result = jobs[name], results[name]
+    told = inspect_drafter(job["folder"], job["target"])
+    error = None if "error" in result else _error(job, result)
+    print(f"{engine}: {name}: relative error {error}")
+    works = error is not None and error <= TOLERANCE["float32"] and result["unset"] == LENT[engine, job["kind"]]
+    assert told["loads"]["draft_opd_trl"]
+    assert told["loads"][{"sglang": "SGLang", "vllm": "vLLM"}[engine]] == works, (told["faults"], result.get("error"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vllm_serves_a_speculators_folder_by_itself(engine, jobs, name):
+    """`vllm serve FOLDER`: the target, its tokenizer, and how to speculate all come from the folder."""
+    engine, results = engine
+    if engine != "vllm":
+        pytest.skip("SGLang does not read speculators folders")
+    job = jobs[f"{name}, speculators"]
+    model, _, speculation = results[f"{name}, speculators"]["served"]
+    assert model == NAME
+    assert speculation["method"] == job["kind"] and speculation["model"] == job["folder"]
+    assert speculation["num_speculative_tokens"] == len(job["draft_tokens"])
 
 
 @pytest.mark.parametrize("fault", ["other tap", "other rope"])

@@ -45,7 +45,7 @@ def _captured(args, target_config):
     return target.model.layers_to_capture
 
 
-# Kernels, the refusal of DFlash on a CPU, and the search for a backend; everything that reads the folder stays SGLang's.
+# Kernels, the refusal of DFlash on a CPU, the search for a backend; everything that reads the folder stays SGLang's.
 dflash.RadixAttention = llama.RadixAttention = CachedAttention
 speculative_hook.current_platform = SimpleNamespace(
     is_out_of_tree=lambda: True, supports_speculative_algorithm=lambda algorithm: True
