@@ -23,10 +23,6 @@ from .drafters.base import Drafter, check_tensors
 from .target import TargetShape
 
 
-# Layouts that `export_drafter` writes: one flat folder a kind, which SGLang and vLLM load, and vLLM's own.
-FORMATS = (*DRAFTERS, "speculators")
-
-
 def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
     """
     The local folder of a drafter; an id is downloaded from the Hub.

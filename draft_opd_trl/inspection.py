@@ -42,7 +42,7 @@ def _config_faults(
         if verifier.count("/") > 1 or Path(verifier).is_dir():
             faults.append((f"its target is named by a path, {verifier}: `vllm serve FOLDER` wants an id", set()))
     else:
-        fields, faults = written, drafter_class.engine_faults(written, names)
+        fields, faults = written, drafter_class.config_class.engine_faults(written, names)
         reference = (written.get("auto_map") or {}).get("AutoModel", "")
         if not (folder / f"{reference.split('--')[-1].partition('.')[0]}.py").is_file():
             faults.append(("the code that AutoModel needs is not beside the weights", {"transformers"}))
@@ -71,8 +71,8 @@ def _target_faults(drafter: Drafter, shape: TargetShape | None) -> list[Fault]:
     if config.max_position_embeddings < context:
         faults.append(
             (
-                f"max_position_embeddings {config.max_position_embeddings} is less than the target's {context}, and "
-                "sizes RoPE tables (vLLM widens them itself)",
+                f"max_position_embeddings {config.max_position_embeddings} is less than the target's {context}, for "
+                "which SGLang may refuse to start (vLLM raises it itself)",
                 {"SGLang"},
             )
         )

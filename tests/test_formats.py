@@ -216,6 +216,9 @@ def test_a_speculators_folder_that_does_not_say_norms_its_residual():
     read = Eagle3Config.from_speculators(config)
     assert read.norm_before_residual is True and read.num_draft_tokens == 3 and read.draft_vocab_size == 16
     assert Eagle3Config.from_speculators({**config, "norm_before_residual": False}).norm_before_residual is False
+    assert Eagle3Config.from_speculators({**config, "speculators_config": {"verifier": {}}}).num_draft_tokens == 7
+    with pytest.raises(ValueError, match=r"lacks \['speculators_config'\]"):
+        Eagle3Config.from_speculators({**config, "speculators_config": None})
     with pytest.raises(ValueError, match="'norm_before_fc': True"):
         Eagle3Config.from_speculators({**config, "norm_before_fc": True})
     with pytest.raises(ValueError, match="'model_type': 'qwen3'"):

@@ -204,20 +204,6 @@ class Drafter(PreTrainedModel, ABC):
         return tensors
 
     @classmethod
-    def engine_faults(cls, written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
-        """
-        Where engines do otherwise than this package with a flat folder.
-
-        Args:
-            written (`dict`): Its `config.json`.
-            names (`set[str]`): Its tensors.
-
-        Returns:
-            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
-        """
-        return cls.config_class.engine_faults(written, names)
-
-    @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Drafter:
         """
         What `AutoModel.from_pretrained(..., trust_remote_code=True)` calls; here, `load_drafter` reads more layouts.

@@ -111,7 +111,16 @@ class DFlashConfig(Qwen3Config):
 
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
-        """As [`Drafter.engine_faults`]."""
+        """
+        Where engines do otherwise than this package with a flat folder.
+
+        Args:
+            written (`dict`): Its `config.json`.
+            names (`set[str]`): Its tensors.
+
+        Returns:
+            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
+        """
         inner, faults = written.get("dflash_config") or {}, []
         if not inner.get("target_layer_ids"):
             faults.append(("dflash_config names no target_layer_ids: vLLM then taps EAGLE-3's layers", {"vLLM"}))

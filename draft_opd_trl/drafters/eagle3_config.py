@@ -114,16 +114,15 @@ class Eagle3Config(LlamaConfig):
     @classmethod
     def from_speculators(cls, config: dict[str, Any]) -> Eagle3Config:
         """From the `config.json` of a `speculators` folder, as vLLM reads it."""
-        methods = config["speculators_config"]["proposal_methods"]
+        layer = speculators_layer(config, "speculators_config")
         fields = {name: config[name] for name in _SPECULATORS_FIELDS if name in config}
         if config.get("norm_before_fc"):
             fields["norm_before_fc"] = True  # Refused below, by name.
         # vLLM takes a folder that does not say for one whose residual is normed.
         fields.setdefault("norm_before_residual", True)
-        return cls(
-            **{**speculators_layer(config), **fields},
-            num_draft_tokens=methods[0]["speculative_tokens"],
-        )
+        # Where no length is proposed, it is the published training depth.
+        methods = config["speculators_config"].get("proposal_methods") or [{}]
+        return cls(**{**layer, **fields}, num_draft_tokens=methods[0].get("speculative_tokens", 7))
 
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
@@ -140,7 +139,16 @@ class Eagle3Config(LlamaConfig):
 
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
-        """As [`Drafter.engine_faults`]."""
+        """
+        Where engines do otherwise than this package with a flat folder.
+
+        Args:
+            written (`dict`): Its `config.json`.
+            names (`set[str]`): Its tensors.
+
+        Returns:
+            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
+        """
         faults = []
         if written.get("architectures") == ["LlamaForCausalLM"]:
             faults.append(("architectures says LlamaForCausalLM, which SGLang loads as a target", {"SGLang"}))
