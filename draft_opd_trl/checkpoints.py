@@ -116,6 +116,8 @@ def load_drafter(
         `ValueError`: Unknown architecture, a config that asks for what is not computed here, or a tensor missing,
             unexpected, misshapen, of the wrong dtype or not finite.
     """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
     folder = drafter_folder(path_or_id, revision, token)
     written = read_config(folder)
     drafter_class = drafter_class_of(written, folder)

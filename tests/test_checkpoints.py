@@ -65,6 +65,11 @@ def test_dtype(qwen_target, kind, tmp_path, dtype, expected):
     assert {buffer.dtype for name, buffer in loaded.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
+def test_a_dtype_that_is_none(folder):
+    with pytest.raises(ValueError, match="dtype 'bf16' is none of PyTorch's"):
+        load_drafter(str(folder), dtype="bf16")
+
+
 def test_a_missing_tensor_is_named(folder):
     _rewrite(folder, lambda tensors: tensors.pop("norm.weight"))
     told = r"Missing: \['norm.weight'\]. Unexpected: none. Wrong shape: none. Wrong dtype: none"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EAGLE3_VARIANTS, KINDS, random_prompts, tiny_drafter
+from conftest import EAGLE3_VARIANTS, random_prompts, tiny_drafter
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig
@@ -18,8 +18,10 @@ from draft_opd_trl.drafters.eagle3_config import Eagle3Config
 from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.sampling import Chooser
 from draft_opd_trl.speculation import SpeculationSettings, speculate
+from draft_opd_trl.target import Target
 
 
+POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 SETTINGS = SpeculationSettings(24, [], batch_size=4)
 
 
@@ -120,12 +122,34 @@ def test_the_contract_with_the_engines(kind, qwen_target, tmp_path):
     assert not {"is_causal", "use_swa", "draft_is_causal"} & {*config, *config.get("dflash_config", {})}
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_folders_load_in_both_engines(kind):
-    pocket = Path(__file__).parents[1] / "examples" / "pocket"
-    told = inspect_drafter(str(pocket / f"drafter-{kind}"), str(pocket / "target"))
+    told = inspect_drafter(str(POCKET / f"drafter-{kind}"), str(POCKET / "target"))
     # They carry no copy of the package's own code.
     assert [fault["breaks"] for fault in told["faults"]] == [["transformers"]]
+
+
+def test_what_is_shipped_drafts_the_same_after_saving_and_in_transformers(kind, tmp_path):
+    """Trained drafters, held-out prompts; `examples/benchmarks/serving.py` measures the same on more of them."""
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    lines = (POCKET / "prompts" / "heldout.jsonl").read_text().splitlines()[:3]
+    prompts = [
+        tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True)["input_ids"]
+        for line in lines
+    ]
+    target, settings = Target(model), SpeculationSettings(40, [])
+    shipped = load_drafter(str(POCKET / f"drafter-{kind}")).bind(target)
+    shipped.save_pretrained(tmp_path)
+    loaded = load_drafter(str(tmp_path)).bind(target)
+    first, second = (speculate(target, drafter, prompts, settings) for drafter in (shipped, loaded))
+    assert torch.equal(first.blocks.draft_tokens, second.blocks.draft_tokens)
+    assert float(first.blocks.num_accepted.float().mean()) > 2
+    assert first.completions() == second.completions() == speculate(target, None, prompts, settings).completions()
+    if kind == "dflash":
+        options = {"assistant_model": loaded, "speculation_type": "dflash", "max_new_tokens": 40, "do_sample": False}
+        for prompt, own in zip(prompts, first.completions(), strict=True):
+            output = model.generate(torch.tensor([prompt]), eos_token_id=None, **options)
+            assert output[0, len(prompt) :].tolist() == own
 
 
 # -- conversion ----------------------------------------------------------------------------------------------------

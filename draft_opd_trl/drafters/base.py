@@ -204,7 +204,9 @@ class Drafter(PreTrainedModel, ABC):
         return tensors
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Drafter:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Drafter:
         """
         What `AutoModel.from_pretrained(..., trust_remote_code=True)` calls; here, `load_drafter` reads more layouts.
 
@@ -214,9 +216,12 @@ class Drafter(PreTrainedModel, ABC):
         # AutoModel reads the config as the plain Qwen3 or Llama one that `model_type` names.
         if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
             config = cls.config_class.from_dict(config.to_dict())
-        drafter, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        drafter, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
         if faults := {name: keys for name, keys in info.items() if keys}:
-            raise ValueError(f"The tensors in {path} are not those of a {cls.__name__}: {faults}.")
+            where = pretrained_model_name_or_path
+            raise ValueError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
         return drafter
 
     def save_pretrained(
