@@ -276,6 +276,9 @@ def test_a_dflash_config_that_asks_for_what_is_not_computed(fields, message):
 def test_newer_dflash_folders_keep_the_block_size_inside():
     config = DFlashConfig(num_hidden_layers=2, dflash_config={"block_size": 8, "num_target_layers": 28})
     assert (config.block_size, config.num_target_layers, config.target_layer_ids) == (8, 28, [1, 25])
+    assert DFlashConfig(num_hidden_layers=2, num_target_layers=28, dflash_config={"target_layer_ids": None}) == (
+        DFlashConfig(num_hidden_layers=2, num_target_layers=28)
+    )
     assert config.tie_word_embeddings is False
     assert DFlashConfig(tie_word_embeddings=True).tie_word_embeddings is False
 

@@ -43,7 +43,8 @@ class DFlashConfig(Qwen3Config):
         draft_vocab_size = kwargs.pop("draft_vocab_size", None)
         super().__init__(**kwargs)
         self._check_features(dflash_config or {}, draft_vocab_size)
-        self.dflash_config = {name: value for name, value in (dflash_config or {}).items() if name in _KNOWN}
+        known = {name: value for name, value in (dflash_config or {}).items() if name in _KNOWN}
+        self.dflash_config = {name: value for name, value in known.items() if value is not None}
         self.block_size = self.dflash_config.get("block_size") or block_size
         self.num_target_layers = self.dflash_config.get("num_target_layers") or num_target_layers
         if self.num_target_layers:
