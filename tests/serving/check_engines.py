@@ -23,7 +23,7 @@ from draft_opd_trl.records import DraftBlocks
 from draft_opd_trl.sampling import Chooser
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 POCKET = HERE.parents[1] / "examples" / "pocket"
 CACHE = Path.home() / ".cache" / "draft_opd_trl" / "serving"
 TORCH = "torch==2.13.0"
