@@ -26,6 +26,8 @@ from trl import TrlParser
 COMMANDS = {
     "train": "draft_opd_trl.commands.train",
     "evaluate": "draft_opd_trl.commands.evaluate",
+    "export": "draft_opd_trl.commands.export",
+    "inspect": "draft_opd_trl.commands.inspect",
 }
 # What bad input raises, all the way down to the Hub's client; anything else is a bug and keeps its traceback.
 INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
