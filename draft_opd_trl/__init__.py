@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .acceptance import AcceptanceReport, bootstrap_interval
-    from .checkpoints import load_drafter
+    from .checkpoints import export_drafter, load_drafter
     from .config import DraftOPDConfig
     from .drafters import DRAFTERS, create_drafter
     from .evaluation import evaluate_drafters, measure_acceptance
+    from .inspection import inspect_drafter
     from .optim import MuonWithAdamW
     from .report import acceptance_table, plot_acceptance
     from .sampling import SamplingParams
@@ -38,6 +39,8 @@ __all__ = [
     "create_drafter",
     "draft_vocabulary",
     "evaluate_drafters",
+    "export_drafter",
+    "inspect_drafter",
     "load_drafter",
     "load_suite",
     "measure_acceptance",
@@ -64,6 +67,8 @@ _HOME = {
     "create_drafter": "drafters",
     "draft_vocabulary": "vocabulary",
     "evaluate_drafters": "evaluation",
+    "export_drafter": "checkpoints",
+    "inspect_drafter": "inspection",
     "load_drafter": "checkpoints",
     "load_suite": "suites",
     "measure_acceptance": "evaluation",

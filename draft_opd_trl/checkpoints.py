@@ -1,22 +1,26 @@
-"""Drafter folders: recognise, read and write them, with exact key sets.
+"""Drafter folders: recognise, read and convert them, with exact key sets.
 
 Both serving engines load a checkpoint with missing tensors silently. So reading starts every parameter as NaN,
-compares the key set by name, and looks for survivors. Knows no training state.
+compares names, shapes and dtypes, and looks for survivors. Knows no training state.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import PreTrainedConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedConfig
 
 from .drafters import DRAFTERS
-from .drafters.base import Drafter, check_keys
+from .drafters.base import Drafter, check_tensors
+from .target import TargetShape
 
 
 def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -39,27 +43,28 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
         ) from error
 
 
-def load_drafter_config(path_or_id: str, **hub: Any) -> PreTrainedConfig:
+def read_config(folder: Path) -> dict[str, Any]:
     """
-    The config of a drafter, without its weights.
+    Raises:
+        `FileNotFoundError`: The folder has no `config.json`.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
+    return json.loads(config_file.read_text())
 
-    Args:
-        path_or_id (`str`): Folder, or id on the Hub.
-        hub: `revision` and `token`, for the Hub.
+
+def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
+    """
+    The class that reads a folder with this `config.json`.
 
     Raises:
-        `OSError`: No `config.json` there.
-        `ValueError`: Unknown architecture.
+        `ValueError`: None does.
     """
-    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
-    return DRAFTERS[_kind_of(config, Path(path_or_id))].config_class.from_pretrained(path_or_id, **hub)
-
-
-def _kind_of(config: dict[str, Any], folder: Path) -> str:
     architectures = config.get("architectures") or []
-    for kind, drafter_class in DRAFTERS.items():
+    for drafter_class in DRAFTERS.values():
         if drafter_class.recognises(config):
-            return kind
+            return drafter_class
     known = ", ".join(f"{drafter_class.__name__} ({kind})" for kind, drafter_class in DRAFTERS.items())
     raise ValueError(
         f"{folder / 'config.json'} names the architectures {architectures}, none of which is a drafter known here: "
@@ -67,7 +72,32 @@ def _kind_of(config: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def load_drafter_config(path_or_id: str | Path, **hub: Any) -> PreTrainedConfig:
+    """
+    The config of a drafter, without its weights.
+
+    Args:
+        path_or_id (`str` or `Path`): Folder, or id on the Hub.
+        hub: `revision` and `token`, for the Hub.
+
+    Raises:
+        `OSError`: No `config.json` there.
+        `ValueError`: Unknown architecture.
+    """
+    written, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    config_class = drafter_class_of(written, Path(path_or_id)).config_class
+    if "speculators_model_type" in written:
+        return config_class.from_speculators(written)
+    return config_class.from_pretrained(path_or_id, **hub)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """
+    Every tensor of a folder, under its own name; pickles are read without running code.
+
+    Raises:
+        `FileNotFoundError`: The folder has no weights.
+    """
     files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
     if not files and not pickles:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file and no pytorch_model*.bin.")
@@ -89,6 +119,8 @@ def load_drafter(
     """
     Read a drafter folder, whole or not at all.
 
+    Layouts: DFlash as z-lab publishes it, EAGLE-3 as SpecForge, SGLang and SafeAILab do, and vLLM's `speculators`.
+
     Args:
         path_or_id (`str`): Folder, or id on the Hub.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): Parameters are cast to it; training
@@ -100,18 +132,17 @@ def load_drafter(
 
     Raises:
         `FileNotFoundError`: No such folder, config or weights.
-        `ValueError`: Unknown architecture, or a tensor missing, unexpected, misshapen or not finite.
+        `ValueError`: Unknown architecture, a config that asks for what is not computed here, or a tensor missing,
+            unexpected, misshapen, of the wrong dtype or not finite.
     """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
     folder = drafter_folder(path_or_id, revision, token)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
-    kind = _kind_of(json.loads(config_file.read_text()), folder)
-    drafter_class = DRAFTERS[kind]
-    config = drafter_class.config_class.from_pretrained(folder)
-    tensors = drafter_class.canonical_tensors(_read_tensors(folder), config)
+    drafter_class = drafter_class_of(read_config(folder), folder)
+    config = load_drafter_config(folder)
+    tensors = drafter_class.canonical_tensors(read_tensors(folder), config)
     drafter = drafter_class(config)
-    check_keys(*({k: v.shape for k, v in state.items()} for state in (drafter.state_dict(), tensors)), folder)
+    check_tensors(drafter.state_dict(), tensors, folder)
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.fill_(float("nan"))
@@ -127,3 +158,78 @@ def load_drafter(
         raise ValueError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
     drafter.config._name_or_path = str(path_or_id)
     return drafter.eval()
+
+
+def _write_speculators(drafter: Drafter, folder: Path, target_name: str, target_architectures: list[str]) -> None:
+    config = {
+        **drafter.config.to_speculators(),
+        "speculators_config": {
+            "algorithm": drafter.kind,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafter.num_draft_tokens}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": target_name, "architectures": target_architectures},
+        },
+    }
+    # `speculators` numbers the layers of every kind.
+    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in drafter.state_dict().items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_drafter(
+    path_or_id: str,
+    output_dir: str,
+    format: str,
+    target: str | None = None,
+    target_name: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+) -> Drafter:
+    """
+    Write a drafter as a new folder in another layout, and read it back.
+
+    Args:
+        path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, or id on the Hub.
+        output_dir (`str`): New folder; it appears when it is complete.
+        format (`str`): `"dflash"` or `"eagle3"`, whichever the drafter is, for the flat folder that SGLang and vLLM
+            load; `"speculators"` for vLLM's.
+        target (`str`, *optional*): Folder or id of the target, of which the config alone is read. The drafter is
+            checked against it, and what its config leaves open is settled.
+        target_name (`str`, *optional*): Id that a `speculators` folder names its target by; `target` by default. Of a
+            folder that names a path, `vllm serve FOLDER` is refused.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): Of the weights; the stored one by default.
+        revision, token (`str`, *optional*): For the Hub.
+
+    Returns:
+        [`Drafter`], as read back from `output_dir`.
+
+    Raises:
+        `FileExistsError`: `output_dir` is there and not empty.
+        `ValueError`: The drafter is of another kind, does not fit the target, or `"speculators"` without a target.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already and not empty. Give a new folder.")
+    drafter = load_drafter(path_or_id, dtype, revision, token)
+    if format not in (drafter.kind, "speculators"):
+        raise ValueError(
+            f"{path_or_id} holds a drafter of kind {drafter.kind}, which cannot be written as {format!r}. Choose "
+            f"{drafter.kind!r} or 'speculators'."
+        )
+    if target is None and format == "speculators":
+        raise ValueError("A speculators folder names its target, and vLLM serves it by that name: give `target`.")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if target is not None:
+        target_config = AutoConfig.from_pretrained(target)
+        drafter.fit(TargetShape(target_config))
+    if format == "speculators":
+        _write_speculators(drafter, part, target_name or target, target_config.architectures or [])
+    else:
+        drafter.save_pretrained(part)
+    written = load_drafter(str(part), "auto")
+    os.replace(part, folder)
+    written.config._name_or_path = str(folder)
+    return written

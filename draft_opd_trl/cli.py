@@ -28,6 +28,8 @@ COMMANDS = {
     "evaluate": "draft_opd_trl.commands.evaluate",
     "trace": "draft_opd_trl.commands.trace",
     "plan": "draft_opd_trl.commands.plan",
+    "export": "draft_opd_trl.commands.export",
+    "inspect": "draft_opd_trl.commands.inspect",
 }
 # What bad input raises, all the way down to the Hub's client; anything else is a bug and keeps its traceback.
 INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)

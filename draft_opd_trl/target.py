@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import PositionCache, visible
 from .records import DraftBlocks, pack_rows
@@ -262,6 +262,22 @@ class Target:
             use_cache=True,
         )
         return states[rows, columns]
+
+
+class TargetShape:
+    """
+    What a target's config tells of it, for checks that need none of its weights.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): The target's.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config.get_text_config()
+        self.name: str = config._name_or_path
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.num_layers: int = self.config.num_hidden_layers
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, random_prompts, tiny_drafter, tiny_model
 from safetensors.torch import load_file, save_file
 
-from draft_opd_trl.checkpoints import check_keys, drafter_folder, load_drafter
+from draft_opd_trl.checkpoints import check_tensors, drafter_folder, load_drafter
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
@@ -65,9 +65,15 @@ def test_dtype(qwen_target, kind, tmp_path, dtype, expected):
     assert {buffer.dtype for name, buffer in loaded.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
+def test_a_dtype_that_is_none(folder):
+    with pytest.raises(ValueError, match="dtype 'bf16' is none of PyTorch's"):
+        load_drafter(str(folder), dtype="bf16")
+
+
 def test_a_missing_tensor_is_named(folder):
     _rewrite(folder, lambda tensors: tensors.pop("norm.weight"))
-    with pytest.raises(ValueError, match=r"Missing: \['norm.weight'\]. Unexpected: none. Wrong shape: none"):
+    told = r"Missing: \['norm.weight'\]. Unexpected: none. Wrong shape: none. Wrong dtype: none"
+    with pytest.raises(ValueError, match=told):
         load_drafter(str(folder))
 
 
@@ -79,7 +85,7 @@ def test_an_unexpected_tensor_is_named(folder):
 
 def test_a_misshapen_tensor_is_named(folder):
     _rewrite(folder, lambda tensors: tensors.update({"norm.weight": torch.ones(7)}))
-    with pytest.raises(ValueError, match=r"Wrong shape: \['norm.weight is \[7\], not \[32\]'\]. Re-export"):
+    with pytest.raises(ValueError, match=r"Wrong shape: \['norm.weight is \[7\], not \[32\]'\].*Re-export"):
         load_drafter(str(folder))
 
 
@@ -91,10 +97,17 @@ def test_a_value_that_is_not_finite_is_named(folder, value):
 
 
 def test_several_faults_at_once():
-    expected = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([4])}
-    with pytest.raises(ValueError, match=r"tensors in here .*Missing: \['a'\].*\['d'\].*\['b is \[5\], not \[3\]'\]"):
-        check_keys(expected, {"b": torch.Size([5]), "c": torch.Size([4]), "d": torch.Size([1])}, "here")
-    check_keys(expected, dict(expected), "here")
+    expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4), "d": torch.zeros(1, dtype=torch.bool)}
+    found = {"b": torch.zeros(5), "c": torch.zeros(4), "d": torch.zeros(1), "e": torch.zeros(1)}
+    message = (
+        r"tensors in here .*Missing: \['a'\].*\['e'\].*\['b is \[5\], not \[3\]'\].*"
+        r"\['d is torch.float32, not torch.bool'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_tensors(expected, found, "here")
+    check_tensors(expected, {**expected, "a": torch.zeros(2, dtype=torch.bfloat16)}, "here")
+    with pytest.raises(ValueError, match="a is torch.float8_e4m3fn, not torch.float32"):
+        check_tensors(expected, {**expected, "a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "here")
 
 
 def test_a_targets_folder_is_not_a_drafters(tmp_path):

@@ -8,7 +8,7 @@ from conftest import TINY, VOCAB, counting_target, draft_labels, random_prompts,
 from torch.nn import functional
 
 from draft_opd_trl.drafters import DRAFTERS, DFlashConfig, DFlashDraftModel, create_drafter
-from draft_opd_trl.drafters.dflash import default_layer_ids
+from draft_opd_trl.drafters.dflash_config import default_layer_ids
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import read_text, text_blocks
 from draft_opd_trl.sampling import Chooser, SamplingParams

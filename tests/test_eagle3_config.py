@@ -192,12 +192,18 @@ def test_a_pickle_that_could_run_code_is_not_read(folder):
         load_drafter(str(folder))
 
 
-def test_a_whole_vocabulary_may_come_without_its_map(qwen_target, tmp_path):
+def test_a_whole_vocabulary_has_no_tables_but_may_come_with_trivial_ones(qwen_target, tmp_path):
     whole = tiny_drafter("eagle3", qwen_target, draft_token_ids=None)
     whole.save_pretrained(tmp_path)
-    tensors = {name: value for name, value in whole.state_dict().items() if name not in ("d2t", "t2d")}
-    _change(tmp_path, tensors)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not {"d2t", "t2d"} & tensors.keys()
+    trivial = {"d2t": torch.zeros(VOCAB, dtype=torch.long), "t2d": torch.ones(VOCAB, dtype=torch.bool)}
+    _change(tmp_path, {**tensors, **trivial})
     _same(load_drafter(str(tmp_path)), whole)
+    trivial["d2t"][3] = 1
+    _change(tmp_path, {**tensors, **trivial})
+    with pytest.raises(ValueError, match=r"Unexpected: \['d2t'\]"):
+        load_drafter(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", sorted(KEYS))

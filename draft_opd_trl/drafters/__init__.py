@@ -6,7 +6,8 @@ from typing import Any
 
 from ..target import Target
 from .base import Drafter, Proposal
-from .dflash import DFlashConfig, DFlashDraftModel
+from .dflash import DFlashDraftModel
+from .dflash_config import DFlashConfig
 from .eagle3 import LlamaForCausalLMEagle3
 
 

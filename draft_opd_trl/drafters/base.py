@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import resolve_name
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..records import DraftBlocks
 from ..sampling import Chooser
-from ..target import Target
+from ..target import Target, TargetShape
 
 
 @contextmanager
@@ -49,22 +53,52 @@ class Proposal:
     probs: torch.Tensor | None = None
 
 
-def check_keys(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: object) -> None:
+def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: object) -> None:
     """
     Raises:
-        `ValueError`: A tensor is missing, unexpected or of the wrong shape, by name.
+        `ValueError`: A tensor is missing, unexpected, or of the wrong shape or dtype, by name. Floating-point dtypes
+            of at least 16 bits may stand for each other.
     """
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{name} is {list(found[name])}, not {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
-    ]
-    if missing or unexpected or wrong:
+    wrong_shape, wrong_dtype = [], []
+    for name in sorted(expected.keys() & found.keys()):
+        mine, theirs = expected[name], found[name]
+        if mine.shape != theirs.shape:
+            wrong_shape.append(f"{name} is {list(theirs.shape)}, not {list(mine.shape)}")
+        casts = mine.is_floating_point() and theirs.is_floating_point() and theirs.itemsize > 1
+        if mine.dtype != theirs.dtype and not casts:
+            wrong_dtype.append(f"{name} is {theirs.dtype}, not {mine.dtype}")
+    faults = {"Missing": missing, "Unexpected": unexpected, "Wrong shape": wrong_shape, "Wrong dtype": wrong_dtype}
+    if any(faults.values()):
+        told = ". ".join(f"{fault}: {names or 'none'}" for fault, names in faults.items())
         raise ValueError(
-            f"The tensors in {where} are not this drafter's. Missing: {missing or 'none'}. Unexpected: "
-            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}. Re-export it in its published layout."
+            f"The tensors in {where} are not this drafter's. {told}. Re-export it in its published layout."
         )
+
+
+def modelling_files(module: str) -> dict[str, str]:
+    """
+    The code that a drafter class needs, as files of one flat folder.
+
+    transformers takes code along with a checkpoint only from a single folder. So these are the very modules that run
+    here, whose imports of a parent package are written as imports of a sibling.
+
+    Args:
+        module (`str`): Name of the module that holds the class.
+
+    Returns:
+        Sources by file name.
+    """
+    files, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        package, _, stem = name.rpartition(".")
+        if f"{stem}.py" not in files:
+            source = Path(sys.modules[name].__file__).read_text(encoding="utf-8")
+            siblings = re.findall(r"^from (\.+\w+) import", source, flags=re.M)
+            waiting += [resolve_name(sibling, package) for sibling in siblings]
+            files[f"{stem}.py"] = re.sub(r"^from \.+(\w+) import", r"from .\1 import", source, flags=re.M)
+    return files
 
 
 class Drafter(PreTrainedModel, ABC):
@@ -102,7 +136,7 @@ class Drafter(PreTrainedModel, ABC):
         """Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it."""
 
     @abstractmethod
-    def check_target(self, target: Target) -> None:
+    def check_target(self, target: Target | TargetShape) -> None:
         """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
 
     @abstractmethod
@@ -165,12 +199,34 @@ class Drafter(PreTrainedModel, ABC):
     @classmethod
     def recognises(cls, config: dict[str, Any]) -> bool:
         """Whether a folder with this `config.json` holds a drafter of this class."""
-        return cls.__name__ in (config.get("architectures") or [])
+        algorithm = config.get("speculators_model_type")
+        return algorithm == cls.kind if algorithm else cls.__name__ in (config.get("architectures") or [])
 
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """A folder's tensors under the names this class gives them; what only they tell is settled in `config`."""
         return tensors
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Drafter:
+        """
+        What `AutoModel.from_pretrained(..., trust_remote_code=True)` calls; here, `load_drafter` reads more layouts.
+
+        Raises:
+            `ValueError`: A tensor is missing, unexpected or of the wrong shape, which transformers would only warn of.
+        """
+        # AutoModel reads the config as the plain Qwen3 or Llama one that `model_type` names.
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+            config = cls.config_class.from_dict(config.to_dict())
+        drafter, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        if faults := {name: keys for name, keys in info.items() if keys}:
+            where = pretrained_model_name_or_path
+            raise ValueError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
+        return drafter
 
     def save_pretrained(
         self,
@@ -180,16 +236,20 @@ class Drafter(PreTrainedModel, ABC):
         **kwargs: Any,
     ) -> None:
         """
-        Write the folder, whole or not at all.
+        Write the folder: weights, config, and the code that loads it where this package is not installed.
 
         Raises:
             `ValueError`: `state_dict` lacks a tensor, or holds one that is not the drafter's, by name.
         """
         if state_dict is not None:
-            check_keys(
-                *({k: v.shape for k, v in state.items()} for state in (self.state_dict(), state_dict)),
-                "the state to save",
-            )
+            check_tensors(self.state_dict(), state_dict, "the state to save")
+        # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
+        module = type(self).__module__
+        self.config.auto_map = {"AutoModel": f"{module.rpartition('.')[2]}.{type(self).__name__}"}
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            for name, source in modelling_files(module).items():
+                Path(save_directory, name).write_text(source, encoding="utf-8")
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -199,6 +259,18 @@ class Drafter(PreTrainedModel, ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
+    def fit(self, target: Target | TargetShape) -> None:
+        """
+        Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
+        their RoPE tables by the drafter's own `max_position_embeddings`.
+
+        Raises:
+            `ValueError`: The two do not fit.
+        """
+        self.check_target(target)
+        positions = target.config.max_position_embeddings
+        self.config.max_position_embeddings = max(self.config.max_position_embeddings, positions)
+
     def bind(self, target: Target) -> Drafter:
         """
         Lend the target's embedding and head; they never become parameters of the drafter.
@@ -206,7 +278,7 @@ class Drafter(PreTrainedModel, ABC):
         Raises:
             `ValueError`: The two do not fit.
         """
-        self.check_target(target)
+        self.fit(target)
         self._target = target
         return self
 

@@ -1,7 +1,7 @@
 """DFlash: a block-parallel drafter that reads tapped target states as context keys and values.
 
-Config and model in the flat layout that z-lab publishes and SGLang and vLLM load. Self-contained apart from the
-drafter contract; knows nothing of rollouts, losses or where anchors come from.
+The model, in the flat layout that z-lab publishes and SGLang and vLLM load; its config stands in `dflash_config.py`.
+Knows nothing of rollouts, losses or where anchors come from.
 Source: z-lab DFlash checkpoints and modelling file (layout, layer ids, mask token); attention follows Qwen3.
 """
 
@@ -14,98 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
-from ..target import Target
+from ..target import Target, TargetShape
 from .base import Drafter, Proposal
-from .parts import copy_norm, draft_in_parts, init_layer, rotate, shape_of, with_rope_fields
-
-
-class DFlashConfig(Qwen3Config):
-    """
-    Flat DFlash config.
-
-    Args:
-        block_size (`int`, *optional*, defaults to `16`):
-            Anchor plus proposals: K + 1.
-        num_target_layers (`int`, *optional*):
-            Depth of the target.
-        dflash_config (`dict`, *optional*):
-            `mask_token_id` and `target_layer_ids` (id = output of that layer, counted from 0).
-        kwargs:
-            [`~transformers.Qwen3Config`] fields.
-    """
-
-    def __init__(
-        self,
-        block_size: int = 16,
-        num_target_layers: int | None = None,
-        dflash_config: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs.setdefault("architectures", ["DFlashDraftModel"])
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
-        self.block_size = block_size
-        self.num_target_layers = num_target_layers
-        self.dflash_config = dict(dflash_config or {})
-
-    @property
-    def mask_token_id(self) -> int | None:
-        return self.dflash_config.get("mask_token_id")
-
-    @property
-    def target_layer_ids(self) -> list[int]:
-        return self.dflash_config.get("target_layer_ids") or default_layer_ids(
-            self.num_target_layers or 0, self.num_hidden_layers
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return with_rope_fields(super().to_dict())
-
-    @classmethod
-    def from_target(
-        cls,
-        target_config: PreTrainedConfig,
-        mask_token_id: int,
-        block_size: int = 16,
-        num_hidden_layers: int = 5,
-        target_layer_ids: list[int] | None = None,
-        **overrides: Any,
-    ) -> DFlashConfig:
-        """
-        A drafter config shaped after its target (Qwen3-, Llama- or Gemma3-like).
-
-        Args:
-            target_config ([`~transformers.PreTrainedConfig`]): The target's (text) config.
-            mask_token_id (`int`): Token that stands for a slot to fill; must lie inside the target's vocabulary.
-            block_size (`int`, *optional*, defaults to `16`): K + 1.
-            num_hidden_layers (`int`, *optional*, defaults to `5`): Draft layers.
-            target_layer_ids (`list[int]`, *optional*): Taps; z-lab's spacing by default.
-            overrides: Further config fields.
-        """
-        shape = {**shape_of(target_config), "num_hidden_layers": num_hidden_layers}
-        return cls(
-            block_size=block_size,
-            num_target_layers=target_config.num_hidden_layers,
-            dflash_config={
-                "mask_token_id": mask_token_id,
-                "target_layer_ids": target_layer_ids
-                or default_layer_ids(target_config.num_hidden_layers, num_hidden_layers),
-            },
-            **{**shape, **overrides},
-        )
-
-
-def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
-    """z-lab's taps: the middle layer for one draft layer (never the last), else evenly from 1 to n − 3."""
-    if num_draft_layers == 1:
-        return [min(num_target_layers // 2, num_target_layers - 2)]
-    span = (num_target_layers - 4) / (num_draft_layers - 1)
-    return [int(round(1 + index * span)) for index in range(num_draft_layers)]
+from .dflash_config import DFlashConfig
+from .parts import copy_norm, draft_in_parts, init_layer, rotate
 
 
 class DFlashAttention(nn.Module):
@@ -207,7 +123,7 @@ class DFlashDraftModel(Drafter):
     def sft_decay(self) -> float:
         return math.exp(-1 / (4 if self.config.block_size <= 8 else 7))
 
-    def check_target(self, target: Target) -> None:
+    def check_target(self, target: Target | TargetShape) -> None:
         config, faults = self.config, []
         if config.hidden_size != target.hidden_size:
             faults.append(f"drafter hidden_size {config.hidden_size} is not the target's {target.hidden_size}")

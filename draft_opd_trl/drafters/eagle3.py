@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
-from ..target import Target
+from ..target import Target, TargetShape
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
 from .parts import copy_norm, draft_in_parts, init_layer, rotate
@@ -140,9 +140,11 @@ class LlamaForCausalLMEagle3(Drafter):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        ids = torch.tensor(config.draft_token_ids or range(config.draft_vocab_size), dtype=torch.long)
-        self.register_buffer("d2t", ids - torch.arange(len(ids)))
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True))
+        # A whole vocabulary has no tables, not even trivial ones: vLLM refuses them there.
+        if config.draft_vocab_size != config.vocab_size:
+            ids = torch.tensor(config.draft_token_ids or range(config.draft_vocab_size), dtype=torch.long)
+            self.register_buffer("d2t", ids - torch.arange(len(ids)))
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True))
         self.post_init()
 
     @classmethod
@@ -150,7 +152,7 @@ class LlamaForCausalLMEagle3(Drafter):
         names = config.get("architectures") or []
         # SafeAILab's folders name plain Llama; only a draft vocabulary tells them from a target's.
         plain = "LlamaForCausalLM" in names and "draft_vocab_size" in config
-        return plain or cls.__name__ in names or "Eagle3LlamaForCausalLM" in names
+        return plain or "Eagle3LlamaForCausalLM" in names or super().recognises(config)
 
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Eagle3Config) -> dict[str, torch.Tensor]:
@@ -161,9 +163,13 @@ class LlamaForCausalLMEagle3(Drafter):
             # A folder that spells one tensor both ways keeps the odd one out, and the key check names it.
             alias = f"midlayer.{rest}"
             renamed[alias if layer == "layers.0." and alias not in tensors else name] = tensor
-        if config.draft_vocab_size == config.vocab_size and not {"d2t", "t2d"} & renamed.keys():
-            renamed["d2t"] = torch.zeros(config.vocab_size, dtype=torch.long)
-            renamed["t2d"] = torch.ones(config.vocab_size, dtype=torch.bool)
+        trivial = {"d2t": 0, "t2d": 1}
+        if config.draft_vocab_size == config.vocab_size:
+            renamed = {
+                name: tensor
+                for name, tensor in renamed.items()
+                if name not in trivial or not bool((tensor == trivial[name]).all())
+            }
         return renamed
 
     @property
@@ -176,16 +182,17 @@ class LlamaForCausalLMEagle3(Drafter):
 
     @property
     def vocab_map(self) -> torch.Tensor | None:
-        ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-        return None if len(ids) == self.config.vocab_size else ids
+        if self.config.draft_vocab_size == self.config.vocab_size:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def bind(self, target: Target) -> Drafter:
+    def fit(self, target: Target | TargetShape) -> None:
         if self.config.eagle_aux_hidden_state_layer_ids is None:
             taps = default_layer_ids(target.num_layers)
             self.config.eagle_aux_hidden_state_layer_ids = [index + 1 for index in taps]
-        return super().bind(target)
+        super().fit(target)
 
-    def check_target(self, target: Target) -> None:
+    def check_target(self, target: Target | TargetShape) -> None:
         config, faults = self.config, []
         if config.target_hidden_size != target.hidden_size:
             faults.append(
@@ -202,8 +209,7 @@ class LlamaForCausalLMEagle3(Drafter):
             )
         if config.num_draft_tokens < 1:
             faults.append(f"num_draft_tokens {config.num_draft_tokens} leaves no slot to propose")
-        mapped = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-        if not torch.equal(mapped, self.t2d.nonzero()[:, 0]):
+        if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):
             faults.append("d2t and t2d do not hold the same tokens in ascending order")
         if faults:
             raise ValueError(

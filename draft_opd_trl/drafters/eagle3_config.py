@@ -1,4 +1,4 @@
-"""The EAGLE-3 config in its published flat layout: taps in both spellings, and every unknown request refused."""
+"""The EAGLE-3 config in its flat layout, taps in both spellings, and as `speculators` writes it; unknowns refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from .parts import shape_of, with_rope_fields
+from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 NUM_TAPS = 3
@@ -16,6 +16,9 @@ _IDLE_FIELDS |= {"target_model_type", "torch_dtype"}
 # The only value of each that this architecture computes.
 _ONLY_VALUES = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "logit_scale": 1.0}
 _ONLY_VALUES |= {"num_aux_hidden_states": NUM_TAPS, "layer_types": ["full_attention"]}
+# What `speculators` keeps beside the layer's config, under the same names and in vLLM's count of taps.
+_SPECULATORS_FIELDS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
+_SPECULATORS_FIELDS += ("norm_output", "norm_before_residual", "fc_norm")
 
 
 class Eagle3Config(LlamaConfig):
@@ -41,8 +44,7 @@ class Eagle3Config(LlamaConfig):
         fc_norm (`bool`, *optional*, defaults to `False`):
             Norm each tap before `fc` (EAGLE 3.1).
         own_embeddings (`bool`, *optional*):
-            Whether the drafter has embeddings; by default only where its width is not the target's. Not written: the
-            tensors of a folder say so.
+            Whether the drafter has embeddings; by default only where its width is not the target's.
         draft_token_ids (`list[int]`, *optional*):
             Target ids of the draft vocabulary, ascending. Not written: the buffers `d2t` and `t2d` hold them.
         kwargs:
@@ -99,14 +101,79 @@ class Eagle3Config(LlamaConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        for transient in ("own_embeddings", "draft_token_ids"):
-            output.pop(transient, None)
+        output.pop("draft_token_ids", None)
+        if not output.get("own_embeddings"):
+            output.pop("own_embeddings", None)
         if self.eagle_aux_hidden_state_layer_ids is not None:
             output["eagle_config"] = {
                 "eagle_aux_hidden_state_layer_ids": self.target_layer_ids,
                 "use_aux_hidden_state": True,
             }
         return with_rope_fields(output)
+
+    @classmethod
+    def from_speculators(cls, config: dict[str, Any]) -> Eagle3Config:
+        """From the `config.json` of a `speculators` folder, as vLLM reads it."""
+        layer = speculators_layer(config, "speculators_config")
+        fields = {name: config[name] for name in _SPECULATORS_FIELDS if name in config}
+        if config.get("norm_before_fc"):
+            fields["norm_before_fc"] = True  # Refused below, by name.
+        # vLLM takes a folder that does not say for one whose residual is normed.
+        fields.setdefault("norm_before_residual", True)
+        # Where no length is proposed, it is the published training depth.
+        methods = config["speculators_config"].get("proposal_methods") or [{}]
+        return cls(**{**layer, **fields}, num_draft_tokens=methods[0].get("speculative_tokens", 7))
+
+    def to_speculators(self) -> dict[str, Any]:
+        """What the `config.json` of a `speculators` folder says of this drafter."""
+        layer = self.to_dict()
+        for name in ("architectures", "auto_map", "eagle_config", "num_draft_tokens", *_SPECULATORS_FIELDS):
+            layer.pop(name, None)
+        return {
+            "architectures": ["Eagle3DraftModel"],
+            "speculators_model_type": "eagle3",
+            "transformer_layer_config": layer,
+            **{name: getattr(self, name) for name in _SPECULATORS_FIELDS},
+            "norm_before_fc": False,
+        }
+
+    @staticmethod
+    def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
+        """
+        Where engines do otherwise than this package with a flat folder.
+
+        Args:
+            written (`dict`): Its `config.json`.
+            names (`set[str]`): Its tensors.
+
+        Returns:
+            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
+        """
+        faults = []
+        if written.get("architectures") == ["LlamaForCausalLM"]:
+            faults.append(("architectures says LlamaForCausalLM, which SGLang loads as a target", {"SGLang"}))
+        if "draft_vocab_size" not in written:
+            faults.append(("there is no draft_vocab_size, without which SGLang stops", {"SGLang"}))
+        elif written["draft_vocab_size"] == written["vocab_size"] and {"d2t", "t2d"} & names:
+            faults.append(("the tables d2t and t2d of a whole vocabulary are there, which vLLM refuses", {"vLLM"}))
+        for name in ("norm_before_residual", "attention_bias", "mlp_bias"):
+            if written.get(name):
+                faults.append((f"{name} is set, which SGLang does not compute", {"SGLang"}))
+        nested = (written.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        taps = {
+            "vLLM": written.get("eagle_aux_hidden_state_layer_ids"),
+            "SGLang": nested and [index + 1 for index in nested],
+        }
+        named = taps["vLLM"] or taps["SGLang"]
+        if named and named != [2, (named[-1] + 3) // 2, named[-1]]:
+            faults += [
+                (f"the taps {named} of hidden_states are not written where {engine} reads them", {engine})
+                for engine in taps
+                if not taps[engine]
+            ]
+        if "embed_tokens.weight" in names and written.get("target_hidden_size") in (None, written["hidden_size"]):
+            faults.append(("there are embeddings, in place of which SGLang takes the target's", set()))
+        return faults
 
     @classmethod
     def from_target(
@@ -167,9 +234,7 @@ def _check_features(fields: dict[str, Any], eagle_config: dict[str, Any]) -> Non
     }  # fmt: skip
     if fields.get("sliding_window") and fields.get("use_sliding_window") is not False:
         asked["sliding_window"] = fields["sliding_window"]
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope", "mrope") or rope.get("mrope_section"):
-        asked["rope_scaling"] = rope
+    asked |= uncomputed_rope(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
     idle = ("eagle_aux_hidden_state_layer_ids", "use_aux_hidden_state")
     asked |= {f"eagle_config.{name}": value for name, value in eagle_config.items() if value and name not in idle}
     if eagle_config.get("use_aux_hidden_state") is False:

@@ -1,5 +1,5 @@
-"""Pieces that drafters share: the shape and start they take from a target, rotation, drafting part by part, what
-engines read of RoPE.
+"""Pieces that drafters share: shape and start from a target, rotation, drafting part by part, and what of RoPE and
+`speculators` configs is read.
 
 Knows no drafter kinds.
 """
@@ -41,6 +41,25 @@ def with_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = rope
     return {**config, **fields}
+
+
+def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The part of RoPE's parameters that no drafter here computes, by name; empty if there is none."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
+
+
+def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
+    """
+    The flat fields in the `config.json` of a `speculators` folder.
+
+    Raises:
+        `ValueError`: It lacks them, or one of the fields `needed` beside them.
+    """
+    missing = [name for name in ("transformer_layer_config", *needed) if config.get(name) is None]
+    if missing:
+        raise ValueError(f"This speculators config.json lacks {missing}, so no engine could load it. Export it again.")
+    return {name: value for name, value in config["transformer_layer_config"].items() if name != "architectures"}
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

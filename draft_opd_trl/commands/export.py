@@ -1,0 +1,49 @@
+"""Write a drafter in another layout: the flat folder that SGLang and vLLM load, or vLLM's speculators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ExportArguments:
+    """What to write."""
+
+    path: str = field(metadata={"help": "Drafter: path or id, in any layout.", "positional": True})
+    output_dir: str = field(metadata={"help": "New folder."})
+    format: str = field(metadata={"help": "dflash or eagle3 (flat), whichever the drafter is; or speculators."})
+    target: str | None = field(
+        default=None,
+        metadata={"help": "Its target: path or id, of which the config is read. A speculators folder names it."},
+    )
+    target_name: str | None = field(
+        default=None, metadata={"help": "Id to name the target by, where --target is a local copy."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto (as stored), bfloat16, float32."})
+    revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
+
+
+ARGUMENTS = (ExportArguments,)
+
+
+def run(arguments: ExportArguments) -> dict[str, Any]:
+    from ..checkpoints import export_drafter
+    from ..inspection import inspect_drafter
+
+    export_drafter(
+        arguments.path,
+        arguments.output_dir,
+        arguments.format,
+        target=arguments.target,
+        target_name=arguments.target_name,
+        dtype=arguments.dtype,
+        revision=arguments.revision,
+    )
+    return inspect_drafter(arguments.output_dir, arguments.target)
+
+
+def show(result: dict[str, Any]) -> str:
+    from .inspect import show as show_folder
+
+    return f"Written and read back.\n\n{show_folder(result)}"

@@ -1,0 +1,47 @@
+"""Say what a drafter folder is, which engines load it and how, and what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class InspectArguments:
+    """What to look at."""
+
+    path: str = field(metadata={"help": "Drafter: path or id, in any layout.", "positional": True})
+    target: str | None = field(
+        default=None, metadata={"help": "Its target: path or id, of which the config is read. Judges the fit."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
+
+
+ARGUMENTS = (InspectArguments,)
+
+
+def run(arguments: InspectArguments) -> dict[str, Any]:
+    from ..inspection import inspect_drafter
+
+    return inspect_drafter(arguments.path, arguments.target, arguments.revision)
+
+
+def show(result: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
+    lines = [
+        result["path"],
+        f"  {result['kind']} drafter, {result['layout']}",
+        f"  {result['num_parameters']:,} parameters; tensors: {dtypes}",
+        *(f"  {name}: {value}" for name, value in result["config"].items()),
+        "",
+        "Loads in",
+        *(f"  {loader}: {'yes' if loads else 'no'}" for loader, loads in result["loads"].items()),
+        "",
+        "Found" if result["faults"] else "Nothing is wrong with it.",
+    ]
+    for fault in result["faults"]:
+        breaks = f" (breaks {', '.join(fault['breaks'])})" if fault["breaks"] else ""
+        lines.append(f"  - {fault['fault']}{breaks}")
+    for engine, command in result["launch"].items():
+        lines += ["", f"Serve with {engine}", *(f"  {line}" for line in command.splitlines())]
+    return "\n".join(lines)
