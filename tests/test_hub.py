@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load
+from transformers import AutoModel, dynamic_module_utils
 
 from draft_opd_trl import (
     DraftOPDConfig,
@@ -155,6 +157,27 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     drafter.push_to_hub("user/large")
     assert len(hub.blobs) == 1
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
+
+
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
+    """With the code that came along, not with this package's."""
+    target = Target(model)
+    drafter = tiny_drafter(kind, target)
+    drafter.push_to_hub("user/mine")
+    loaded = AutoModel.from_pretrained("user/mine", trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules.user.mine.")
+    assert torch.equal(proposals(loaded, target), proposals(drafter, target))
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
