@@ -95,6 +95,23 @@ def test_chains_share_the_work(num_chains, rounds, monkeypatch):
     assert len(calls) == rounds
 
 
+@pytest.mark.parametrize(("num_chains", "rounds"), [(1, 17), (4, 6), (16, 3)])
+def test_a_drafter_that_is_mostly_right_looks_ahead(num_chains, rounds, monkeypatch):
+    """Sixteen blocks of four tokens: the first round shows how right it is, the rest follow one chain."""
+    proposals = (torch.arange(12)[:, None] + torch.arange(1, 4)) % 12
+    drafter, calls = ScriptedDrafter(proposals), []
+    propose = drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda *arguments: calls.append(1) or propose(*arguments))
+    counting = [at % 12 for at in range(1, 65)]
+    counting[34] = 0  # one surprise, which shifts every anchor behind it
+    counting[35:] = [(at + 1) % 12 for at in range(29)]
+    rollout = Rollout.from_ids([[0], [5]], [counting, [6]])
+    blocks = replay_text(drafter, rollout, torch.zeros(2, 65, 1), num_chains)
+    assert len(blocks) == 17 and blocks.has_error.sum() == 1
+    assert (blocks.anchors[1:] == (blocks.anchors + blocks.num_accepted + 1)[:-1]).all()
+    assert len(calls) == rounds
+
+
 def test_replay_equals_scripted_speculation():
     rollout = speculate(
         counting_target(), _counting_drafter(), [[1], [3], [7, 8]], SpeculationSettings(20, [11], batch_size=2)
