@@ -1,6 +1,5 @@
 """Every private name of TRL that the package uses, in one place, so that a new TRL release is one file to mend."""
 
-from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -15,5 +14,4 @@ __all__ = [
     "create_model_from_path",
     "disable_dropout_in_model",
     "identity",
-    "prepare_deepspeed",
 ]

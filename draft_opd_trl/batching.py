@@ -229,7 +229,8 @@ class BatchMaker:
         """
         num_draft_tokens = self.drafter.num_draft_tokens
         metrics = ReplayMetrics(accepted_by_slot=[0] * num_draft_tokens, valid_by_slot=[0] * num_draft_tokens)
-        return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
+        with self.target.uneven_forwards():
+            return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
 
     def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
         num_new = len(rollout)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
@@ -110,6 +111,22 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _merge_adapter(folder: Path, dtype: torch.dtype | str, token: str | None) -> Drafter:
+    """The drafter an adapter was trained on, with the adapter merged into its weights."""
+    config = PeftConfig.from_pretrained(folder)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} does not name the drafter it was trained on, as that was an instance "
+            "without a path. Write the path to `base_model_name_or_path` there."
+        )
+    drafter = load_drafter(config.base_model_name_or_path, dtype, config.revision, token)
+    trainable = {name: parameter.requires_grad for name, parameter in drafter.named_parameters()}
+    drafter = PeftModel.from_pretrained(drafter, str(folder)).merge_and_unload(safe_merge=True)
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    return drafter.eval()
+
+
 def load_drafter(
     path_or_id: str,
     dtype: torch.dtype | str = torch.float32,
@@ -117,7 +134,7 @@ def load_drafter(
     token: str | None = None,
 ) -> Drafter:
     """
-    Read a drafter folder, whole or not at all.
+    Read a drafter folder, whole or not at all; an adapter's folder as its base drafter with the adapter merged in.
 
     Layouts: DFlash as z-lab publishes it, EAGLE-3 as SpecForge, SGLang and SafeAILab do, and vLLM's `speculators`.
 
@@ -133,11 +150,13 @@ def load_drafter(
     Raises:
         `FileNotFoundError`: No such folder, config or weights.
         `ValueError`: Unknown architecture, a config that asks for what is not computed here, or a tensor missing,
-            unexpected, misshapen, of the wrong dtype or not finite.
+            unexpected, misshapen, of the wrong dtype or not finite, or an adapter that does not name its base.
     """
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
     folder = drafter_folder(path_or_id, revision, token)
+    if (folder / "adapter_config.json").is_file():
+        return _merge_adapter(folder, dtype, token)
     drafter_class = drafter_class_of(read_config(folder), folder)
     config = load_drafter_config(folder)
     tensors = drafter_class.canonical_tensors(read_tensors(folder), config)
@@ -156,7 +175,7 @@ def load_drafter(
     bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise ValueError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
-    drafter.config._name_or_path = str(path_or_id)
+    drafter.name_or_path = drafter.config._name_or_path = str(path_or_id)
     return drafter.eval()
 
 

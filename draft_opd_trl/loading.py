@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, load_dataset, load_from_disk
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl_compat import create_model_from_path
@@ -76,7 +76,7 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset 
 
 
 def load_pair(
-    drafters: Sequence[str], teacher_model: str, dtype: str = "float32"
+    drafters: Sequence[str], teacher_model: str, dtype: str = "float32", quantization_config: Any = None
 ) -> tuple[Target, list[Drafter], PreTrainedTokenizerBase]:
     """
     A target, drafters bound to it, and its tokenizer, ready to decode; on the GPU if there is one.
@@ -85,9 +85,11 @@ def load_pair(
         drafters (`Sequence[str]`): Paths or ids.
         teacher_model (`str`): Path or id of the target.
         dtype (`str`, *optional*, defaults to `"float32"`): Of all of them, or `"auto"` for the target's own.
+        quantization_config (*optional*): Of the target.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = Target(AutoModelForCausalLM.from_pretrained(teacher_model, dtype=dtype).to(device))
+    options = {"dtype": dtype, "device_map": device, "quantization_config": quantization_config}
+    target = Target(AutoModelForCausalLM.from_pretrained(teacher_model, **options))
     bound = [load_drafter(name, dtype=target.dtype).to(device).bind(target) for name in drafters]
     return target, bound, AutoTokenizer.from_pretrained(teacher_model)
 
@@ -129,9 +131,25 @@ def load_target(
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
     init_kwargs.setdefault("dtype", "auto")
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+    if args.world_size > 1:
         init_kwargs["device_map"] = None
     return create_model_from_path(teacher_model, **init_kwargs)
+
+
+def warn_about_quantization(target: Target) -> None:
+    """Say what τ of a quantised target is worth, and where its text depends on the batch."""
+    if not target.quantized:
+        return
+    config = target.model.hf_quantizer.quantization_config
+    logger.warning(
+        f"The target is quantised ({config.quant_method}), and so is what the drafter is trained for and judged "
+        "against here. Judge it against the target as it will be served: `draft-opd evaluate` takes the same options."
+    )
+    if getattr(config, "load_in_8bit", False) and config.llm_int8_threshold > 0:
+        logger.warning(
+            f"llm_int8_threshold={config.llm_int8_threshold} looks for outliers over the whole batch, so a text "
+            "depends on those beside it, and speculation changes texts. Set it to 0."
+        )
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
@@ -180,11 +198,19 @@ def check_texts(dataset: Dataset, count: int, source: RolloutSource, target: Tar
             logger.warning(misfit)
 
 
-def check_peft(peft_config: PeftConfig) -> PeftConfig:
+def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None = None) -> PeftModel:
     """
+    The drafter with an adapter that is trained in its place.
+
+    Args:
+        drafter ([`Drafter`]): Its path is what the adapter's folder will name as its base.
+        peft_config ([`~peft.PeftConfig`]): Any method that adapts weights.
+        revision (`str`, *optional*): Of the drafter on the Hub; goes into the adapter's folder.
+
     Raises:
         `TypeError`: Not a PEFT config.
-        `ValueError`: It names a task type, and PEFT would look for a model of that task.
+        `ValueError`: It names a task type, and PEFT would look for a model of that task; or it adapts what drafters
+            and losses do not reach through a forward: prompts, or the head.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
@@ -192,4 +218,16 @@ def check_peft(peft_config: PeftConfig) -> PeftConfig:
         raise ValueError(
             f"peft_config.task_type is {peft_config.task_type!r}, but a drafter is no such model. Set it to None."
         )
-    return peft_config
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} trains a prompt, but a drafter reads target states. Use a method that "
+            "adapts weights, such as LoraConfig."
+        )
+    before = drafter.get_output_embeddings()
+    model = get_peft_model(drafter, peft_config, revision=revision)
+    if drafter.get_output_embeddings() is not before:
+        raise ValueError(
+            "peft_config adapts the drafter's head, whose weight the losses read directly, so the adapter there would "
+            "train nothing. Leave lm_head out of target_modules and modules_to_save."
+        )
+    return model

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import PositionCache, visible
@@ -28,7 +32,7 @@ class Target:
 
     Raises:
         `ValueError`: The attention implementation cannot take the masks of ragged speculation, the layer types are
-            unknown, or the head post-processes its logits in a way not handled here.
+            unknown, head or embedding is quantised, or the head post-processes its logits in a way not handled here.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -37,10 +41,12 @@ class Target:
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
+        self._check_whole_weights()
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.head.weight.shape[0]
         self.num_layers: int = self.config.num_hidden_layers
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._sharded = False
         self._check_attention()
         self._check_head()
 
@@ -51,6 +57,10 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
     def name(self) -> str:
@@ -64,11 +74,23 @@ class Target:
         digest = hashlib.sha256(json.dumps([config, revision], sort_keys=True, default=str).encode())
         for name, weight in self.model.named_parameters():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if weight.numel() and not weight.is_meta:  # offloaded or sharded away
+            if isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            if weight.numel() and not weight.is_meta:  # offloaded
                 values = weight.detach().reshape(-1)
                 values = values[:: max(values.numel() // samples, 1)].contiguous().cpu()
                 digest.update(values.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _check_whole_weights(self) -> None:
+        for module in (self.head, self.embedding):
+            weight = getattr(module, "weight", None)
+            if weight is None or not weight.is_floating_point():
+                raise ValueError(
+                    f"The target's {'head' if module is self.head else 'embedding'} is quantised "
+                    f"({type(module).__name__}), and drafters and losses read its plain weight. Leave it out of the "
+                    "quantisation, as is the default: BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])."
+                )
 
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation
@@ -101,6 +123,51 @@ class Target:
                 f"{(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from hidden states."
             )
 
+    def to(self, device: torch.device) -> None:
+        """Move all weights; shards stay where their mesh is."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
+
+    # -- weights over several ranks ------------------------------------------------------------------------------
+
+    def shard(self, **options: Any) -> None:
+        """
+        Spread the layers' weights over all ranks (FSDP2), in their own dtype.
+
+        Embedding, final norm and head stay whole: drafters and losses read them. From here on a forward is a meeting
+        of all ranks, see [`uneven_forwards`].
+
+        Args:
+            options: Of `torch.distributed.fsdp.fully_shard`.
+        """
+        for layer in self.decoder.layers:
+            # Said aloud, as each layer is a root of its own, and roots would keep what they gathered.
+            fully_shard(layer, reshard_after_forward=True, **options)
+        self._sharded = True
+
+    @contextmanager
+    def uneven_forwards(self) -> Iterator[None]:
+        """
+        Inside, ranks may call the target a different number of times; leaving waits for all of them.
+
+        The layers of a sharded target are gathered by all ranks together, so a rank that is done runs empty forwards
+        until the last one is.
+        """
+        yield
+        if self._sharded:
+            idle = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+            while self._count_running(0):
+                self.decoder(input_ids=idle, use_cache=False)
+
+    def _count_running(self, running: int) -> torch.Tensor:
+        """Ranks that are about to run a forward of their own."""
+        count = torch.tensor(running, device=self.device)
+        torch.distributed.all_reduce(count)
+        return count
+
+    # -- forwards ------------------------------------------------------------------------------------------------
+
     def _masks(self, full: torch.Tensor, windowed: torch.Tensor | None) -> torch.Tensor | dict[str, torch.Tensor]:
         if self.config._attn_implementation == "eager":
             low = torch.finfo(self.dtype).min
@@ -113,6 +180,8 @@ class Target:
         return full if windowed is None else windowed
 
     def _run(self, layer_ids: Sequence[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._sharded:
+            self._count_running(1)
         tapped = [index + 1 for index in layer_ids]
         output = self.decoder(output_hidden_states=tapped or False, **inputs)
         features = [output.hidden_states[index] for index in tapped]

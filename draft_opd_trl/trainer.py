@@ -9,6 +9,8 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -26,7 +28,6 @@ from ._trl_compat import (
     _ForwardRedirection,
     disable_dropout_in_model,
     identity,
-    prepare_deepspeed,
 )
 from .acceptance import AcceptanceReport, join_reports
 from .batching import BatchMaker, ReplayMetrics, StreamSettings
@@ -39,13 +40,14 @@ from .feed import BatchFeed, EpochSampler
 from .hub import check_hub_access
 from .hub_trainer import HubTrainer
 from .loading import (
+    add_adapter,
     check_dataset_size,
-    check_peft,
     check_texts,
     choose_pad_token,
     generation_batch_size,
     load_target,
     load_tokenizer,
+    warn_about_quantization,
 )
 from .losses import Heads, LossSettings, batch_loss
 from .model_card import cached_revision
@@ -55,6 +57,7 @@ from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
 from .rollout import RolloutSource, build_source
 from .sampling import SamplingParams
+from .sharding import check_parallelism, gathered, shard
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
@@ -81,7 +84,8 @@ class DraftOPDTrainer(HubTrainer):
         callbacks, optimizers:
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter put on the drafter; `task_type` must be `None`.
+            Adapter put on the drafter; `task_type` must be `None`. [`load_drafter`] reads the folder it is saved to
+            as the drafter with the adapter merged in.
         quantization_config (*optional*):
             Passed to the target's `from_pretrained`.
 
@@ -124,13 +128,16 @@ class DraftOPDTrainer(HubTrainer):
         drafter = load_drafter(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
         teacher = load_target(teacher_model, args, quantization_config)
         self.target = Target(teacher)
+        warn_about_quantization(self.target)
         if isinstance(teacher_model, str):
             revision = (args.teacher_model_init_kwargs or {}).get("revision")
             self.target_revision = cached_revision(teacher_model, revision)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
-        model = drafter if peft_config is None else get_peft_model(drafter, check_peft(peft_config))
+        model = drafter
+        if peft_config is not None:
+            model = add_adapter(drafter, peft_config, (args.model_init_kwargs or {}).get("revision"))
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
@@ -150,7 +157,7 @@ class DraftOPDTrainer(HubTrainer):
                 "one target. Launch with `accelerate launch`, or make one GPU visible."
             )
         self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
-        self._place_target()
+        self._place_models()
         self._forward_redirection = _ForwardRedirection()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
@@ -161,21 +168,22 @@ class DraftOPDTrainer(HubTrainer):
             sampling = self.speculation_settings().sampling
             check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, sampling)
 
-    def _place_target(self) -> None:
-        teacher = self.target.model
-        if self.is_deepspeed_enabled:
-            teacher = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        # accelerate may wrap the model to upcast its outputs; the taps are read below any wrapper.
-        self.teacher_model = teacher
-        spread = getattr(self.target.model, "hf_device_map", None)
-        if not spread and self.target.device.type != self.accelerator.device.type:
-            self.target.model.to(self.accelerator.device)
+    def _place_models(self) -> None:
+        """The drafter is placed by the Trainer, unless both are sharded."""
+        check_parallelism(self.accelerator)
+        if self.is_fsdp_enabled:
+            shard(self.target, self.model, self.accelerator)
+        if not getattr(self.target.model, "hf_device_map", None):
+            self.target.to(self.accelerator.device)
+
+    @contextmanager
+    def _drafter_as_served(self) -> Iterator[None]:
+        """Eval mode and whole weights, on all ranks at once."""
+        with in_eval_mode(self.model), gathered(self.model):
+            yield
 
     def _prepare_rooms(self) -> None:
         args, drafter = self.args, self.drafter
-        self.heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map)
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
         self.accepted_loss = LossSettings(args.accepted_loss, args.teacher_temperature, **loss)
         self.rejected_loss = LossSettings(args.rejected_loss, args.teacher_temperature, **loss)
@@ -276,7 +284,7 @@ class DraftOPDTrainer(HubTrainer):
             done = self.state.global_step / max(self.state.max_steps - 1, 1)
             self.feed.make_batches.lmbda = self.args.lmbda + done * (self.args.lmbda_end - self.args.lmbda)
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
-        with in_eval_mode(self.drafter):
+        with self._drafter_as_served():
             batch, met = self.feed.next(generation_batch, self.state.global_step)
         if met is not None:
             self._log_replay(met)
@@ -286,7 +294,8 @@ class DraftOPDTrainer(HubTrainer):
     def _write_texts(self, rows: list[dict]) -> Rollout:
         start = time.perf_counter()
         draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0
-        rollout = self.source.write(rows, draw)
+        with self.target.uneven_forwards():
+            rollout = self.source.write(rows, draw)
         self._metrics["time/rollout"].append(time.perf_counter() - start)
         lengths = self.accelerator.gather(rollout.completion_lengths).float()
         self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
@@ -331,7 +340,7 @@ class DraftOPDTrainer(HubTrainer):
         parts = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs)
         for name in ("accepted_loss", "rejected_loss"):
             if name == "accepted_loss" or inputs.draft_states is not None:
-                mean = parts[name] / inputs.denominator.clamp(min=1e-8)
+                mean = self.accelerator.reduce(parts[name] / inputs.denominator.clamp(min=1e-8), "mean")
                 self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean)
         if self.args.replay_by_loss:
             self.error_buffer.note(inputs.tokens, inputs.lengths, inputs.blocks, parts["block_losses"])
@@ -343,9 +352,8 @@ class DraftOPDTrainer(HubTrainer):
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
             hidden = drafter.replay(inputs.features, inputs.tokens, inputs.blocks)
-            return batch_loss(
-                hidden, inputs, self.heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size
-            )
+            heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map)
+            return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -361,13 +369,15 @@ class DraftOPDTrainer(HubTrainer):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
-        """This rank's share of `eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively."""
+    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport | None:
+        """This rank's share of `eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively; `None` of none."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = list(dataset["prompt_ids"])[rank::world]
-        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
-        with in_eval_mode(self.model):
+        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1000003 * rank)
+        with self._drafter_as_served(), self.target.uneven_forwards():
+            if not prompts:
+                return None
             return measure_acceptance(
                 self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
             )
@@ -406,7 +416,9 @@ class DraftOPDTrainer(HubTrainer):
             dataset = self._tokenize(dataset, "eval_dataset")
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
-        metrics = join_reports(gather_object([report]), at_once=True).metrics(metric_key_prefix)
+        metrics = join_reports(gather_object([] if report is None else [report]), at_once=True).metrics(
+            metric_key_prefix
+        )
         with in_eval_mode(self.model):
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -430,7 +442,7 @@ class DraftOPDTrainer(HubTrainer):
         texts = replace(self.feed.rollouts[0], blocks=None, block_states=None)
         texts = texts.rows(0, self.args.num_completions_to_print)
         sampling = self.speculation_settings().sampling
-        with in_eval_mode(self.drafter):
+        with self._drafter_as_served(), self.target.uneven_forwards():
             return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)
 
     def _state_file(self, folder: str) -> Path:
@@ -449,9 +461,10 @@ class DraftOPDTrainer(HubTrainer):
         self.create_model_card()
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = self._state_file(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        # Of all that the Trainer loads, this is what it loads under every backend.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = self._state_file(checkpoint)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer). "

@@ -36,6 +36,7 @@ LAYERS = (
         "model_card",
         "hub",
         "loading",
+        "sharding",
         "suites",
     ),
     ("batching", "rehearsal"),

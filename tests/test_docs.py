@@ -114,7 +114,7 @@ def test_readme_commands_are_make_targets():
 def test_options_of_commands_exist():
     known = {command: _options(command) for command in COMMANDS}
     # The quickstart, which examples/train.py runs where it is given no drafter, has an option of its own.
-    known["train"] |= {"drafter", "config_file"}
+    known["train"] |= {"drafter", "config_file", "num_processes"}
     unknown = []
     for page in PAGES:
         lines = "\n".join(_code_blocks(_read(page))).replace("\\\n", " ").splitlines()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .options import PairArguments, read_chat_kwargs
+from .options import PairArguments, QuantizationArguments, read_chat_kwargs
 
 
 @dataclass
@@ -40,10 +40,10 @@ class EvaluateArguments(PairArguments):
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
 
 
-ARGUMENTS = (EvaluateArguments,)
+ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
 
-def run(arguments: EvaluateArguments) -> dict[str, Any]:
+def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     import json
     from pathlib import Path
 
@@ -67,7 +67,9 @@ def run(arguments: EvaluateArguments) -> dict[str, Any]:
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
     chat = read_chat_kwargs(arguments.chat_template_kwargs)
     folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
-    target, drafters, tokenizer = load_pair(folders, arguments.teacher_model_name_or_path, arguments.dtype)
+    target, drafters, tokenizer = load_pair(
+        folders, arguments.teacher_model_name_or_path, arguments.dtype, quantization.quantization_config()
+    )
     output = Path(arguments.output_dir) if arguments.output_dir else None
     results = []
     for name, suite in suites.items():

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig
 
 
 @dataclass
@@ -15,6 +20,49 @@ class PairArguments:
     teacher_model_name_or_path: str = field(
         metadata={"help": "Target: path or id.", "aliases": ["--teacher", "--teacher_model"]}
     )
+
+
+@dataclass
+class QuantizationArguments:
+    """How the target is quantised; names and defaults are those of TRL's `ModelConfig`."""
+
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the target to 8 bits."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to 4 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "fp4 or nf4."})
+    bnb_4bit_compute_dtype: str = field(default="bfloat16", metadata={"help": "What 4-bit layers compute in."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the constants of 4 bits too."})
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """What these options ask for; `None` for a target as it is."""
+        from trl import ModelConfig, get_quantization_config
+
+        options = {name: getattr(self, name) for name in ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type")}
+        config = get_quantization_config(
+            ModelConfig(dtype=self.bnb_4bit_compute_dtype, use_bnb_nested_quant=self.use_bnb_nested_quant, **options)
+        )
+        if self.load_in_8bit:
+            # Above 0 outliers are looked for over the whole batch, so a text depends on those beside it.
+            config.llm_int8_threshold = 0.0
+        return config
+
+
+@dataclass
+class AdapterArguments:
+    """A LoRA adapter on the drafter; names and defaults are those of TRL's `ModelConfig`."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: alpha / rank, or alpha / √rank with rslora."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapter's input."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Names, or all-linear."})
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+
+    def peft_config(self) -> PeftConfig | None:
+        """What these options ask for; `None` without `--use_peft`."""
+        from trl import ModelConfig, get_peft_config
+
+        return get_peft_config(ModelConfig(lora_task_type=None, **vars(self)))
 
 
 def read_chat_kwargs(text: str) -> dict[str, Any]:

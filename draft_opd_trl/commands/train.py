@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import DraftOPDConfig
-from .options import PairArguments
+from .options import AdapterArguments, PairArguments, QuantizationArguments
 
 
 @dataclass
@@ -24,10 +24,12 @@ class TrainArguments(PairArguments):
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure acceptance length on."})
 
 
-ARGUMENTS = (TrainArguments, DraftOPDConfig)
+ARGUMENTS = (TrainArguments, QuantizationArguments, AdapterArguments, DraftOPDConfig)
 
 
-def run(arguments: TrainArguments, config: DraftOPDConfig) -> dict[str, Any]:
+def run(
+    arguments: TrainArguments, quantization: QuantizationArguments, adapter: AdapterArguments, config: DraftOPDConfig
+) -> dict[str, Any]:
     from ..loading import hold_out, load_prompts
     from ..trainer import DraftOPDTrainer
 
@@ -39,6 +41,8 @@ def run(arguments: TrainArguments, config: DraftOPDConfig) -> dict[str, Any]:
         config,
         train_dataset=prompts,
         eval_dataset=held_out,
+        peft_config=adapter.peft_config(),
+        quantization_config=quantization.quantization_config(),
     )
     result: dict[str, Any] = {"output_dir": config.output_dir}
     if held_out is not None:

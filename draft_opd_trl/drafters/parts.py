@@ -91,10 +91,18 @@ def init_layer(layer: nn.Module, source: nn.Module) -> None:
         if name not in theirs or (norm in theirs and norm not in mine):
             continue
         if isinstance(module, nn.Linear):
-            weight = theirs[name].weight
+            weight = dense_weight(theirs[name])
             copy_fitting(module.weight[:, -weight.shape[1] :], weight)
         elif "norm" in name:
             copy_norm(module, theirs[name])
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """A linear map's weight `(out, in)`, whatever it is stored as: what it makes of unit vectors."""
+    if linear.weight.is_floating_point():
+        return linear.weight
+    units = torch.eye(linear.in_features, device=linear.weight.device)
+    return (linear(units) - linear(torch.zeros_like(units[:1]))).T
 
 
 def copy_fitting(parameter: torch.Tensor, source: torch.Tensor) -> None:

@@ -1,0 +1,110 @@
+"""Runs that tests compare, on one rank or on several: one launch, many cases. Takes the path of a JSON file.
+
+The file holds `folder`, where the results go, and `cases`: name → what to build, what to do, options of the config.
+Cases share a launch because importing the libraries on every rank takes longer than all of them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, TrainerCallback
+
+from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
+from draft_opd_trl.commands.options import QuantizationArguments
+
+
+DEFAULTS = {
+    "max_steps": 5,
+    "optim": "sgd",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_completion_length": 20,
+    "num_anchors": 6,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early without changing its schedule, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+        return control
+
+
+class RecordingTrainer(DraftOPDTrainer):
+    """Remembers the prompts of each set of texts this rank wrote or read."""
+
+    def _write_texts(self, rows):
+        self.prompts = [*getattr(self, "prompts", []), [row["prompt_ids"] for row in rows]]
+        return super()._write_texts(rows)
+
+
+def build(case, output_dir, callbacks=()):
+    config = DraftOPDConfig(str(output_dir), **{**DEFAULTS, **case["options"]})
+    if case.get("fsdp"):
+        # accelerate reads the FSDP settings of its launcher on accelerators only; what follows runs with gloo too.
+        config.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    texts = Dataset.from_json(case["texts"])
+    return RecordingTrainer(
+        case["drafter"],
+        case["target"],
+        config,
+        train_dataset=texts,
+        eval_dataset=texts.select_columns(["prompt_ids"]).select(range(case.get("eval_prompts", 1))),
+        processing_class=AutoTokenizer.from_pretrained(case["target"]),
+        peft_config=LoraConfig(**case["lora"]) if "lora" in case else None,
+        quantization_config=QuantizationArguments(**case.get("quantization", {})).quantization_config(),
+        callbacks=list(callbacks),
+    )
+
+
+def run_case(case, output_dir):
+    """Train, or train, be cut off and resume; evaluate before and after. → what a test wants to see of this rank."""
+    trainer = build(case, output_dir)
+    before = trainer.evaluate() if "eval_prompts" in case else None
+    if "cut_at" in case:
+        trainer = build(case, output_dir, [StopAt(case["cut_at"])])
+        trainer.train()
+        trainer = build(case, output_dir)
+        trainer.train(resume_from_checkpoint=str(Path(output_dir) / f"checkpoint-{case['cut_at']}"))
+    else:
+        trainer.train()
+    trainer.save_model()
+    return {
+        "prompts": trainer.prompts,
+        "remembered": [entry.tokens[: entry.prompt_length] for entry in trainer.error_buffer.entries.values()],
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "before": before,
+        "after": trainer.evaluate() if "eval_prompts" in case else None,
+        "sharded": [
+            sum(isinstance(weight, DTensor) for weight in model.parameters())
+            for model in (trainer.model, trainer.target.model)
+        ],
+    }
+
+
+def main(file):
+    spec = json.loads(Path(file).read_text())
+    for name, case in spec["cases"].items():
+        output_dir = Path(spec["folder"]) / name
+        result = run_case(case, output_dir)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
