@@ -124,7 +124,7 @@ class DraftOPDConfig(_BaseConfig):
         num_anchors (`int`, *optional*, defaults to `512`):
             Most blocks trained on, a text: those with an error first. Also the number of random anchors of SFT.
         num_chains (`int`, *optional*, defaults to `8`):
-            Replay chains started on each text; changes speed only.
+            Anchors of each text drafted at once in replay; changes speed only.
         replay_buffer_size (`int`, *optional*, defaults to `0`):
             Texts whose error positions are remembered.
         replay_ratio (`float`, *optional*, defaults to `0.0`):
@@ -200,7 +200,7 @@ class DraftOPDConfig(_BaseConfig):
     loss_max_clamp: float | None = field(default=None, metadata={"help": "Ceiling of a slot's loss."})
     log_prob_min_clamp: float | None = field(default=None, metadata={"help": "Floor of sampled log-probabilities."})
     num_anchors: int = field(default=512, metadata={"help": "Most blocks trained on, a text."})
-    num_chains: int = field(default=8, metadata={"help": "Replay chains a text; changes speed only."})
+    num_chains: int = field(default=8, metadata={"help": "Anchors a text drafted at once; speed only."})
     replay_buffer_size: int = field(default=0, metadata={"help": "Texts whose error positions are remembered."})
     replay_ratio: float = field(default=0.0, metadata={"help": "Remembered texts drawn for each new one."})
     replay_by_loss: bool = field(default=False, metadata={"help": "Draw remembered positions by their last loss."})

@@ -22,8 +22,8 @@ from .vocabulary import to_draft_ids
 ARGMAX = Chooser()
 # Anchors of a text drafted at once: all logits of a block are held while it is drafted.
 ANCHORS_AT_ONCE = 16
-# Share of wholly accepted blocks from which looking ahead along one chain beats several chains.
-MOSTLY_RIGHT = 0.75
+# Share of blocks that are not wholly accepted, below which looking ahead along one chain beats several chains.
+MOSTLY_WHOLE = 0.25
 
 
 def slot_labels(tokens: torch.Tensor, rows: torch.Tensor, anchors: torch.Tensor, num_draft_tokens: int):
@@ -183,8 +183,8 @@ def replay_text(
     from their law given the text, so they equal speculation's in law. What happens at an anchor depends on nothing
     but the anchor, so several chains run side by side from spread-out positions of one text and stop where another
     has been; the chain from the completion's first token is then read off the outcomes. Chains of a drafter that is
-    mostly right step evenly and seldom meet; then the first goes on alone, with the anchors that whole blocks would lead
-    to drafted ahead. Exact for any `num_chains`; more mean fewer sequential rounds and some wasted blocks.
+    mostly right step evenly and seldom meet; then the first goes on alone, and the anchors that whole blocks would
+    lead to are drafted ahead. Exact for any `num_chains`; more mean fewer rounds and some wasted blocks.
 
     Args:
         drafter ([`Drafter`]): Bound to its target.
@@ -217,9 +217,10 @@ def replay_text(
         blocks = draft_at(drafter, state, rollout, torch.where(wanted, grid, 0), wanted, coupling)
         accepted_at[blocks.rows, blocks.anchors] = blocks.num_accepted
         drafts_at[blocks.rows, blocks.anchors] = blocks.draft_tokens
-        whole = (blocks.num_accepted == drafter.num_draft_tokens).float().mean()
-        if len(ahead) == 1 < num_chains and bool(whole > MOSTLY_RIGHT):
-            ahead = torch.arange(num_chains, device=device) * (drafter.num_draft_tokens + 1)
+        broken = float((blocks.num_accepted < drafter.num_draft_tokens).float().mean())
+        if len(ahead) == 1 < num_chains and broken < MOSTLY_WHOLE:
+            run = int(1 / max(broken, 1 / num_chains))  # whole blocks to the next broken one, on average
+            ahead = torch.arange(run, device=device) * (drafter.num_draft_tokens + 1)
             anchors, live = anchors[:, :1], rollout.prompt_lengths[:, None] < last[:, None]
             anchors = torch.where(live, rollout.prompt_lengths[:, None], anchors)
         for _ in ahead:
