@@ -7,6 +7,7 @@ optimizer step) and the global denominator. Knows no losses, no models and no lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -83,6 +84,8 @@ class BatchFeed:
             served = self.rollouts[micro : micro + self.accumulation_steps]
             self._batches, metrics = self.make_batches(served, step, fresh=self._written_at == step)
             self._share_denominator()
+            # Later steps replay with a drafter that has moved on: of the texts they keep, token ids are all they read.
+            self.rollouts = [replace(rollout, blocks=None, block_states=None) for rollout in self.rollouts]
         self.micro_steps += 1
         return self._batches[accumulated], metrics
 

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -439,8 +438,7 @@ class DraftOPDTrainer(HubTrainer):
         """A few of the texts in use, as this drafter would speed them up now by its argmax."""
         if not self.feed.rollouts:
             return []
-        texts = replace(self.feed.rollouts[0], blocks=None, block_states=None)
-        texts = texts.rows(0, self.args.num_completions_to_print)
+        texts = self.feed.rollouts[0].rows(0, self.args.num_completions_to_print)
         sampling = self.speculation_settings().sampling
         with self._drafter_as_served(), self.target.uneven_forwards():
             return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)
