@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -337,28 +338,30 @@ class BatchMaker:
         if self.anchors == "exposed":
             blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains, coupling)
         else:
-            grid = self._random_grid(replayed, [generators[row] for row in rows.tolist()])
+            places = self._random_places(replayed, range(len(rows)), [generators[row] for row in rows.tolist()])
             state = read_text(self.drafter, replayed, features[rows])
-            blocks = draft_at(self.drafter, state, replayed, *grid, coupling)
+            blocks = draft_at(self.drafter, state, replayed, *grid_of(*places, len(replayed)), coupling)
         blocks.rows = rows[blocks.rows]
         return blocks, None
 
-    def _random_grid(self, rollout: Rollout, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`num_anchors` random anchors of each text, as [`grid_of`] gives them."""
-        texts = zip(rollout.lengths.tolist(), rollout.prompt_lengths.tolist(), generators, strict=True)
-        drawn = [random_anchors(length, start, self.num_anchors, generator) for length, start, generator in texts]
-        rows = torch.arange(len(rollout)).repeat_interleave(torch.tensor([len(anchors) for anchors in drawn]))
-        device = rollout.tokens.device
-        return grid_of(rows.to(device), torch.cat(drawn).to(device), len(rollout))
+    def _random_places(
+        self, rollout: Rollout, rows: Sequence[int], generators: list[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and anchors `(N,)`: `num_anchors` random ones of each of these texts, drawn by its generator."""
+        lengths, prompt_lengths = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
+        owners, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
+        for row, generator in zip(rows, generators, strict=True):
+            drawn = random_anchors(lengths[row], prompt_lengths[row], self.num_anchors, generator)
+            anchors.append(drawn.to(rollout.tokens.device))
+            owners.append(torch.full_like(anchors[-1], row))
+        return torch.cat(owners), torch.cat(anchors)
 
     def _choose(
         self, rollout: Rollout, blocks: DraftBlocks, generators: list[torch.Generator], on_policy_rows: list[bool]
     ) -> tuple[torch.Tensor, list[DraftBlocks]]:
         """Indices of drafted blocks to train on, and `[text blocks of SFT rows, drafted blocks]`."""
         device = rollout.tokens.device
-        kept: list[torch.Tensor] = []
-        rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
-        lengths, prompt_lengths = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
+        kept: list[torch.Tensor] = [rollout.lengths[:0]]
         counts = torch.bincount(blocks.rows, minlength=len(rollout)).tolist()
         start = 0
         for row, (generator, on_policy) in enumerate(zip(generators, on_policy_rows, strict=True)):
@@ -366,14 +369,11 @@ class BatchMaker:
             if on_policy:
                 index = torch.arange(start, stop, device=device)
                 kept.append(index[choose_blocks(blocks.select(index), self.num_anchors, generator)])
-            else:
-                chosen = random_anchors(lengths[row], prompt_lengths[row], self.num_anchors, generator).to(device)
-                anchors.append(chosen)
-                rows.append(torch.full_like(chosen, row))
             start = stop
-        forced = text_blocks(rollout, torch.cat(rows), torch.cat(anchors), self.drafter.num_draft_tokens)
-        index = torch.cat(kept) if kept else rollout.lengths[:0]
-        return index, [forced, blocks.select(index)]
+        sft_rows = [row for row, on_policy in enumerate(on_policy_rows) if not on_policy]
+        places = self._random_places(rollout, sft_rows, [generators[row] for row in sft_rows])
+        index = torch.cat(kept)
+        return index, [text_blocks(rollout, *places, self.drafter.num_draft_tokens), blocks.select(index)]
 
     @staticmethod
     def _kept_states(states: torch.Tensor, num_forced: int) -> torch.Tensor:

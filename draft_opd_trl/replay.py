@@ -217,8 +217,11 @@ def replay_text(
         blocks = draft_at(drafter, state, rollout, torch.where(wanted, grid, 0), wanted, coupling)
         accepted_at[blocks.rows, blocks.anchors] = blocks.num_accepted
         drafts_at[blocks.rows, blocks.anchors] = blocks.draft_tokens
-        broken = float((blocks.num_accepted < drafter.num_draft_tokens).float().mean())
-        if len(ahead) == 1 < num_chains and broken < MOSTLY_WHOLE:
+        # Asked of several chains alone: the answer is a host sync.
+        broken = 1.0
+        if len(ahead) == 1 < num_chains:
+            broken = float((blocks.num_accepted < drafter.num_draft_tokens).float().mean())
+        if broken < MOSTLY_WHOLE:
             run = int(1 / max(broken, 1 / num_chains))  # whole blocks to the next broken one, on average
             ahead = torch.arange(run, device=device) * (drafter.num_draft_tokens + 1)
             anchors, live = anchors[:, :1], rollout.prompt_lengths[:, None] < last[:, None]
