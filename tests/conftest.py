@@ -300,6 +300,25 @@ def qwen_drafter(qwen_target, kind, prompts):
     return train_drafter(qwen_target, tiny_drafter(kind, qwen_target), prompts)
 
 
+STOP = 0  # <|end|> of the tiny tokenizer, which is also the padding
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A target to train against, of two stop tokens."""
+    model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = [STOP, 3]
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def drafter_folder(request, model, tmp_path_factory):
+    """The folder of an untrained drafter for `model`, of each kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_drafter(request.param, Target(model)).save_pretrained(folder)
+    return str(folder)
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>"

@@ -4,38 +4,22 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model
+from conftest import STOP, tiny_drafter
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig
 from test_trainer import make_trainer
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
 from draft_opd_trl.commands.options import AdapterArguments, QuantizationArguments
-from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.loading import add_adapter
 from draft_opd_trl.target import Target
 
 
-STOP = 0
 METHODS = {
     "lora": LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
     "dora": LoraConfig(r=2, target_modules=["q_proj", "down_proj", "fc"], use_dora=True),
     "loha": LoHaConfig(r=2, target_modules=["v_proj", "fc"]),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
-    return model
-
-
-@pytest.fixture(scope="module", params=sorted(DRAFTERS))
-def drafter_folder(request, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_drafter(request.param, Target(model)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import STOP, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -21,26 +21,10 @@ from draft_opd_trl import (
     measure_acceptance,
     speculate,
 )
-from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.target import Target
 
 
 ROOT = Path(__file__).parents[1]
-STOP = 0  # <|end|>, which is also the padding
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
-    return model
-
-
-@pytest.fixture(scope="module", params=sorted(DRAFTERS))
-def drafter_folder(request, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_drafter(request.param, Target(model)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

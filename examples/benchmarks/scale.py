@@ -42,6 +42,7 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.results import write_atomically  # noqa: E402
 
 
 START = str(POCKET / "drafter-dflash")
@@ -175,9 +176,7 @@ def main(args: ScaleArguments) -> None:
     }
     results["ddp_equal"] = results["ddp_difference"] < 1e-5
     results["plan_error"] = plan_error()
-    file = Path(args.output_dir) / "results.json"
-    file.with_suffix(".tmp").write_text(json.dumps(results, indent=2))
-    os.replace(file.with_suffix(".tmp"), file)
+    write_atomically(Path(args.output_dir) / "results.json", json.dumps(results, indent=2))
     print(json.dumps(results))
 
 

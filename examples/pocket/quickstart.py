@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from draft_opd_trl import (
 )
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.report import plot_acceptance
+from draft_opd_trl.results import write_atomically
 
 
 POCKET = Path(__file__).resolve().parent
@@ -214,8 +214,8 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
         "plain_tokens_per_second": plain_speed,
         "drafters": {name: report.summary() for name, report in reports.items()},
     }
-    _write(output / "results.json", json.dumps(results, indent=2))
-    _write(output / "results.md", table(results))
+    write_atomically(output / "results.json", json.dumps(results, indent=2))
+    write_atomically(output / "results.md", table(results))
     named = {LABELS[name]: report for name, report in reports.items()}
     plot_acceptance(named, output / "tau.png", {LABELS[name]: history for name, history in histories.items()})
     print("\n" + table(results))
@@ -223,12 +223,6 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
         f"\nWritten to {output}: results.json, results.md, tau.png, drafter-opd, drafter-sft, drafter-sft-equal-time"
     )
     return results
-
-
-def _write(file: Path, text: str) -> None:
-    scratch = file.with_name(file.name + ".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, file)
 
 
 LABELS = {
