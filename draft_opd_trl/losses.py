@@ -1,7 +1,8 @@
 """Divergences per slot, and one reduction.
 
 Holds the readable reference of each divergence against dense log-probabilities, and the path training takes: small
-checkpointed chunks of slots, so that `[N, K, V]` is never held. Knows no architectures and no rollouts.
+chunks of slots, so that `[N, K, V]` is never held. They are checkpointed, or go through TRL's kernel on CUDA.
+Knows no architectures and no rollouts.
 Sources: Draft-OPD (arXiv 2605.29343) section 3 for the sampled estimators; GKD (arXiv 2306.13649) for JSD.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ._trl_compat import ChunkedDivergenceFunction
 from .records import ReplayBatch
 from .vocabulary import to_draft_ids
 
@@ -34,6 +37,8 @@ LOSSES = (
 SAMPLED_LOSSES = ("bernoulli_forward_kl", "k3")
 # Those that mean something when the target is a point mass.
 HARD_LOSSES = ("ce", "tv", "lk", "accepted_length")
+# Those that TRL's kernel computes.
+KERNEL_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 
 
 @dataclass(frozen=True)
@@ -171,11 +176,19 @@ class Heads:
         vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id, ascending. The target is
             then renormalised over the draft vocabulary. A slot carries no loss where what it would teach lies outside:
             the token, for losses that read one, else the target's most likely token.
+        target_weight (`torch.Tensor` of shape `(V, H)`, *optional*): The target's head, where `target_logits` is a
+            product with it and nothing more.
     """
 
     draft_weight: torch.Tensor
     target_logits: Callable[[torch.Tensor], torch.Tensor]
     vocab_map: torch.Tensor | None = None
+    target_weight: torch.Tensor | None = None
+
+    @cached_property
+    def kept_target_weight(self) -> torch.Tensor:
+        """The rows of `target_weight` that the drafter has tokens for, `(DV, H)`; copied once for both streams."""
+        return self.target_weight if self.vocab_map is None else self.target_weight[self.vocab_map]
 
 
 def _chunk_loss(
@@ -196,6 +209,43 @@ def _chunk_loss(
     return losses if inside is None else losses.masked_fill(~inside, 0.0)
 
 
+def uses_kernel(device: torch.device, heads: Heads, settings: LossSettings) -> bool:
+    """
+    Whether TRL's kernel takes a stream's slots: on CUDA, where it covers the case.
+
+    A drafter's own head in training is left to the chunks: the kernel would return a float32 gradient of all of it for
+    every chunk, which is more than it saves.
+    """
+    covered = settings.kind in KERNEL_LOSSES and heads.target_weight is not None
+    return device.type == "cuda" and covered and not heads.draft_weight.requires_grad
+
+
+def _kernel_loss(hidden: torch.Tensor, states: torch.Tensor, heads: Heads, settings: LossSettings) -> torch.Tensor:
+    """[`_chunk_loss`] in tiles of the vocabulary; keeps nothing for the backward pass but its arguments."""
+    weight = heads.draft_weight
+    losses, _ = ChunkedDivergenceFunction.apply(
+        hidden.to(weight.dtype),
+        weight,
+        None,
+        states,
+        heads.kept_target_weight,
+        None,
+        {"forward_kl": 0.0, "reverse_kl": 1.0}.get(settings.kind, settings.beta),
+        # Its temperature would divide the drafter's logits too; the scale of the teacher's logits does not.
+        1.0,
+        1.0,
+        None,
+        1 / settings.temperature,
+    )
+    if settings.max_clamp is not None:
+        losses = losses.clamp(max=settings.max_clamp)
+    if heads.vocab_map is not None:
+        with torch.no_grad():
+            _, inside = to_draft_ids(heads.target_logits(states).argmax(-1), heads.vocab_map)
+        losses = losses.masked_fill(~inside, 0.0)
+    return losses
+
+
 def slot_losses(
     hidden: torch.Tensor,
     states: torch.Tensor | None,
@@ -205,7 +255,7 @@ def slot_losses(
     chunk_size: int = 256,
 ) -> torch.Tensor:
     """
-    [`divergence`] without ever holding all logits: chunks of slots, recomputed in the backward pass.
+    [`divergence`] without ever holding all logits: chunks of slots, projected again in the backward pass.
 
     Args:
         hidden (`torch.Tensor` of shape `(S, H)`): Drafter states, with gradients.
@@ -220,8 +270,12 @@ def slot_losses(
         `torch.Tensor` of shape `(S,)`, float32.
     """
     parts = []
+    in_kernel = uses_kernel(hidden.device, heads, settings)
     for start in range(0, hidden.shape[0], chunk_size):
         part = slice(start, start + chunk_size)
+        if in_kernel:
+            parts.append(_kernel_loss(hidden[part], states[part], heads, settings))
+            continue
         arguments = (hidden[part], None if states is None else states[part], tokens[part], heads, settings)
         if hidden.shape[0] > chunk_size and torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))

@@ -351,7 +351,9 @@ class Rehearsal:
     def train(self, batch: ReplayBatch) -> dict[str, int]:
         """The drafter forward and backward."""
         args = self.args
-        heads = Heads(self.drafter.output_weight(), self.target.logits, self.drafter.vocab_map)
+        heads = Heads(
+            self.drafter.output_weight(), self.target.logits, self.drafter.vocab_map, self.target.linear_head
+        )
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
         accepted, rejected = (
             LossSettings(kind, args.teacher_temperature, **loss) for kind in (args.accepted_loss, args.rejected_loss)

@@ -63,6 +63,12 @@ class Target:
         return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
+    def linear_head(self) -> torch.Tensor | None:
+        """The head's weight `(V, H)`, if logits are states times it and nothing more."""
+        plain = type(self.head) is torch.nn.Linear and self.head.bias is None and self._softcap is None
+        return self.head.weight if plain else None
+
+    @property
     def name(self) -> str:
         return self.config._name_or_path or type(self.model).__name__
 

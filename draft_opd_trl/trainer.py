@@ -351,7 +351,7 @@ class DraftOPDTrainer(HubTrainer):
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
             hidden = drafter.replay(inputs.features, inputs.tokens, inputs.blocks)
-            heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map)
+            heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map, self.target.linear_head)
             return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

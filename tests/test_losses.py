@@ -1,6 +1,7 @@
 """Divergences on three tokens by hand, the chunked path against the reference, clamps and the denominator."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from draft_opd_trl.losses import (
     hard_tokens,
     slot_losses,
     stream_loss,
+    uses_kernel,
 )
 from draft_opd_trl.records import DraftBlocks, ReplayBatch
 from draft_opd_trl.target import Target
@@ -156,24 +158,23 @@ def test_k3_without_a_clamp_explodes_where_the_clamped_one_does_not():
 # -- the chunked path ----------------------------------------------------------------------------------------------
 
 
-def _problem(reduced, softcap=None, slots=13, width=6, size=11):
+def _problem(reduced, dtype=torch.float32, slots=13, width=6, size=11):
     draws = torch.Generator().manual_seed(0)
     vocab_map = torch.tensor([1, 2, 5, 7, 10]) if reduced else None
-    hidden = torch.randn(slots, width, generator=draws).requires_grad_()
-    states = torch.randn(slots, width, generator=draws)
-    head = torch.randn(size, width, generator=draws)
-    draft_weight = torch.randn(5 if reduced else size, width, generator=draws).requires_grad_()
+    hidden = torch.randn(slots, width, generator=draws).to(dtype).requires_grad_()
+    states = torch.randn(slots, width, generator=draws).to(dtype)
+    head = torch.randn(size, width, generator=draws).to(dtype)
+    draft_weight = torch.randn(5 if reduced else size, width, generator=draws).to(dtype).requires_grad_()
     tokens = torch.randint(5 if reduced else size, (slots,), generator=draws)
 
     def target_logits(states):
-        logits = states @ head.T
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return states.float() @ head.float().T
 
-    return hidden, states, tokens, Heads(draft_weight, target_logits, vocab_map)
+    return hidden, states, tokens, Heads(draft_weight, target_logits, vocab_map, head)
 
 
 def _reference(hidden, states, tokens, heads, settings):
-    draft_logps = (hidden @ heads.draft_weight.T).log_softmax(-1)
+    draft_logps = (hidden.float() @ heads.draft_weight.float().T).log_softmax(-1)
     logits = heads.target_logits(states)
     if heads.vocab_map is not None:
         logits = logits[:, heads.vocab_map]
@@ -203,6 +204,45 @@ def test_chunked_equals_reference(kind, temperature, reduced, chunk_size):
     assert results[0][1].abs().sum() > 0
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+KERNEL_CASES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.0), ("jsd", 0.3), ("jsd", 1.0)]
+
+
+@pytest.mark.parametrize("chunk_size", [4, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+@pytest.mark.parametrize(("kind", "beta"), KERNEL_CASES)
+def test_the_kernel_equals_the_reference(monkeypatch, kind, beta, temperature, reduced, dtype, chunk_size):
+    """Values and gradients, a clamped slot and one outside the draft vocabulary among them."""
+    ceiling = 0.3 if beta == 0.3 else 2.0
+    settings = LossSettings(kind, temperature, beta=beta, max_clamp=ceiling)
+    monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_: True)
+    results = []
+    for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)):
+        hidden, states, tokens, heads = _problem(reduced, dtype)
+        losses = function(hidden, states, tokens, heads, settings)
+        (losses * torch.linspace(0.1, 1, 13)).sum().backward()
+        results.append((losses.detach(), hidden.grad, heads.draft_weight.grad))
+    expected, got = results
+    assert (expected[0] == ceiling).any() and (expected[0] < ceiling).any() and (expected[0] == 0).any() == reduced
+    assert got[0].dtype == torch.float32
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    # Gradients leave in the weights' own dtype.
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+    torch.testing.assert_close(got[1:], expected[1:], **close)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_kernel_is_chosen_on_cuda_only_and_for_what_it_covers_only(kind):
+    settings = LossSettings(kind, 1.0)
+    _, _, _, heads = _problem(reduced=True)
+    frozen = replace(heads, draft_weight=heads.draft_weight.detach())
+    assert uses_kernel(torch.device("cuda", 0), frozen, settings) == (kind in ("forward_kl", "reverse_kl", "jsd"))
+    assert not uses_kernel(torch.device("cpu"), frozen, settings)
+    assert not uses_kernel(torch.device("cuda"), heads, settings), "a head in training"
+    assert not uses_kernel(torch.device("cuda"), replace(frozen, target_weight=None), settings)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, MuonWithAdamW
 from draft_opd_trl.checkpoints import load_drafter_config
 from draft_opd_trl.commands import plan as command
 from draft_opd_trl.drafters import DRAFTERS
+from draft_opd_trl.losses import Heads, LossSettings, slot_losses
 from draft_opd_trl.planning import MemoryPlan, find_levers, plan_memory
 from draft_opd_trl.rehearsal import LiveBytes
 from draft_opd_trl.target import Target
@@ -104,6 +106,23 @@ def test_the_plan_is_what_a_run_holds(model, kind, tmp_path, options):
         super(DraftOPDTrainer, trainer).train()
     measured = sum(tensor.nbytes for tensor in held_by(model, drafter)) + live.peak
     assert planned(model, drafter, args).peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_the_kernel_holds_less_than_the_chunks_that_a_plan_counts(monkeypatch, divergence):
+    """Plans are made as on a CPU; the vocabulary is Qwen3's."""
+    peaks = {}
+    for in_kernel in (True, False):
+        monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_, answer=in_kernel: answer)
+        with FakeTensorMode():
+            head = torch.empty(151_936, 64, dtype=torch.bfloat16)
+            hidden = torch.empty(1024, 64, dtype=torch.bfloat16, requires_grad=True)
+            tokens = torch.zeros(1024, dtype=torch.long)
+            heads = Heads(head, lambda states, head=head: (states @ head.T).float(), None, head)
+            with LiveBytes([head, hidden, tokens]) as live:
+                slot_losses(hidden, hidden.detach(), tokens, heads, LossSettings(divergence, 1.0)).sum().backward()
+            peaks[in_kernel] = live.peak
+    assert peaks[True] < peaks[False]
 
 
 def test_parts_follow_the_settings_that_bound_them(model, kind):

@@ -160,6 +160,18 @@ def test_soft_cap_is_applied():
     assert target.logits(target.forward_text(_tokens(), ())[1]).abs().max() < 2
 
 
+def test_the_head_is_linear_where_its_weight_alone_makes_the_logits(qwen_target):
+    _, states = qwen_target.forward_text(_tokens(), ())
+    torch.testing.assert_close(states @ qwen_target.linear_head.T, qwen_target.logits(states))
+
+
+def test_a_soft_cap_or_a_bias_makes_a_head_more_than_its_weight():
+    assert Target(tiny_model("gemma3", final_logit_softcapping=2.0)).linear_head is None
+    model = tiny_model("qwen3")
+    model.lm_head = torch.nn.Linear(*model.lm_head.weight.T.shape)
+    assert Target(model).linear_head is None
+
+
 def test_flash_attention_is_refused():
     model = tiny_model("qwen3")
     model.config._attn_implementation_internal = "flash_attention_2"

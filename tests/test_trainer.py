@@ -307,6 +307,21 @@ def test_soft_targets_train_and_text_outside_a_draft_vocabulary_is_logged(drafte
         assert 0 < log["replay/outside_vocab"] < 1
 
 
+def test_in_the_kernel_a_run_is_what_it_is_in_chunks(drafter_folder, model, texts, tmp_path, monkeypatch):
+    """Both streams through TRL's kernel, which is chosen on CUDA alone but runs anywhere."""
+    options = {"teacher_temperature": 1.0, "rejected_weight": 0.5, "optim": "sgd", "loss_chunk_size": 32}
+    chunks = make_trainer(drafter_folder, model, texts, tmp_path, **options)
+    chunks.train()
+    monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_: True)
+    monkeypatch.delattr("draft_opd_trl.losses._chunk_loss")
+    kernel = make_trainer(drafter_folder, model, texts, tmp_path, **options)
+    before = parameters_of(kernel)
+    kernel.train()
+    for name, value in parameters_of(chunks).items():
+        torch.testing.assert_close(parameters_of(kernel)[name], value, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(before[name], value), name
+
+
 def refuses(message, drafter_folder, model, dataset, tmp_path, error=ValueError, **options):
     with pytest.raises(error, match=message):
         make_trainer(drafter_folder, model, dataset, tmp_path, **options)
