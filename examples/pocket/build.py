@@ -76,9 +76,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("drafter", parents=[shared], help="train a drafter by SFT, to a plateau")
     command.add_argument("--drafter", default="dflash", choices=["dflash", "eagle3"], help="architecture")
+    command.add_argument("--block-size", type=int, default=8, help="anchor and proposals")
+    command.add_argument("--shape", type=json.loads, default={}, help="further config fields of it, as JSON")
+    command.add_argument("--origin", help="drafter folder whose weights to begin with, of any block size")
     command.add_argument("--output", help="folder; drafter-<architecture> beside this file by default")
     command.add_argument("--work-dir", default="outputs/pocket", help="texts and checkpoints; a cut-off run resumes")
-    command.add_argument("--texts", type=int, default=4000, help="texts the target writes to train on")
+    command.add_argument("--texts", type=int, default=4000, help="prompts the target answers to train on")
+    command.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.0], help="it answers each at each of them"
+    )
     command.add_argument("--steps", type=int, default=3200)
     command.add_argument("--batch-size", type=int, default=4, help="texts of a step, on each process")
     command.add_argument("--num-anchors", type=int, default=32, help="random anchors of a text at each step")

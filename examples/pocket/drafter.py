@@ -22,9 +22,11 @@ from draft_opd_trl import (
     DraftOPDConfig,
     DraftOPDTrainer,
     MuonWithAdamW,
+    SamplingParams,
     SpeculationSettings,
     Target,
     create_drafter,
+    load_drafter,
     speculate,
     stop_token_ids,
 )
@@ -34,12 +36,14 @@ from draft_opd_trl.prompts import prompt_ids
 MAX_NEW_TOKENS = 512
 
 
-def shape_of(kind: str, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What the architecture's `from_target` is given: one draft layer, seven proposals a block."""
-    if kind == "dflash":
+def shape_of(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the architecture's `from_target` is given: one draft layer."""
+    if args.drafter == "dflash":
         mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
-        return {"block_size": 8, "num_hidden_layers": 1, "mask_token_id": mask_token_id}
-    return {"num_draft_tokens": 7}
+        own = {"block_size": args.block_size, "num_hidden_layers": 1, "mask_token_id": mask_token_id}
+    else:
+        own = {"num_draft_tokens": args.block_size - 1}
+    return own | args.shape
 
 
 def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> list[list[int]]:
@@ -48,17 +52,21 @@ def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> li
     return [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
 
 
-def written_texts(args: Namespace, config: DraftOPDConfig, target: Target, prompts: list[list[int]]) -> Dataset:
+def written_texts(
+    args: Namespace, config: DraftOPDConfig, target: Target, prompts: list[list[int]], temperature: float
+) -> Dataset:
     """Texts the target writes, each process its share, kept in the work folder for a run that starts again."""
     state = config.distributed_state
-    folders = [Path(args.work_dir) / f"texts-{len(prompts)}-{rank}of{state.num_processes}"
+    folders = [Path(args.work_dir) / f"texts-{len(prompts)}-t{temperature:g}-{rank}of{state.num_processes}"
                for rank in range(state.num_processes)]  # fmt: skip
     mine = folders[state.process_index]
     if not mine.is_dir():
         share = prompts[state.process_index :: state.num_processes]
-        settings = SpeculationSettings(MAX_NEW_TOKENS, stop_token_ids(target.model), batch_size=64)
+        sampling = SamplingParams(temperature)
+        settings = SpeculationSettings(MAX_NEW_TOKENS, stop_token_ids(target.model), sampling, batch_size=64)
+        generator = torch.Generator().manual_seed(state.process_index)
         start = time.perf_counter()
-        rollout = speculate(target, None, share, settings)
+        rollout = speculate(target, None, share, settings, generator)
         seconds = time.perf_counter() - start
         tokens = int(rollout.completion_lengths.sum())
         print(f"{len(share)} texts, {tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)")
@@ -75,9 +83,11 @@ def train_drafter(args: Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     target = Target(model)
     torch.manual_seed(args.seed)
-    drafter = create_drafter(args.drafter, target, **shape_of(args.drafter, tokenizer))
+    drafter = create_drafter(args.drafter, target, **shape_of(args, tokenizer))
+    if args.origin:
+        drafter.load_state_dict(load_drafter(args.origin).state_dict())
     config = DraftOPDConfig(
-        output_dir=str(Path(args.work_dir) / f"drafter-{args.drafter}"),
+        output_dir=str(Path(args.work_dir) / Path(args.output).name),
         lmbda=0.0,
         rollout_source="dataset",
         max_steps=args.steps,
@@ -94,7 +104,10 @@ def train_drafter(args: Namespace) -> None:
         report_to="none",
         ddp_backend="gloo" if not torch.cuda.is_available() else None,
     )
-    texts = written_texts(args, config, target, sft_prompts(tokenizer, 0, args.texts))
+    prompts = sft_prompts(tokenizer, 0, args.texts)
+    texts = concatenate_datasets(
+        [written_texts(args, config, target, prompts, temperature) for temperature in args.temperatures]
+    )
     judged = sft_prompts(tokenizer, args.texts, args.texts + args.eval_prompts)
     optimizer = MuonWithAdamW(drafter.parameters(), lr=args.learning_rate)
     low = 0.1

@@ -1,0 +1,350 @@
+"""The study of losses and recipes: one starting drafter, one set of texts, equal steps and blocks, many recipes.
+
+    python examples/benchmarks/recipes.py             # every row; leading rows on every seed
+    python examples/benchmarks/recipes.py --quick     # leading rows on one seed, rates as the study chose them
+
+Two worlds: the target writes and verifies greedily (T = 0), and it draws (T = 1). In each, the learning rate of SFT
+and of the default recipe is chosen among the same rates, on prompts that nothing else is measured on. Every run is a
+process of its own on one core and a file of its own, so that a study that was stopped goes on where it was. Ends by
+writing tables and a picture, and by printing one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_cosine_schedule_with_warmup
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+
+from draft_opd_trl import (  # noqa: E402
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    MuonWithAdamW,
+    SamplingParams,
+    SpeculationSettings,
+    Target,
+    load_drafter,
+    measure_acceptance,
+    speculate,
+    stop_token_ids,
+)
+from draft_opd_trl.config import RECIPES  # noqa: E402
+from draft_opd_trl.drafters.base import Drafter  # noqa: E402
+from draft_opd_trl.report import COLORS  # noqa: E402
+from draft_opd_trl.results import write_atomically  # noqa: E402
+
+
+START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
+DEFAULT, PAPER = "default recipe", "the paper's preset"
+LEADING = (SFT, EQUAL_TIME, DEFAULT, PAPER)
+# Of the paper's preset: the same for every row here.
+SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
+SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+MEASURES = {"T = 0": (0.0, False), "T = 1, argmax": (1.0, False), "T = 1, drawn": (1.0, True)}
+
+
+@dataclass
+class StudyArguments:
+    """How much of it."""
+
+    output_dir: str = field(default="outputs/recipes", metadata={"help": "Runs, tables, picture."})
+    origin: str = field(default=str(POCKET / "drafter-dflash"), metadata={"help": "Drafter to start from."})
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds to study."})
+    steps: int = field(default=800, metadata={"help": "Optimizer steps of a run."})
+    batch_size: int = field(default=8, metadata={"help": "Texts of a step."})
+    num_anchors: int = field(default=32, metadata={"help": "Most blocks of a text."})
+    texts: int = field(default=1600, metadata={"help": "Texts to train on."})
+    eval_prompts: int = field(default=400, metadata={"help": "Held-out prompts; as many others choose the rates."})
+    rates: list[float] = field(
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3], metadata={"help": "Muon's rates to choose among."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading rows."})
+    workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs side by side, one thread each."})
+    quick: bool = field(default=False, metadata={"help": "Leading rows, one seed, two rates, fewer steps."})
+
+
+def rows(temperature: float) -> dict[str, dict[str, Any]]:
+    """What each row changes of the default recipe."""
+    kinds = ("ce", "forward_kl", "reverse_kl", "jsd", "tv", "log_acceptance", "lk", "accepted_length")
+    hard = ("ce", "tv", "lk", "accepted_length")
+    own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
+    table: dict[str, dict[str, Any]] = {
+        SFT: {"lmbda": 0.0},
+        DEFAULT: {},
+        PAPER: {name: value for name, value in RECIPES["paper"].items() if name not in SHARED},
+        "random anchors, own proposals": {"anchors": "random"},
+        "whole blocks": {"whole_blocks": True},
+        "half of it SFT": {"lmbda": 0.5},
+        "from SFT to Draft-OPD": {"lmbda": 0.0, "lmbda_end": 1.0},
+        "earlier slots weigh more": {"accepted_decay": 0.8},
+        "errors replayed by loss": {"replay_buffer_size": 512, "replay_ratio": 1.0, "replay_by_loss": True},
+    }
+    for kind in kinds:
+        for teacher in dict.fromkeys([temperature, 1.0]):
+            if (kind, teacher) != (own.accepted_loss, temperature) and (teacher > 0 or kind in hard):
+                table[f"{kind}, teacher at {teacher:g}"] = {"accepted_loss": kind, "teacher_temperature": teacher}
+    for weight in (0.1, 0.3, 1.0):
+        table[f"rejected stream at {weight:g}"] = {"rejected_weight": weight}
+    table["rejected stream at 0.3, first slot"] = {"rejected_weight": 0.3, "rejected_decay": 0.0}
+    losses = {name for name in RECIPES["paper"] if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
+    paper = {name: RECIPES["paper"][name] for name in losses | {"teacher_temperature"}}
+    table["the paper's losses, our optimizer"] = paper
+    return table
+
+
+def load_world() -> tuple[Any, Target]:
+    """The pocket world's tokenizer and target."""
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(POCKET / "target"), Target(model)
+
+
+def write_texts(args: StudyArguments, temperature: float) -> Path:
+    """What every row of a world trains on: written once, by the target alone."""
+    folder = Path(args.output_dir) / f"texts-{args.texts}-t{temperature:g}"
+    if not folder.is_dir():
+        tokenizer, target = load_world()
+        prompts = read_prompts(tokenizer, "quickstart.jsonl", args.texts)
+        stops = stop_token_ids(target.model, tokenizer)
+        settings = SpeculationSettings(512, stops, SamplingParams(temperature), batch_size=64)
+        texts = speculate(target, None, prompts, settings, torch.Generator().manual_seed(0))
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        Dataset.from_dict({"prompt_ids": prompts, "completion_ids": texts.completions()}).save_to_disk(scratch)
+        os.replace(scratch, folder)
+    return folder
+
+
+def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: int, steps: int, file: Path) -> None:
+    """Train one row and measure it, in a process of its own. Candidates of a rate are measured on more prompts."""
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tokenizer, target = load_world()
+    drafter, seconds = load_drafter(args.origin), 0.0
+    if steps:
+        config = DraftOPDConfig(
+            str(file.with_suffix("")),
+            max_steps=steps,
+            seed=seed,
+            rollout_source="dataset",
+            temperature=temperature,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=1,
+            num_anchors=args.num_anchors,
+            max_completion_length=512,
+            save_strategy="no",
+            logging_steps=max(steps // 4, 1),
+            report_to="none",
+            disable_tqdm=True,
+            **rows(temperature).get(row, rows(temperature)[SFT]),
+        )
+        build = torch.optim.AdamW if row == PAPER else MuonWithAdamW
+        optimizer = build(drafter.parameters(), lr=rate)
+        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        trainer = DraftOPDTrainer(
+            drafter,
+            target.model,
+            config,
+            train_dataset=Dataset.load_from_disk(str(write_texts(args, temperature))),
+            processing_class=tokenizer,
+            optimizers=(optimizer, schedule),
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        trainer.save_model()
+    drafter.bind(target).eval()
+    prompts = read_prompts(tokenizer, "heldout.jsonl", 2 * args.eval_prompts)
+    parts = {"tau": prompts[: args.eval_prompts]}
+    if row in (SFT, DEFAULT) and seed == args.seeds[0]:
+        parts["tau_choosing"] = prompts[args.eval_prompts :]
+    result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
+    for part, chosen in parts.items():
+        result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in MEASURES.items()}
+    write_atomically(file, json.dumps(result))
+
+
+def measure(
+    target: Target, drafter: Drafter, tokenizer: Any, prompts: list[list[int]], law: float, drawn: bool
+) -> float:
+    """τ under one way of verifying and proposing."""
+    stops = stop_token_ids(target.model, tokenizer)
+    settings = SpeculationSettings(512, stops, SamplingParams(law), sample_proposals=drawn, batch_size=64)
+    return measure_acceptance(target, drafter, prompts, settings, torch.Generator().manual_seed(0)).acceptance_length
+
+
+class Study:
+    """All runs of a study: those done are read, the others made."""
+
+    def __init__(self, args: StudyArguments) -> None:
+        self.args, self.folder = args, Path(args.output_dir)
+        settings = {name: value for name, value in asdict(args).items() if name not in ("workers", "temperatures")}
+        file = self.folder / "settings.json"
+        if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(settings)):
+            raise SystemExit(f"{file} is of another study; choose another --output_dir, or the same settings.")
+        write_atomically(file, json.dumps(settings, indent=2))
+
+    def results(self, jobs: list[tuple[float, str, float, int, int]], label: str) -> list[dict[str, Any]]:
+        """What (temperature, row, rate, seed, steps) gave, in this order."""
+        files = [
+            self.folder / f"t{job[0]:g}" / f"{job[1]}, {job[2]:g}, {job[3]}, {job[4]}.json".replace(" ", "-")
+            for job in jobs
+        ]
+        missing = [(job, file) for job, file in zip(jobs, files, strict=True) if not file.is_file()]
+        workers = ProcessPoolExecutor(self.args.workers, get_context("spawn"), max_tasks_per_child=1)
+        with workers, tqdm(total=len(missing), desc=label, unit="run") as bar:
+            pending = {workers.submit(run, self.args, *job, file): file for job, file in missing}
+            for future in as_completed(pending):
+                future.result()
+                done = json.loads(pending[future].read_text())
+                taus = ", ".join(f"{tau:.2f}" for tau in done["tau"].values())
+                bar.set_postfix_str(f"{done['row']}: τ {taus}")
+                bar.update()
+        return [json.loads(file.read_text()) for file in files]
+
+
+def own_tau(result: dict[str, Any], temperature: float, part: str = "tau") -> float:
+    """τ under the world's own verification; where proposals may be drawn or not, the better way for this drafter."""
+    return max(tau for name, tau in result[part].items() if MEASURES[name][0] == temperature)
+
+
+def study_world(study: Study, temperature: float) -> list[dict[str, Any]]:
+    """Choose the rates, run every row, and last SFT for as long as the default recipe took."""
+    args, label = study.args, f"T = {temperature:g}"
+    write_texts(args, temperature)
+    first = args.seeds[0]
+    sweep = study.results(
+        [(temperature, row, rate, first, args.steps) for row in (SFT, DEFAULT) for rate in args.rates],
+        f"{label}, learning rates",
+    )
+    rate = {
+        row: max(
+            (one for one in sweep if one["row"] == row), key=lambda one: own_tau(one, temperature, "tau_choosing")
+        )["rate"]
+        for row in (SFT, DEFAULT)
+    }
+    rate[PAPER] = RECIPES["paper"]["learning_rate"]
+    jobs = [(temperature, START, 0.0, first, 0)]
+    for row in rows(temperature):
+        seeds = args.seeds if row in LEADING else args.seeds[:1]
+        if row in LEADING or not args.quick:
+            jobs += [(temperature, row, rate.get(row, rate[DEFAULT]), seed, args.steps) for seed in seeds]
+    done = study.results(jobs, f"{label}, rows")
+    pace = {row: statistics.median(one["seconds"] for one in done if one["row"] == row) for row in (SFT, DEFAULT)}
+    steps = round(args.steps * pace[DEFAULT] / pace[SFT])
+    jobs = [(temperature, EQUAL_TIME, rate[SFT], seed, steps) for seed in args.seeds]
+    swept = [one for one in sweep if one["rate"] != rate[one["row"]]]
+    return done + study.results(jobs, f"{label}, equal time") + swept
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, from two values on, standard deviation."""
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def paired(results: list[dict[str, Any]], row: str, temperature: float) -> list[float]:
+    """Difference of own τ to SFT continued, seed by seed."""
+    control = {one["seed"]: own_tau(one, temperature) for one in results if one["row"] == SFT}
+    return [own_tau(one, temperature) - control[one["seed"]] for one in results if one["row"] == row]
+
+
+def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs of each row; runs of the sweep at other rates are rows of their own."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, float] = {}
+    for one in results:
+        rate = chosen.setdefault(one["row"], one["rate"])
+        name = one["row"] if one["rate"] == rate else f"{one['row']}, rate {one['rate']:g}"
+        grouped.setdefault(name, []).append({**one, "row": name})
+    return grouped
+
+
+def table(results: list[dict[str, Any]], temperature: float) -> str:
+    """Mean and spread of each row, and its paired difference to SFT continued, in Markdown."""
+    names = [*MEASURES]
+    lines = [
+        f"| trained at T = {temperature:g} | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
+        "|---" * (6 + len(names)) + "|",
+    ]
+    grouped = by_row(results)
+    for row, runs in grouped.items():
+        cells = [row, f"{runs[0]['rate']:g}", str(runs[0]["steps"])]
+        cells += [f"{statistics.median(one['seconds'] for one in runs):.0f}", str(len(runs))]
+        cells += [spread([one["tau"][name] for one in runs], ".3f") for name in names]
+        differences = paired([*grouped[SFT], *runs], row, temperature)
+        cells.append("" if row in (START, SFT) else spread(differences, "+.3f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(worlds: dict[float, list[dict[str, Any]]], file: Path) -> None:
+    """Every run as a point, a row a line, in each world."""
+    figure = Figure(figsize=(7 * len(worlds), 8), layout="constrained")
+    axes = figure.subplots(1, len(worlds), squeeze=False)[0]
+    for axis, (temperature, results) in zip(axes, worlds.items(), strict=True):
+        grouped = by_row(results)
+        mean = {row: statistics.mean(own_tau(one, temperature) for one in runs) for row, runs in grouped.items()}
+        order = sorted(grouped, key=mean.get)
+        for place, row in enumerate(order):
+            color = COLORS[3] if row.startswith(DEFAULT) else COLORS[1] if row.startswith(SFT) else COLORS[0]
+            taus = [own_tau(one, temperature) for one in grouped[row]]
+            axis.plot(taus, [place] * len(taus), "o", color=color, alpha=0.7)
+        axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
+        axis.set(
+            yticks=range(len(order)),
+            yticklabels=order,
+            xlabel="τ",
+            title=f"Trained and verified at T = {temperature:g}",
+        )
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def gain(results: list[dict[str, Any]], row: str, control: str, temperature: float) -> float:
+    """Mean over seeds of the relative paired gain in own τ."""
+    base = {one["seed"]: own_tau(one, temperature) for one in results if one["row"] == control}
+    runs = [one for one in results if one["row"] == row and one["seed"] in base]
+    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in runs)
+
+
+def main(args: StudyArguments) -> None:
+    if args.quick:
+        args.seeds, args.rates, args.steps = args.seeds[:1], args.rates[-1:], args.steps // 2
+    study = Study(args)
+    worlds = {temperature: study_world(study, temperature) for temperature in args.temperatures}
+    tables = [table(results, temperature) for temperature, results in worlds.items()]
+    write_atomically(study.folder / "tables.md", "\n\n".join(tables) + "\n")
+    write_atomically(study.folder / "results.json", json.dumps(worlds, indent=2))
+    plot(worlds, study.folder / "recipes.png")
+    print("\n\n".join(tables))
+    summary: dict[str, Any] = {"seeds": args.seeds}
+    for temperature, results in worlds.items():
+        main_rows = [
+            one for runs in (by_row(results)[row] for row in (SFT, EQUAL_TIME, DEFAULT, PAPER)) for one in runs
+        ]
+        summary[f"gain_t{temperature:g}"] = gain(main_rows, DEFAULT, SFT, temperature)
+        summary[f"gain_t{temperature:g}_equal_time"] = gain(main_rows, DEFAULT, EQUAL_TIME, temperature)
+        summary[f"paper_gain_t{temperature:g}"] = gain(main_rows, PAPER, SFT, temperature)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(StudyArguments).parse_args_into_dataclasses())
