@@ -69,12 +69,12 @@ class StudyArguments:
     origin: str = field(default=str(POCKET / "drafter-dflash"), metadata={"help": "Drafter to start from."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds to study."})
     steps: int = field(default=800, metadata={"help": "Optimizer steps of a run."})
-    batch_size: int = field(default=8, metadata={"help": "Texts of a step."})
+    batch_size: int = field(default=4, metadata={"help": "Texts of a step."})
     num_anchors: int = field(default=32, metadata={"help": "Most blocks of a text."})
     texts: int = field(default=1600, metadata={"help": "Texts to train on."})
-    eval_prompts: int = field(default=400, metadata={"help": "Held-out prompts; as many others choose the rates."})
+    eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts; as many others choose the rates."})
     rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3], metadata={"help": "Muon's rates to choose among."}
+        default_factory=lambda: [1e-3, 2e-3, 4e-3], metadata={"help": "Muon's rates to choose among."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading rows."})
     workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs side by side, one thread each."})
@@ -98,9 +98,13 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
         "errors replayed by loss": {"replay_buffer_size": 512, "replay_ratio": 1.0, "replay_by_loss": True},
     }
     for kind in kinds:
-        for teacher in dict.fromkeys([temperature, 1.0]):
+        # Cross-entropy reads the text alone, whatever the teacher's temperature.
+        for teacher in dict.fromkeys([temperature] if kind == "ce" else [temperature, 1.0]):
             if (kind, teacher) != (own.accepted_loss, temperature) and (teacher > 0 or kind in hard):
                 table[f"{kind}, teacher at {teacher:g}"] = {"accepted_loss": kind, "teacher_temperature": teacher}
+    if temperature > 0:
+        for kind in ("forward_kl", "tv", "lk"):
+            table[f"{kind}, drawn proposals"] = {"accepted_loss": kind, "sample_proposals": True}
     for weight in (0.1, 0.3, 1.0):
         table[f"rejected stream at {weight:g}"] = {"rejected_weight": weight}
     table["rejected stream at 0.3, first slot"] = {"rejected_weight": 0.3, "rejected_decay": 0.0}
@@ -176,7 +180,9 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
         parts["tau_choosing"] = prompts[args.eval_prompts :]
     result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
     for part, chosen in parts.items():
-        result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in MEASURES.items()}
+        # Proposals are drawn in training at T = 1 only, and are a way to serve only there.
+        ways = {name: how for name, how in MEASURES.items() if not how[1] or temperature > 0}
+        result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in ways.items()}
     write_atomically(file, json.dumps(result))
 
 
@@ -278,7 +284,7 @@ def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def table(results: list[dict[str, Any]], temperature: float) -> str:
     """Mean and spread of each row, and its paired difference to SFT continued, in Markdown."""
-    names = [*MEASURES]
+    names = [*results[0]["tau"]]
     lines = [
         f"| trained at T = {temperature:g} | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
         "|---" * (6 + len(names)) + "|",
