@@ -53,8 +53,9 @@ from draft_opd_trl.results import write_atomically  # noqa: E402
 
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
-DEFAULT, PAPER = "default recipe", "the paper's preset"
-LEADING = (SFT, EQUAL_TIME, DEFAULT, PAPER)
+SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the paper's preset"
+LEADING = (SFT, EQUAL_TIME, SOFT, DEFAULT, PAPER)
+TUNED = (SFT, DEFAULT)
 # Of the paper's preset: the same for every row here.
 SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
 SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -87,16 +88,23 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
     hard = ("ce", "tv", "lk", "accepted_length")
     own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
     table: dict[str, dict[str, Any]] = {
-        SFT: {"lmbda": 0.0},
+        SFT: {"lmbda": 0.0, "accepted_loss": "ce"},
+        SOFT: {"lmbda": 0.0, "accepted_loss": "forward_kl", "teacher_temperature": 1.0},
         DEFAULT: {},
         PAPER: {name: value for name, value in RECIPES["paper"].items() if name not in SHARED},
         "random anchors, own proposals": {"anchors": "random"},
         "whole blocks": {"whole_blocks": True},
+        "earlier slots weigh more": {"accepted_decay": 0.8},
         "half of it SFT": {"lmbda": 0.5},
         "from SFT to Draft-OPD": {"lmbda": 0.0, "lmbda_end": 1.0},
-        "earlier slots weigh more": {"accepted_decay": 0.8},
         "errors replayed by loss": {"replay_buffer_size": 512, "replay_ratio": 1.0, "replay_by_loss": True},
     }
+    for weight in (0.1, 0.3, 1.0):
+        table[f"rejected stream at {weight:g}"] = {"rejected_weight": weight}
+    table["rejected stream at 0.3, first slot"] = {"rejected_weight": 0.3, "rejected_decay": 0.0}
+    losses = {name for name in RECIPES["paper"] if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
+    paper = {name: RECIPES["paper"][name] for name in losses | {"teacher_temperature"}}
+    table["the paper's losses, our optimizer"] = paper
     for kind in kinds:
         # Cross-entropy reads the text alone, whatever the teacher's temperature.
         for teacher in dict.fromkeys([temperature] if kind == "ce" else [temperature, 1.0]):
@@ -105,12 +113,6 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
     if temperature > 0:
         for kind in ("forward_kl", "tv", "lk"):
             table[f"{kind}, drawn proposals"] = {"accepted_loss": kind, "sample_proposals": True}
-    for weight in (0.1, 0.3, 1.0):
-        table[f"rejected stream at {weight:g}"] = {"rejected_weight": weight}
-    table["rejected stream at 0.3, first slot"] = {"rejected_weight": 0.3, "rejected_decay": 0.0}
-    losses = {name for name in RECIPES["paper"] if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
-    paper = {name: RECIPES["paper"][name] for name in losses | {"teacher_temperature"}}
-    table["the paper's losses, our optimizer"] = paper
     return table
 
 
@@ -176,7 +178,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
     drafter.bind(target).eval()
     prompts = read_prompts(tokenizer, "heldout.jsonl", 2 * args.eval_prompts)
     parts = {"tau": prompts[: args.eval_prompts]}
-    if row in (SFT, DEFAULT) and seed == args.seeds[0]:
+    if row in TUNED and seed == args.seeds[0]:
         parts["tau_choosing"] = prompts[args.eval_prompts :]
     result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
     for part, chosen in parts.items():
@@ -236,15 +238,16 @@ def study_world(study: Study, temperature: float) -> list[dict[str, Any]]:
     write_texts(args, temperature)
     first = args.seeds[0]
     sweep = study.results(
-        [(temperature, row, rate, first, args.steps) for row in (SFT, DEFAULT) for rate in args.rates],
+        [(temperature, row, rate, first, args.steps) for row in TUNED for rate in args.rates],
         f"{label}, learning rates",
     )
     rate = {
         row: max(
             (one for one in sweep if one["row"] == row), key=lambda one: own_tau(one, temperature, "tau_choosing")
         )["rate"]
-        for row in (SFT, DEFAULT)
+        for row in TUNED
     }
+    rate[SOFT] = rate[SFT]
     rate[PAPER] = RECIPES["paper"]["learning_rate"]
     jobs = [(temperature, START, 0.0, first, 0)]
     for row in rows(temperature):
