@@ -75,7 +75,7 @@ class StudyArguments:
     texts: int = field(default=1600, metadata={"help": "Texts to train on."})
     eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts; as many others choose the rates."})
     rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 4e-3], metadata={"help": "Muon's rates to choose among."}
+        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Muon's rates to choose among."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading rows."})
     workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs side by side, one thread each."})
