@@ -67,7 +67,7 @@ class StudyArguments:
     """How much of it."""
 
     output_dir: str = field(default="outputs/recipes", metadata={"help": "Runs, tables, picture."})
-    origin: str = field(default=str(POCKET / "drafter-dflash"), metadata={"help": "Drafter to start from."})
+    origin: str = field(default=str(POCKET / "drafter-dflash-narrow"), metadata={"help": "Drafter to start from."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds to study."})
     steps: int = field(default=800, metadata={"help": "Optimizer steps of a run."})
     batch_size: int = field(default=4, metadata={"help": "Texts of a step."})

@@ -147,6 +147,9 @@ def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, fl
         "change_over_last_quarter": last_quarter[-1] / last_quarter[0] - 1,
         "steps": args.steps,
         "texts": args.texts,
+        "temperatures": args.temperatures,
+        "shape": args.shape,
+        "continued": bool(args.origin),
         "batch_size": args.batch_size * trainer.accelerator.num_processes,
         "num_anchors": args.num_anchors,
         "learning_rate": args.learning_rate,
@@ -163,6 +166,8 @@ def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, fl
 def card(report: dict) -> str:
     """The model card of a pocket drafter, from its report."""
     curve = "\n".join(f"| {step} | {tau:.3f} |" for step, tau in report["acceptance_length_by_step"].items())
+    temperatures = " and ".join(f"{temperature:g}" for temperature in report["temperatures"])
+    continued = " This run went on from the drafter of an earlier one (`--origin`)." if report["continued"] else ""
     final = list(report["acceptance_length_by_step"].values())[-1]
     return f"""---
 license: apache-2.0
@@ -173,21 +178,23 @@ tags: [speculative-decoding, draft-opd, {report["drafter"]}]
 
 A {report["drafter"]} drafter of {report["parameters"]:,} parameters and blocks of {report["block_size"]}
 for the pocket target beside it (`../target`), trained by SFT until its acceptance length stood still.
-The quickstart starts here.
 
 - Acceptance length τ at temperature 0: **{final:.3f}** on {report["eval_prompts"]} prompts it was not trained on; it
   moved by {report["change_over_last_quarter"]:+.2%} over the last quarter of the steps.
-- Trained on {report["texts"]:,} texts the target wrote, {report["steps"]:,} steps of {report["batch_size"]} texts with
+- Trained on what the target answered to {report["texts"]:,} prompts at temperature {temperatures},
+  {report["steps"]:,} steps of {report["batch_size"]} texts with
   {report["num_anchors"]} random anchors each, hard cross-entropy with the architecture's slot weights, Muon at
   {report["learning_rate"]} on matrices and AdamW on the rest; the learning rate falls to a tenth in the third
-  quarter.
-- It took {report["seconds"]:.0f} s on 4 CPU cores, judging included.
+  quarter.{continued}
+- It took {report["seconds"]:.0f} s, judging included.
 
-Rebuild it from the shipped target with
+Rebuild it from the shipped target on 4 CPU cores with
 
 ```bash
 OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node 4 \\
     examples/pocket/build.py drafter --drafter {report["drafter"]} \\
+    --block-size {report["block_size"]} --shape '{json.dumps(report["shape"])}' \\
+    --temperatures {temperatures.replace(" and ", " ")} \\
     --texts {report["texts"]} --steps {report["steps"]} --batch-size {report["batch_size"] // 4} \\
     --num-anchors {report["num_anchors"]}
 ```
