@@ -94,14 +94,9 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
         PAPER: {name: value for name, value in RECIPES["paper"].items() if name not in SHARED},
         "random anchors, own proposals": {"anchors": "random"},
         "whole blocks": {"whole_blocks": True},
-        "earlier slots weigh more": {"accepted_decay": 0.8},
-        "half of it SFT": {"lmbda": 0.5},
-        "from SFT to Draft-OPD": {"lmbda": 0.0, "lmbda_end": 1.0},
-        "errors replayed by loss": {"replay_buffer_size": 512, "replay_ratio": 1.0, "replay_by_loss": True},
+        "rejected stream at 0.1": {"rejected_weight": 0.1},
+        "rejected stream at 1": {"rejected_weight": 1.0},
     }
-    for weight in (0.1, 0.3, 1.0):
-        table[f"rejected stream at {weight:g}"] = {"rejected_weight": weight}
-    table["rejected stream at 0.3, first slot"] = {"rejected_weight": 0.3, "rejected_decay": 0.0}
     losses = {name for name in RECIPES["paper"] if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
     paper = {name: RECIPES["paper"][name] for name in losses | {"teacher_temperature"}}
     table["the paper's losses, our optimizer"] = paper
@@ -111,9 +106,17 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
             if (kind, teacher) != (own.accepted_loss, temperature) and (teacher > 0 or kind in hard):
                 table[f"{kind}, teacher at {teacher:g}"] = {"accepted_loss": kind, "teacher_temperature": teacher}
     if temperature > 0:
-        for kind in ("forward_kl", "tv", "lk"):
+        for kind in ("forward_kl", "tv"):
             table[f"{kind}, drawn proposals"] = {"accepted_loss": kind, "sample_proposals": True}
-    return table
+        return table
+    return table | {
+        "rejected stream at 0.3": {"rejected_weight": 0.3},
+        "rejected stream at 0.3, first slot": {"rejected_weight": 0.3, "rejected_decay": 0.0},
+        "earlier slots weigh more": {"accepted_decay": 0.8},
+        "half of it SFT": {"lmbda": 0.5},
+        "from SFT to Draft-OPD": {"lmbda": 0.0, "lmbda_end": 1.0},
+        "errors replayed by loss": {"replay_buffer_size": 512, "replay_ratio": 1.0, "replay_by_loss": True},
+    }
 
 
 def load_world() -> tuple[Any, Target]:
@@ -143,6 +146,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer, target = load_world()
     drafter, seconds = load_drafter(args.origin), 0.0
+    options = rows(temperature).get(row, rows(temperature)[SFT])
     if steps:
         config = DraftOPDConfig(
             str(file.with_suffix("")),
@@ -158,7 +162,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
             logging_steps=max(steps // 4, 1),
             report_to="none",
             disable_tqdm=True,
-            **rows(temperature).get(row, rows(temperature)[SFT]),
+            **options,
         )
         build = torch.optim.AdamW if row == PAPER else MuonWithAdamW
         optimizer = build(drafter.parameters(), lr=rate)
@@ -177,14 +181,15 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
         trainer.save_model()
     drafter.bind(target).eval()
     prompts = read_prompts(tokenizer, "heldout.jsonl", 2 * args.eval_prompts)
-    parts = {"tau": prompts[: args.eval_prompts]}
+    # Proposals are served as they were trained: drawn, or the argmax.
+    ways = {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
+    own = {name: how for name, how in ways.items() if how[0] == temperature}
+    parts = {"tau": (prompts[: args.eval_prompts], ways)}
     if row in TUNED and seed == args.seeds[0]:
-        parts["tau_choosing"] = prompts[args.eval_prompts :]
+        parts["tau_choosing"] = (prompts[args.eval_prompts :], own)
     result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
-    for part, chosen in parts.items():
-        # Proposals are drawn in training at T = 1 only, and are a way to serve only there.
-        ways = {name: how for name, how in MEASURES.items() if not how[1] or temperature > 0}
-        result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in ways.items()}
+    for part, (chosen, measured) in parts.items():
+        result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in measured.items()}
     write_atomically(file, json.dumps(result))
 
 
@@ -208,12 +213,14 @@ class Study:
             raise SystemExit(f"{file} is of another study; choose another --output_dir, or the same settings.")
         write_atomically(file, json.dumps(settings, indent=2))
 
+    def file(self, temperature: float, row: str, rate: float, seed: int, steps: int) -> Path:
+        """Where a run's result is kept."""
+        name = f"{row}, {rate:g}, {seed}, {steps}".replace(" ", "-")
+        return self.folder / f"t{temperature:g}" / f"{name}.json"
+
     def results(self, jobs: list[tuple[float, str, float, int, int]], label: str) -> list[dict[str, Any]]:
         """What (temperature, row, rate, seed, steps) gave, in this order."""
-        files = [
-            self.folder / f"t{job[0]:g}" / f"{job[1]}, {job[2]:g}, {job[3]}, {job[4]}.json".replace(" ", "-")
-            for job in jobs
-        ]
+        files = [self.file(*job) for job in jobs]
         missing = [(job, file) for job, file in zip(jobs, files, strict=True) if not file.is_file()]
         workers = ProcessPoolExecutor(self.args.workers, get_context("spawn"), max_tasks_per_child=1)
         with workers, tqdm(total=len(missing), desc=label, unit="run") as bar:
@@ -287,7 +294,7 @@ def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def table(results: list[dict[str, Any]], temperature: float) -> str:
     """Mean and spread of each row, and its paired difference to SFT continued, in Markdown."""
-    names = [*results[0]["tau"]]
+    names = [name for name in MEASURES if any(name in one["tau"] for one in results)]
     lines = [
         f"| trained at T = {temperature:g} | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
         "|---" * (6 + len(names)) + "|",
@@ -296,7 +303,9 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
     for row, runs in grouped.items():
         cells = [row, f"{runs[0]['rate']:g}", str(runs[0]["steps"])]
         cells += [f"{statistics.median(one['seconds'] for one in runs):.0f}", str(len(runs))]
-        cells += [spread([one["tau"][name] for one in runs], ".3f") for name in names]
+        cells += [
+            spread([one["tau"][name] for one in runs], ".3f") if name in runs[0]["tau"] else "" for name in names
+        ]
         differences = paired([*grouped[SFT], *runs], row, temperature)
         cells.append("" if row in (START, SFT) else spread(differences, "+.3f"))
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,0 +1,83 @@
+"""The study of recipes: every row is a valid setting of its own, and figures are paired by seed."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from draft_opd_trl import DraftOPDConfig
+
+
+FILE = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "recipes.py"
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    spec = importlib.util.spec_from_file_location("recipes", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_row_is_valid_and_unlike_the_others(recipes, temperature):
+    settings = {}
+    for row, options in recipes.rows(temperature).items():
+        config = DraftOPDConfig("unused", temperature=temperature, report_to="none", **options)
+        read = asdict(config)
+        # What on-policy blocks use is read by SFT only in part.
+        unread = {"logging_dir", "run_name"} | ({"rejected_loss"} if config.rejected_weight == 0 else set())
+        settings[row] = json.dumps({name: value for name, value in read.items() if name not in unread}, default=str)
+    same = {text: [row for row in settings if settings[row] == text] for text in settings.values()}
+    assert all(len(rows) == 1 for rows in same.values()), same.values()
+
+
+def test_the_papers_row_is_the_papers_preset(recipes):
+    """But for what all rows of the study share."""
+    ours = DraftOPDConfig("unused", report_to="none", **recipes.rows(0.0)[recipes.PAPER])
+    theirs = DraftOPDConfig("unused", report_to="none", recipe="paper")
+    names = set(recipes.RECIPES["paper"]) - recipes.SHARED
+    assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
+
+
+def _result(row, seed, tau, rate=0.1, **more):
+    ways = {"T = 0": tau, "T = 1, argmax": tau / 2, "T = 1, drawn": tau / 4}
+    return {"row": row, "rate": rate, "seed": seed, "steps": 5, "seconds": 2.0, "tau": ways | more}
+
+
+def test_gains_are_paired_by_seed(recipes):
+    results = [_result(recipes.SFT, 0, 4.0), _result(recipes.SFT, 1, 2.0)]
+    results += [_result(recipes.DEFAULT, 1, 3.0), _result(recipes.DEFAULT, 0, 5.0)]
+    assert recipes.gain(results, recipes.DEFAULT, recipes.SFT, 0.0) == pytest.approx((0.25 + 0.5) / 2)
+    assert sorted(recipes.paired(results, recipes.DEFAULT, 0.0)) == [1.0, 1.0]
+    # At T = 1 each arm is read at its better way of proposing.
+    drawn = [_result(recipes.SFT, 0, 4.0), _result(recipes.DEFAULT, 0, 4.0, **{"T = 1, drawn": 3.0})]
+    assert recipes.gain(drawn, recipes.DEFAULT, recipes.SFT, 1.0) == pytest.approx(0.5)
+
+
+def test_the_table_keeps_other_rates_apart(recipes):
+    results = [_result(recipes.SFT, 0, 4.0), _result(recipes.SFT, 1, 4.5), _result(recipes.DEFAULT, 0, 5.0)]
+    results.append(_result(recipes.SFT, 0, 3.0, rate=0.2))
+    lines = recipes.table(results, 0.0).splitlines()
+    assert len(lines) == 2 + 3
+    assert "4.250 ± 0.354" in lines[2] and "+1.000" in lines[3]
+    assert "rate 0.2" in lines[4] and "-1.000" in lines[4]
+
+
+def test_another_study_in_the_same_folder_is_refused(recipes, tmp_path):
+    recipes.Study(recipes.StudyArguments(output_dir=str(tmp_path), workers=1))
+    recipes.Study(recipes.StudyArguments(output_dir=str(tmp_path), workers=2, temperatures=[1.0]))
+    with pytest.raises(SystemExit, match="another study"):
+        recipes.Study(recipes.StudyArguments(output_dir=str(tmp_path), steps=7))
+
+
+def test_finished_runs_are_read_and_not_made_again(recipes, tmp_path):
+    study = recipes.Study(recipes.StudyArguments(output_dir=str(tmp_path)))
+    job = (0.0, recipes.SFT, 0.002, 0, 5)
+    result = _result(recipes.SFT, 0, 4.0)
+    file = study.file(*job)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(result))
+    assert study.results([job], "test") == [result]
