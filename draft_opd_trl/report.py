@@ -6,7 +6,7 @@ Knows no models; everything comes from [`AcceptanceReport`] and from a Trainer's
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -78,9 +78,32 @@ def plot_acceptance(
         histories (`Mapping[str, Sequence[dict]]`, *optional*): A Trainer's `state.log_history` by run, with
             evaluations.
     """
+    save_figure(acceptance_figure(reports, histories), file)
+
+
+def looks_of(names: Iterable[str]) -> dict[str, dict]:
+    """A colour and a marker for each name, as options of matplotlib's `plot`."""
+    return {
+        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        for i, name in enumerate(names)
+    }
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows × columns` empty plots in the house's style, row by row."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, file: str | os.PathLike) -> None:
+    """The whole PNG or none of it."""
     scratch = Path(f"{file}.tmp")
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    acceptance_figure(reports, histories).savefig(scratch, dpi=120, format="png")
+    figure.savefig(scratch, dpi=120, format="png")
     os.replace(scratch, file)
 
 
@@ -89,21 +112,13 @@ def acceptance_figure(
 ) -> Figure:
     """The figure that [`plot_acceptance`] saves."""
     names = list(dict.fromkeys(chain(reports, histories or {})))
-    looks = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        for i, name in enumerate(names)
-    }
-    wide = bool(histories)
-    figure = Figure(figsize=(11, 8) if wide else (15, 4.2), layout="constrained")
-    axes = figure.subplots(2, 2).flatten() if wide else figure.subplots(1, 3)
+    looks = looks_of(names)
+    figure, axes = new_figure(2, 2, (11, 8)) if histories else new_figure(1, 3, (15, 4.2))
     _plot_tau(axes[0], reports, looks)
     _plot_slots(axes[1], reports, looks)
     _plot_errors(axes[2], reports, looks)
     if histories:
         _plot_steps(axes[3], histories, looks)
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
