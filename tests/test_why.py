@@ -47,7 +47,7 @@ def write(target, prompts, temperature):
 def test_shares_and_acceptance_are_those_of_decoding(why, qwen_target, pair, prompts):
     texts = write(qwen_target, prompts, 0.0)
     found = why.examine(qwen_target, pair, texts, SamplingParams(0.0), batch_size=3)
-    summary = why.summarise(found, texts, [])
+    summary = why.summarise(found, texts, [])["drafters"]
     settings = SpeculationSettings(LENGTH, [])
     for name, drafter in pair.items():
         one, report = summary[name], measure_acceptance(qwen_target, drafter, prompts, settings)
@@ -59,7 +59,10 @@ def test_shares_and_acceptance_are_those_of_decoding(why, qwen_target, pair, pro
         accepted, rejected = int(blocks.num_accepted.sum()) / slots, int(blocks.has_error.sum()) / slots
         expected = {"accepted": accepted, "first rejected": rejected, "suffix": 1 - accepted - rejected}
         assert one["shares"] == pytest.approx(expected)
-    assert summary["start"]["acceptance_length"] != summary["after"]["acceptance_length"]
+    start, after = summary.values()
+    assert start["acceptance_length"] != after["acceptance_length"]
+    for label, (change, _) in after["change_from_start"]["ce"].items():
+        assert change == pytest.approx(after["start_blocks"]["ce"][label] - start["start_blocks"]["ce"][label])
 
 
 def by_hand(target, drafter, texts, blocks, temperature):
@@ -127,13 +130,14 @@ def test_changes_and_weights_by_hand(why):
 
 def test_nothing_changes_without_training(why, qwen_target, qwen_drafter, prompts):
     texts = write(qwen_target, prompts, 1.0)
-    drafters = {"start": qwen_drafter, "after": qwen_drafter}
+    drafters = {"start": qwen_drafter, "after": copy.deepcopy(qwen_drafter, {id(qwen_target): qwen_target})}
     summary = why.summarise(why.examine(qwen_target, drafters, texts, SamplingParams(1.0), True), texts, [])
-    start, after = summary.values()
+    start, after = summary["drafters"].values()
+    make_up = summary["make_up"]
     assert start == after
-    assert {mean for kind in after["changes_on_start_blocks"].values() for mean, _ in kind.values()} == {0.0}
-    assert start["make_up"]["Draft-OPD, weight"]["suffix"] == 0 < start["make_up"]["SFT, weight"]["suffix"]
-    for shares in (start["shares"], *start["make_up"].values()):
+    assert {mean for kind in after["change_from_start"].values() for mean, _ in kind.values()} == {0.0}
+    assert make_up["Draft-OPD, weight"]["suffix"] == 0 < make_up["SFT, weight"]["suffix"]
+    for shares in (start["shares"], *make_up.values()):
         assert sum(shares.values()) == pytest.approx(1.0)
 
 

@@ -119,6 +119,15 @@ def changes(before: Slots, after: Slots, name: str) -> dict[str, tuple[float, fl
     return found
 
 
+def compare(before: Mapping[str, Slots], after: Mapping[str, Slots]) -> dict[str, dict[str, tuple[float, float]]]:
+    """[`changes`] of each divergence on the start's blocks, between two drafters' sets of slots."""
+    found = {}
+    for kind in before["start"].values:
+        taught_suffix = changes(before["start_text"], after["start_text"], kind)["suffix"]
+        found[kind] = {**changes(before["start"], after["start"], kind), TAUGHT_SUFFIX: taught_suffix}
+    return found
+
+
 def divergences(
     drafter: Drafter,
     batch: ReplayBatch,
@@ -180,22 +189,20 @@ def look(
     def replayed(drafter: Drafter, count: int, **options: Any) -> ReplayBatch:
         return BatchMaker(target, drafter, num_anchors=count, proposals=proposals, **options)([texts], 0)[0][0]
 
-    found: dict[str, dict[str, Slots]] = {}
-    start = None
+    def exposed(drafter: Drafter) -> ReplayBatch:
+        return replayed(drafter, texts.tokens.shape[1], streams=StreamSettings(rejected_weight=1.0))
+
+    origin = next(iter(drafters.values()))
+    start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, streams=StreamSettings(), anchors="random")
+    sft_blocks = text_blocks(texts, random.blocks.rows, random.blocks.anchors, origin.num_draft_tokens)
+    off_policy = torch.zeros_like(sft_blocks.rows, dtype=torch.bool)
+    sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=origin.sft_decay))
+    found = {}
     for name, drafter in drafters.items():
-        own = replayed(drafter, texts.tokens.shape[1], streams=StreamSettings(rejected_weight=1.0))
-        random = replayed(drafter, RANDOM_ANCHORS, streams=StreamSettings(), anchors="random")
-        start = own if start is None else start
-        sft_blocks = text_blocks(texts, random.blocks.rows, random.blocks.anchors, drafter.num_draft_tokens)
-        off_policy = torch.zeros_like(sft_blocks.rows, dtype=torch.bool)
-        sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=drafter.sft_decay))
-        on_own = Slots(own.blocks, drafted(drafter, own, settings), own.accepted_weights)
-        on_start = on_own
-        if own is not start:
-            on_start = Slots(start.blocks, drafted(drafter, start, settings), start.accepted_weights)
+        own = start if drafter is origin else exposed(drafter)
         found[name] = {
-            "own": on_own,
-            "start": on_start,
+            "own": Slots(own.blocks, drafted(drafter, own, settings), own.accepted_weights),
+            "start": Slots(start.blocks, drafted(drafter, start, settings), start.accepted_weights),
             "start_text": Slots(start.blocks, taught(drafter, texts, start, settings), start.accepted_weights),
             "random": Slots(random.blocks, taught(drafter, texts, random, settings), sft_weights),
         }
@@ -221,9 +228,9 @@ def examine(
         sample_proposals (`bool`, *optional*, defaults to `False`): Proposals are drawn; otherwise they are the argmax.
 
     Returns:
-        By drafter, four sets of [`Slots`]: its `own` blocks and the `start`'s, given what was drafted; and
-        `start_text` and `random`, given the text. Classes are those of the start's proposals in `start` and
-        `start_text`, of its own in the others. Weights are SFT's in `random`, else those of the accepted stream.
+        By drafter, four sets of [`Slots`]: its `own` blocks and the `start`'s, given what was drafted; and the
+        start's exposed anchors (`start_text`) and random ones (`random`), given the text. But for `own`, classes are
+        those of the start's proposals. Weights are SFT's in `random`, else those of the accepted stream.
     """
     batches, first_rows = [], range(0, len(texts), batch_size)
     for row in tqdm(first_rows, desc="Replaying", leave=False):
@@ -246,8 +253,13 @@ def report_of(texts: Rollout, blocks: DraftBlocks, stops: Sequence[int]) -> Acce
 
 
 def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: Sequence[int]) -> dict[str, Any]:
-    """What [`examine`] found in numbers, JSON-able, by drafter."""
-    start = next(iter(found.values()))
+    """
+    What [`examine`] found in numbers, JSON-able.
+
+    Returns:
+        `drafters`, by name, of which the second is the control; and the losses' `make_up` at the start.
+    """
+    start, control, *_ = found.values()
     kinds = list(start["own"].values)
     before = report_of(texts, start["own"].blocks, stops)
     summary = {}
@@ -255,11 +267,6 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
         own, report = sets["own"], report_of(texts, sets["own"].blocks, stops)
         accepted, judged = own.classes == 0, own.classes >= 0
         reached = accepted | (own.classes == 1)
-        on_start, moved = {}, {}
-        for kind in kinds:
-            taught_suffix = changes(start["start_text"], sets["start_text"], kind)["suffix"]
-            moved[kind] = {**changes(start["start"], sets["start"], kind), TAUGHT_SUFFIX: taught_suffix}
-            on_start[kind] = {**sets["start"].means(kind), TAUGHT_SUFFIX: sets["start_text"].means(kind)["suffix"]}
         summary[name] = {
             "acceptance_length": report.acceptance_length,
             "change": report.acceptance_length - before.acceptance_length,
@@ -267,18 +274,17 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
             "shares": own.shares(torch.ones_like(own.weights)),
             "reached_by_slot": (reached.sum(0) / judged.sum(0).clamp(min=1)).tolist(),
             "accepted_if_reached": (accepted.sum(0) / reached.sum(0).clamp(min=1)).tolist(),
-            "start_blocks": on_start,
-            "changes_on_start_blocks": moved,
+            "start_blocks": {
+                kind: {**sets["start"].means(kind), TAUGHT_SUFFIX: sets["start_text"].means(kind)["suffix"]}
+                for kind in kinds
+            },
+            "change_from_start": compare(start, sets),
+            "change_from_control": compare(control, sets),
             "own_blocks": {kind: own.means(kind) for kind in kinds},
             "by_slot": {
                 f"{label}, {where} anchors": sets[key].means_by_slot(label)
                 for label in (kinds[0], "entropy")
                 for where, key in (("random", "random"), ("exposed", "start_text"))
-            },
-            "make_up": {
-                f"{arm}, {what}": part.shares(part.weights * values)
-                for arm, part in (("SFT", sets["random"]), ("Draft-OPD", own))
-                for what, values in (("weight", torch.ones_like(part.weights)), ("loss", part.values[kinds[0]]))
             },
             "losses": {
                 "SFT's, random anchors": sets["random"].loss(kinds[0]),
@@ -286,7 +292,12 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
                 "Draft-OPD's, own blocks": own.loss(kinds[0]),
             },
         }
-    return summary
+    make_up = {
+        f"{arm}, {what}": part.shares(part.weights * values)
+        for arm, part in (("SFT", start["random"]), ("Draft-OPD", start["own"]))
+        for what, values in (("weight", torch.ones_like(part.weights)), ("loss", part.values[kinds[0]]))
+    }
+    return {"drafters": summary, "make_up": make_up}
 
 
 def named_folder(text: str) -> tuple[str, str]:
@@ -314,27 +325,28 @@ def main(args: argparse.Namespace) -> None:
     settings = SpeculationSettings(args.max_new_tokens, stops, sampling, batch_size=64)
     texts = speculate(target, None, prompts, settings, torch.Generator(target.device).manual_seed(args.seed))
     found = examine(target, dict(zip(folders, loaded, strict=True)), texts, sampling, args.sample_proposals)
-    drafters = summarise(found, texts, stops)
-    result = {"arguments": vars(args), "seconds": time.perf_counter() - began, "drafters": drafters}
+    summary = summarise(found, texts, stops)
+    result = {"arguments": vars(args), "seconds": time.perf_counter() - began, **summary}
     output = Path(args.output)
     write_atomically(output / "why.json", json.dumps(result, indent=2))
-    write_atomically(output / "why.md", tables(drafters) + "\n")
-    save_figure(picture(drafters), output / "why.png")
-    start = drafters[START]
+    write_atomically(output / "why.md", tables(**summary) + "\n")
+    save_figure(picture(**summary), output / "why.png")
     headline = {
-        "tau": {name: one["acceptance_length"] for name, one in drafters.items()},
-        "shares": start["shares"],
-        "sft_weight_behind_first_error": start["make_up"]["SFT, weight"]["suffix"],
-        "sft_loss_behind_first_error": start["make_up"]["SFT, loss"]["suffix"],
+        "tau": {name: one["acceptance_length"] for name, one in summary["drafters"].items()},
+        "shares": summary["drafters"][START]["shares"],
+        "sft_weight_behind_first_error": summary["make_up"]["SFT, weight"]["suffix"],
+        "sft_loss_behind_first_error": summary["make_up"]["SFT, loss"]["suffix"],
         "seconds": result["seconds"],
     }
-    print(tables(drafters) + "\n\n" + json.dumps(headline))
+    print(tables(**summary) + "\n\n" + json.dumps(headline))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--origin", required=True, help="drafter that the others were trained from")
-    parser.add_argument("--after", type=named_folder, nargs="+", required=True, help="NAME=FOLDER of trained drafters")
+    parser.add_argument(
+        "--after", type=named_folder, nargs="+", required=True, help="NAME=FOLDER of those trained; control first"
+    )
     parser.add_argument("--target", default=str(POCKET / "target"))
     parser.add_argument("--prompt-file", default=str(POCKET / "prompts" / "heldout.jsonl"))
     parser.add_argument("--prompts", type=int, default=256, help="how many of them")

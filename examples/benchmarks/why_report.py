@@ -29,13 +29,8 @@ def _numbers(values: Iterable[float]) -> list[str]:
     return [f"{value:.3f}" for value in values]
 
 
-def tables(drafters: Mapping[str, Mapping[str, Any]]) -> str:
-    """
-    All of it in Markdown.
-
-    Args:
-        drafters (`Mapping[str, Mapping]`): From `summarise`, the start first.
-    """
+def tables(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Mapping[str, float]]) -> str:
+    """All that `summarise` returns, in Markdown."""
     start = next(iter(drafters.values()))
     classes, kinds = list(start["shares"]), list(start["own_blocks"])
     slots = [f"slot {slot}" for slot in range(1, len(start["reached_by_slot"]) + 1)]
@@ -57,7 +52,7 @@ def tables(drafters: Mapping[str, Mapping[str, Any]]) -> str:
     caption = "**2. Slot by slot.** Chance that a slot is accepted if those before it were (share of blocks that far)."
     parts.append(_table(caption, ["drafter", *slots], rows))
 
-    parts += [_divergence_table(drafters, kind, classes) for kind in kinds]
+    parts += [_divergence_table(drafters, kind) for kind in kinds]
 
     rows = []
     for label, values in start["by_slot"].items():
@@ -66,7 +61,7 @@ def tables(drafters: Mapping[str, Mapping[str, Any]]) -> str:
     caption = "**4. Anchors.** What stands at the start's exposed anchors and at random ones; given the text, nats."
     parts.append(_table(caption, ["", *slots], rows))
 
-    rows = [[name, *_shares(values.values())] for name, values in start["make_up"].items()]
+    rows = [[name, *_shares(values.values())] for name, values in make_up.items()]
     caption = "**5. Weight.** Slots that the training loss weighs, and where it finds its loss; at the start."
     parts.append(_table(caption, ["", *classes], rows))
 
@@ -76,19 +71,25 @@ def tables(drafters: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _divergence_table(drafters: Mapping[str, Mapping[str, Any]], kind: str, classes: Sequence[str]) -> str:
+def _divergence_table(drafters: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     (origin, start), *others = drafters.items()
+
+    def differences(moved: Mapping[str, Sequence[float]]) -> list[str]:
+        return [f"{mean:+.3f} ± {half:.3f}" for mean, half in moved.values()]
+
     rows = [[origin, *_numbers(start["start_blocks"][kind].values())]]
     for name, one in others:
-        cells = [f"{value:.3f}" for value in one["start_blocks"][kind].values()]
-        moved = [f"({mean:+.3f} ± {half:.3f})" for mean, half in one["changes_on_start_blocks"][kind].values()]
-        rows.append([name, *map(" ".join, zip(cells, moved, strict=True))])
+        cells = zip(
+            _numbers(one["start_blocks"][kind].values()), differences(one["change_from_start"][kind]), strict=True
+        )
+        rows.append([name, *(f"{value} ({change})" for value, change in cells)])
+    rows += [[f"{name} − {others[0][0]}", *differences(one["change_from_control"][kind])] for name, one in others[1:]]
     rows += [[f"{name}, own blocks", *_numbers(one["own_blocks"][kind].values()), ""] for name, one in others]
-    caption = f"**3. {NAMES[kind].capitalize()}** on the start's blocks (its change, paired, 95 % interval)."
+    caption = f"**3. {NAMES[kind].capitalize()}** on the start's blocks (its change; paired, 95 % intervals)."
     return _table(caption, ["drafter", *start["start_blocks"][kind]], rows)
 
 
-def picture(drafters: Mapping[str, Mapping[str, Any]]) -> Figure:
+def picture(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Mapping[str, float]]) -> Figure:
     """The main lines of the tables."""
     start = next(iter(drafters.values()))
     kind, looks = next(iter(start["own_blocks"])), looks_of(drafters)
@@ -98,7 +99,7 @@ def picture(drafters: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes[0].plot(slots, one["accepted_if_reached"], label=name, **looks[name])
     axes[0].set(title="Chance that a slot is accepted, if reached", xlabel="slot k")
     axes[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _plot_changes(axes[1], {name: one["changes_on_start_blocks"][kind] for name, one in drafters.items()}, looks)
+    _plot_changes(axes[1], {name: one["change_from_start"][kind] for name, one in drafters.items()}, looks)
     axes[1].set(title=f"Change of {NAMES[kind]} on the start's blocks", ylabel="nats (95 % interval)")
     for where, style in (("random", "--"), ("exposed", "-")):
         values = start["by_slot"][f"{kind}, {where} anchors"]
@@ -108,7 +109,7 @@ def picture(drafters: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes[2].legend(frameon=False)
     for axis in (axes[0], axes[2]):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plot_make_up(axes[3], start["make_up"])
+    _plot_make_up(axes[3], make_up)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks), frameon=False)
     return figure
 
@@ -131,6 +132,7 @@ def _plot_make_up(axis: Axes, make_up: Mapping[str, Mapping[str, float]]) -> Non
             left += share
     axis.set_yticks(range(len(make_up)), make_up)
     axis.invert_yaxis()
+    axis.set_axisbelow(True)
     axis.set(title="Where weight and loss stand, at the start", xlim=(0, 1))
     axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
