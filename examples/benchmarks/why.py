@@ -166,19 +166,21 @@ def drafted(drafter: Drafter, batch: ReplayBatch, settings: Sequence[LossSetting
 def taught(
     drafter: Drafter, texts: Rollout, batch: ReplayBatch, settings: Sequence[LossSettings]
 ) -> dict[str, torch.Tensor]:
-    """Divergences where both read the text from the same anchors, as in SFT; and the target's entropy there."""
+    """Divergences where both read the text from the same anchors, as in SFT."""
     blocks = text_blocks(texts, batch.blocks.rows, batch.blocks.anchors, drafter.num_draft_tokens)
-    states = batch.text_states
-    values = divergences(drafter, batch, blocks, states, batch.labels, settings)
-    temperature = settings[0].temperature or 1.0
-    entropies = [
-        Categorical(logits=drafter.target.logits(part) / temperature, validate_args=False).entropy()
-        for part in states.flatten(0, 1).split(256)
+    return divergences(drafter, batch, blocks, batch.text_states, batch.labels, settings)
+
+
+def entropies(target: Target, batch: ReplayBatch, temperature: float) -> torch.Tensor:
+    """Of the target at each slot `(N, K)`, given the text, in nats; at temperature 1 where texts are greedy."""
+    parts = [
+        Categorical(logits=target.logits(part) / (temperature or 1.0), validate_args=False).entropy()
+        for part in batch.text_states.flatten(0, 1).split(256)
     ]
-    return {**values, "entropy": torch.cat(entropies).view_as(batch.labels)}
+    return torch.cat(parts).view_as(batch.labels)
 
 
-def look(
+def examine_batch(
     target: Target, drafters: Mapping[str, Drafter], texts: Rollout, sampling: SamplingParams, sample_proposals: bool
 ) -> dict[str, dict[str, Slots]]:
     """One batch of texts, see [`examine`]."""
@@ -204,8 +206,11 @@ def look(
             "own": Slots(own.blocks, drafted(drafter, own, settings), own.accepted_weights),
             "start": Slots(start.blocks, drafted(drafter, start, settings), start.accepted_weights),
             "start_text": Slots(start.blocks, taught(drafter, texts, start, settings), start.accepted_weights),
-            "random": Slots(random.blocks, taught(drafter, texts, random, settings), sft_weights),
+            "random": Slots(random.blocks, taught(drafter, texts, random, settings[:1]), sft_weights),
         }
+        if drafter is origin:
+            for key, batch in (("start_text", start), ("random", random)):
+                found[name][key].values["entropy"] = entropies(target, batch, sampling.temperature)
     return found
 
 
@@ -235,7 +240,7 @@ def examine(
     batches, first_rows = [], range(0, len(texts), batch_size)
     for row in tqdm(first_rows, desc="Replaying", leave=False):
         some = texts.rows(row, min(row + batch_size, len(texts)))
-        batches.append(look(target, drafters, some, sampling, sample_proposals))
+        batches.append(examine_batch(target, drafters, some, sampling, sample_proposals))
     return {
         name: {key: Slots.cat([batch[name][key] for batch in batches], first_rows) for key in sets}
         for name, sets in batches[0].items()
@@ -257,7 +262,8 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
     What [`examine`] found in numbers, JSON-able.
 
     Returns:
-        `drafters`, by name, of which the second is the control; and the losses' `make_up` at the start.
+        `drafters`, by name, of which the second is the control; and of the start the divergence by slot at both kinds
+        of `anchors`, and the losses' `make_up`.
     """
     start, control, *_ = found.values()
     kinds = list(start["own"].values)
@@ -281,23 +287,23 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
             "change_from_start": compare(start, sets),
             "change_from_control": compare(control, sets),
             "own_blocks": {kind: own.means(kind) for kind in kinds},
-            "by_slot": {
-                f"{label}, {where} anchors": sets[key].means_by_slot(label)
-                for label in (kinds[0], "entropy")
-                for where, key in (("random", "random"), ("exposed", "start_text"))
-            },
             "losses": {
                 "SFT's, random anchors": sets["random"].loss(kinds[0]),
                 "Draft-OPD's, start's blocks": sets["start"].loss(kinds[0]),
                 "Draft-OPD's, own blocks": own.loss(kinds[0]),
             },
         }
+    anchors = {
+        f"{label}, {where} anchors": start[key].means_by_slot(label)
+        for label in (kinds[0], "entropy")
+        for where, key in (("random", "random"), ("exposed", "start_text"))
+    }
     make_up = {
         f"{arm}, {what}": part.shares(part.weights * values)
         for arm, part in (("SFT", start["random"]), ("Draft-OPD", start["own"]))
         for what, values in (("weight", torch.ones_like(part.weights)), ("loss", part.values[kinds[0]]))
     }
-    return {"drafters": summary, "make_up": make_up}
+    return {"drafters": summary, "anchors": anchors, "make_up": make_up}
 
 
 def named_folder(text: str) -> tuple[str, str]:
@@ -329,8 +335,8 @@ def main(args: argparse.Namespace) -> None:
     result = {"arguments": vars(args), "seconds": time.perf_counter() - began, **summary}
     output = Path(args.output)
     write_atomically(output / "why.json", json.dumps(result, indent=2))
-    write_atomically(output / "why.md", tables(**summary) + "\n")
-    save_figure(picture(**summary), output / "why.png")
+    write_atomically(output / "why.md", tables(summary) + "\n")
+    save_figure(picture(summary), output / "why.png")
     headline = {
         "tau": {name: one["acceptance_length"] for name, one in summary["drafters"].items()},
         "shares": summary["drafters"][START]["shares"],
@@ -338,7 +344,7 @@ def main(args: argparse.Namespace) -> None:
         "sft_loss_behind_first_error": summary["make_up"]["SFT, loss"]["suffix"],
         "seconds": result["seconds"],
     }
-    print(tables(**summary) + "\n\n" + json.dumps(headline))
+    print(tables(summary) + "\n\n" + json.dumps(headline))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def _numbers(values: Iterable[float]) -> list[str]:
     return [f"{value:.3f}" for value in values]
 
 
-def tables(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Mapping[str, float]]) -> str:
+def tables(summary: Mapping[str, Any]) -> str:
     """All that `summarise` returns, in Markdown."""
+    drafters = summary["drafters"]
     start = next(iter(drafters.values()))
     classes, kinds = list(start["shares"]), list(start["own_blocks"])
     slots = [f"slot {slot}" for slot in range(1, len(start["reached_by_slot"]) + 1)]
@@ -55,13 +56,13 @@ def tables(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Mapp
     parts += [_divergence_table(drafters, kind) for kind in kinds]
 
     rows = []
-    for label, values in start["by_slot"].items():
+    for label, values in summary["anchors"].items():
         kind, _, where = label.partition(", ")
         rows.append([f"{NAMES.get(kind, 'entropy of the target')}, {where}", *_numbers(values)])
     caption = "**4. Anchors.** What stands at the start's exposed anchors and at random ones; given the text, nats."
     parts.append(_table(caption, ["", *slots], rows))
 
-    rows = [[name, *_shares(values.values())] for name, values in make_up.items()]
+    rows = [[name, *_shares(values.values())] for name, values in summary["make_up"].items()]
     caption = "**5. Weight.** Slots that the training loss weighs, and where it finds its loss; at the start."
     parts.append(_table(caption, ["", *classes], rows))
 
@@ -85,12 +86,13 @@ def _divergence_table(drafters: Mapping[str, Mapping[str, Any]], kind: str) -> s
         rows.append([name, *(f"{value} ({change})" for value, change in cells)])
     rows += [[f"{name} − {others[0][0]}", *differences(one["change_from_control"][kind])] for name, one in others[1:]]
     rows += [[f"{name}, own blocks", *_numbers(one["own_blocks"][kind].values()), ""] for name, one in others]
-    caption = f"**3. {NAMES[kind].capitalize()}** on the start's blocks (its change; paired, 95 % intervals)."
+    caption = f"**3. Divergence: {NAMES[kind]},** on the start's blocks (its change; paired, 95 % intervals)."
     return _table(caption, ["drafter", *start["start_blocks"][kind]], rows)
 
 
-def picture(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Mapping[str, float]]) -> Figure:
+def picture(summary: Mapping[str, Any]) -> Figure:
     """The main lines of the tables."""
+    drafters = summary["drafters"]
     start = next(iter(drafters.values()))
     kind, looks = next(iter(start["own_blocks"])), looks_of(drafters)
     figure, axes = new_figure(2, 2, (11, 8))
@@ -102,14 +104,14 @@ def picture(drafters: Mapping[str, Mapping[str, Any]], make_up: Mapping[str, Map
     _plot_changes(axes[1], {name: one["change_from_start"][kind] for name, one in drafters.items()}, looks)
     axes[1].set(title=f"Change of {NAMES[kind]} on the start's blocks", ylabel="nats (95 % interval)")
     for where, style in (("random", "--"), ("exposed", "-")):
-        values = start["by_slot"][f"{kind}, {where} anchors"]
+        values = summary["anchors"][f"{kind}, {where} anchors"]
         axes[2].plot(slots, values, style, color=COLORS[0], marker="o", markersize=5, label=f"{where} anchors")
     axes[2].set(title=f"Anchors: {NAMES[kind]} of the start", xlabel="slot k", ylabel="nats")
     axes[2].set_ylim(bottom=0)
     axes[2].legend(frameon=False)
     for axis in (axes[0], axes[2]):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plot_make_up(axes[3], make_up)
+    _plot_make_up(axes[3], summary["make_up"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks), frameon=False)
     return figure
 
