@@ -100,7 +100,7 @@ def picture(summary: Mapping[str, Any]) -> Figure:
     for name, one in drafters.items():
         axes[0].plot(slots, one["accepted_if_reached"], label=name, **looks[name])
     axes[0].set(title="Chance that a slot is accepted, if reached", xlabel="slot k")
-    axes[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     _plot_changes(axes[1], {name: one["change_from_start"][kind] for name, one in drafters.items()}, looks)
     axes[1].set(title=f"Change of {NAMES[kind]} on the start's blocks", ylabel="nats (95 % interval)")
     for where, style in (("random", "--"), ("exposed", "-")):
