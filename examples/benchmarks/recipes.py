@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_cosine_schedule_with_warmup
 
@@ -48,7 +47,7 @@ from draft_opd_trl import (  # noqa: E402
 )
 from draft_opd_trl.config import RECIPES  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
-from draft_opd_trl.report import COLORS  # noqa: E402
+from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
 from draft_opd_trl.results import write_atomically  # noqa: E402
 
 
@@ -313,9 +312,8 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
 
 
 def plot(worlds: dict[float, list[dict[str, Any]]], file: Path) -> None:
-    """Every run as a point, a row a line, in each world."""
-    figure = Figure(figsize=(7 * len(worlds), 8), layout="constrained")
-    axes = figure.subplots(1, len(worlds), squeeze=False)[0]
+    """Every run as a point, a row a line, in each world; dashed: SFT continued."""
+    figure, axes = new_figure(1, len(worlds), (7 * len(worlds), 8))
     for axis, (temperature, results) in zip(axes, worlds.items(), strict=True):
         grouped = by_row(results)
         mean = {row: statistics.mean(own_tau(one, temperature) for one in runs) for row, runs in grouped.items()}
@@ -325,15 +323,9 @@ def plot(worlds: dict[float, list[dict[str, Any]]], file: Path) -> None:
             taus = [own_tau(one, temperature) for one in grouped[row]]
             axis.plot(taus, [place] * len(taus), "o", color=color, alpha=0.7)
         axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
-        axis.set(
-            yticks=range(len(order)),
-            yticklabels=order,
-            xlabel="τ",
-            title=f"Trained and verified at T = {temperature:g}",
-        )
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+        title = f"Trained and verified at T = {temperature:g}"
+        axis.set(yticks=range(len(order)), yticklabels=order, xlabel="τ", title=title)
+    save_figure(figure, file)
 
 
 def gain(results: list[dict[str, Any]], row: str, control: str, temperature: float) -> float:
