@@ -78,7 +78,8 @@ class StudyArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading rows."})
     workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs side by side, one thread each."})
-    quick: bool = field(default=False, metadata={"help": "Leading rows, one seed, two rates, fewer steps."})
+    quick: bool = field(default=False, metadata={"help": "Leading rows, one seed, one rate, half of all numbers."})
+    quick_rate: float = field(default=2e-3, metadata={"help": "That rate."})
 
 
 def rows(temperature: float) -> dict[str, dict[str, Any]]:
@@ -242,30 +243,29 @@ def study_world(study: Study, temperature: float) -> list[dict[str, Any]]:
     """Choose the rates, run every row, and last SFT for as long as the default recipe took."""
     args, label = study.args, f"T = {temperature:g}"
     write_texts(args, temperature)
-    first = args.seeds[0]
-    sweep = study.results(
-        [(temperature, row, rate, first, args.steps) for row in TUNED for rate in args.rates],
-        f"{label}, learning rates",
-    )
-    rate = {
-        row: max(
-            (one for one in sweep if one["row"] == row), key=lambda one: own_tau(one, temperature, "tau_choosing")
-        )["rate"]
-        for row in TUNED
-    }
-    rate[SOFT] = rate[SFT]
-    rate[PAPER] = RECIPES["paper"]["learning_rate"]
-    jobs = [(temperature, START, 0.0, first, 0)]
+    sweep = []
+    if len(args.rates) > 1:
+        jobs = [(temperature, row, rate, args.seeds[0], args.steps) for row in TUNED for rate in args.rates]
+        sweep = study.results(jobs, f"{label}, learning rates")
+    rate = {row: chosen_rate(sweep, row, temperature) if sweep else args.rates[0] for row in TUNED}
+    rate |= {SOFT: rate[SFT], PAPER: RECIPES["paper"]["learning_rate"]}
+    jobs = [(temperature, START, 0.0, args.seeds[0], 0)]
     for row in rows(temperature):
         seeds = args.seeds if row in LEADING else args.seeds[:1]
         if row in LEADING or not args.quick:
             jobs += [(temperature, row, rate.get(row, rate[DEFAULT]), seed, args.steps) for seed in seeds]
     done = study.results(jobs, f"{label}, rows")
-    pace = {row: statistics.median(one["seconds"] for one in done if one["row"] == row) for row in (SFT, DEFAULT)}
+    pace = {row: statistics.median(one["seconds"] for one in done if one["row"] == row) for row in TUNED}
     steps = round(args.steps * pace[DEFAULT] / pace[SFT])
     jobs = [(temperature, EQUAL_TIME, rate[SFT], seed, steps) for seed in args.seeds]
     swept = [one for one in sweep if one["rate"] != rate[one["row"]]]
     return done + study.results(jobs, f"{label}, equal time") + swept
+
+
+def chosen_rate(sweep: list[dict[str, Any]], row: str, temperature: float) -> float:
+    """The rate that was best on the prompts kept for choosing."""
+    candidates = [one for one in sweep if one["row"] == row]
+    return max(candidates, key=lambda one: own_tau(one, temperature, "tau_choosing"))["rate"]
 
 
 def spread(values: list[float], form: str) -> str:
@@ -337,7 +337,8 @@ def gain(results: list[dict[str, Any]], row: str, control: str, temperature: flo
 
 def main(args: StudyArguments) -> None:
     if args.quick:
-        args.seeds, args.rates, args.steps = args.seeds[:1], args.rates[-1:], args.steps // 2
+        args.seeds, args.rates, args.steps = args.seeds[:1], [args.quick_rate], args.steps // 2
+        args.texts, args.eval_prompts = args.texts // 2, args.eval_prompts // 2
     study = Study(args)
     worlds = {temperature: study_world(study, temperature) for temperature in args.temperatures}
     tables = [table(results, temperature) for temperature, results in worlds.items()]
