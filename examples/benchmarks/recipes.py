@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -53,7 +54,7 @@ from draft_opd_trl.results import write_atomically  # noqa: E402
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
 SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the paper's preset"
-LEADING = (SFT, EQUAL_TIME, SOFT, DEFAULT, PAPER)
+LEADING = (SFT, SOFT, DEFAULT, PAPER)
 TUNED = (SFT, DEFAULT)
 # Of the paper's preset: the same for every row here.
 SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
@@ -68,7 +69,8 @@ class StudyArguments:
     output_dir: str = field(default="outputs/recipes", metadata={"help": "Runs, tables, picture."})
     origin: str = field(default=str(POCKET / "drafter-dflash-narrow"), metadata={"help": "Drafter to start from."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds to study."})
-    steps: int = field(default=800, metadata={"help": "Optimizer steps of a run."})
+    steps: int = field(default=800, metadata={"help": "Optimizer steps of a run on one seed."})
+    long_steps: int = field(default=1600, metadata={"help": "Of the leading rows' runs on every seed."})
     batch_size: int = field(default=4, metadata={"help": "Texts of a step."})
     num_anchors: int = field(default=32, metadata={"help": "Most blocks of a text."})
     texts: int = field(default=1600, metadata={"help": "Texts to train on."})
@@ -239,8 +241,8 @@ def own_tau(result: dict[str, Any], temperature: float, part: str = "tau") -> fl
     return max(tau for name, tau in result[part].items() if MEASURES[name][0] == temperature)
 
 
-def study_world(study: Study, temperature: float) -> list[dict[str, Any]]:
-    """Choose the rates, run every row, and last SFT for as long as the default recipe took."""
+def study_world(study: Study, temperature: float) -> dict[str, list[dict[str, Any]]]:
+    """Choose the rates; run every row on one seed, and the leading ones for longer and on every seed."""
     args, label = study.args, f"T = {temperature:g}"
     write_texts(args, temperature)
     sweep = []
@@ -248,18 +250,21 @@ def study_world(study: Study, temperature: float) -> list[dict[str, Any]]:
         jobs = [(temperature, row, rate, args.seeds[0], args.steps) for row in TUNED for rate in args.rates]
         sweep = study.results(jobs, f"{label}, learning rates")
     rate = {row: chosen_rate(sweep, row, temperature) if sweep else args.rates[0] for row in TUNED}
-    rate |= {SOFT: rate[SFT], PAPER: RECIPES["paper"]["learning_rate"]}
-    jobs = [(temperature, START, 0.0, args.seeds[0], 0)]
-    for row in rows(temperature):
-        seeds = args.seeds if row in LEADING else args.seeds[:1]
-        if row in LEADING or not args.quick:
-            jobs += [(temperature, row, rate.get(row, rate[DEFAULT]), seed, args.steps) for seed in seeds]
-    done = study.results(jobs, f"{label}, rows")
-    pace = {row: statistics.median(one["seconds"] for one in done if one["row"] == row) for row in TUNED}
-    steps = round(args.steps * pace[DEFAULT] / pace[SFT])
-    jobs = [(temperature, EQUAL_TIME, rate[SFT], seed, steps) for seed in args.seeds]
-    swept = [one for one in sweep if one["rate"] != rate[one["row"]]]
-    return done + study.results(jobs, f"{label}, equal time") + swept
+    rate |= {PAPER: RECIPES["paper"]["learning_rate"], SOFT: rate[SFT], EQUAL_TIME: rate[SFT], START: 0.0}
+
+    def jobs_of(names: Iterable[str], seeds: list[int], steps: int) -> list[tuple[float, str, float, int, int]]:
+        return [(temperature, row, rate.get(row, rate[DEFAULT]), seed, steps) for row in names for seed in seeds]
+
+    start = study.results(jobs_of([START], args.seeds[:1], 0), f"{label}, start")
+    found = {}
+    if not args.quick:
+        screened = study.results(jobs_of(rows(temperature), args.seeds[:1], args.steps), f"{label}, every row")
+        found["one seed"] = start + screened + [one for one in sweep if one["rate"] != rate[one["row"]]]
+    leading = study.results(jobs_of(LEADING, args.seeds, args.long_steps), f"{label}, leading rows")
+    pace = {row: statistics.median(one["seconds"] for one in leading if one["row"] == row) for row in TUNED}
+    steps = round(args.long_steps * pace[DEFAULT] / pace[SFT])
+    leading += study.results(jobs_of([EQUAL_TIME], args.seeds, steps), f"{label}, equal time")
+    return found | {"every seed": start + leading}
 
 
 def chosen_rate(sweep: list[dict[str, Any]], row: str, temperature: float) -> float:
@@ -295,7 +300,7 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
     """Mean and spread of each row, and its paired difference to SFT continued, in Markdown."""
     names = [name for name in MEASURES if any(name in one["tau"] for one in results)]
     lines = [
-        f"| trained at T = {temperature:g} | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
+        f"| recipe | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
         "|---" * (6 + len(names)) + "|",
     ]
     grouped = by_row(results)
@@ -311,10 +316,12 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
     return "\n".join(lines)
 
 
-def plot(worlds: dict[float, list[dict[str, Any]]], file: Path) -> None:
-    """Every run as a point, a row a line, in each world; dashed: SFT continued."""
-    figure, axes = new_figure(1, len(worlds), (7 * len(worlds), 8))
-    for axis, (temperature, results) in zip(axes, worlds.items(), strict=True):
+def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> None:
+    """Every run as a point, a row a line, a world a column; dashed: SFT continued."""
+    labels = next(iter(worlds.values()))
+    parts = [(temperature, label, worlds[temperature][label]) for label in labels for temperature in worlds]
+    figure, axes = new_figure(len(labels), len(worlds), (7 * len(worlds), 6 * len(labels)))
+    for axis, (temperature, label, results) in zip(axes, parts, strict=True):
         grouped = by_row(results)
         mean = {row: statistics.mean(own_tau(one, temperature) for one in runs) for row, runs in grouped.items()}
         order = sorted(grouped, key=mean.get)
@@ -322,8 +329,9 @@ def plot(worlds: dict[float, list[dict[str, Any]]], file: Path) -> None:
             color = COLORS[3] if row.startswith(DEFAULT) else COLORS[1] if row.startswith(SFT) else COLORS[0]
             taus = [own_tau(one, temperature) for one in grouped[row]]
             axis.plot(taus, [place] * len(taus), "o", color=color, alpha=0.7)
-        axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
-        title = f"Trained and verified at T = {temperature:g}"
+        if SFT in mean:
+            axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
+        title = f"Trained and verified at T = {temperature:g}, {label}"
         axis.set(yticks=range(len(order)), yticklabels=order, xlabel="τ", title=title)
     save_figure(figure, file)
 
@@ -337,23 +345,25 @@ def gain(results: list[dict[str, Any]], row: str, control: str, temperature: flo
 
 def main(args: StudyArguments) -> None:
     if args.quick:
-        args.seeds, args.rates, args.steps = args.seeds[:1], [args.quick_rate], args.steps // 2
+        args.seeds, args.rates, args.long_steps = args.seeds[:1], [args.quick_rate], args.long_steps // 4
         args.texts, args.eval_prompts = args.texts // 2, args.eval_prompts // 2
     study = Study(args)
     worlds = {temperature: study_world(study, temperature) for temperature in args.temperatures}
-    tables = [table(results, temperature) for temperature, results in worlds.items()]
+    tables = [
+        f"Trained at T = {temperature:g}, {label}:\n\n{table(results, temperature)}"
+        for temperature, parts in worlds.items()
+        for label, results in parts.items()
+    ]
     write_atomically(study.folder / "tables.md", "\n\n".join(tables) + "\n")
     write_atomically(study.folder / "results.json", json.dumps(worlds, indent=2))
     plot(worlds, study.folder / "recipes.png")
     print("\n\n".join(tables))
     summary: dict[str, Any] = {"seeds": args.seeds}
-    for temperature, results in worlds.items():
-        main_rows = [
-            one for runs in (by_row(results)[row] for row in (SFT, EQUAL_TIME, DEFAULT, PAPER)) for one in runs
-        ]
-        summary[f"gain_t{temperature:g}"] = gain(main_rows, DEFAULT, SFT, temperature)
-        summary[f"gain_t{temperature:g}_equal_time"] = gain(main_rows, DEFAULT, EQUAL_TIME, temperature)
-        summary[f"paper_gain_t{temperature:g}"] = gain(main_rows, PAPER, SFT, temperature)
+    for temperature, parts in worlds.items():
+        leading = parts["every seed"]
+        summary[f"gain_t{temperature:g}"] = gain(leading, DEFAULT, SFT, temperature)
+        summary[f"gain_t{temperature:g}_equal_time"] = gain(leading, DEFAULT, EQUAL_TIME, temperature)
+        summary[f"paper_gain_t{temperature:g}"] = gain(leading, PAPER, SFT, temperature)
     print(json.dumps(summary))
 
 
