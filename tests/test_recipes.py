@@ -24,7 +24,7 @@ def test_every_row_is_valid_and_unlike_the_others(recipes, temperature):
     settings = {}
     for row, options in recipes.rows(temperature).items():
         config = DraftOPDConfig("unused", temperature=temperature, report_to="none", **options)
-        settings[row] = json.dumps(asdict(config), default=str)
+        settings[row] = json.dumps([asdict(config), recipes.ADAMW.get(row)], default=str)
     same = {text: [row for row in settings if settings[row] == text] for text in settings.values()}
     assert all(len(rows) == 1 for rows in same.values()), same.values()
 
