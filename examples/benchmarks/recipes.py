@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -63,6 +63,8 @@ ADAMW = {PAPER: RECIPES["paper"]["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW
 # Of the paper's preset: the same for every row here.
 SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
 SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+# Temperature, row, learning rate, seed, steps.
+Job = tuple[float, str, float, int, int]
 MEASURES = {"T = 0": (0.0, False), "T = 1, argmax": (1.0, False), "T = 1, drawn": (1.0, True)}
 
 
@@ -220,8 +222,8 @@ class Study:
         name = f"{row}, {rate:g}, {seed}, {steps}".replace(" ", "-")
         return self.folder / f"t{temperature:g}" / f"{name}.json"
 
-    def results(self, jobs: list[tuple[float, str, float, int, int]], label: str) -> list[dict[str, Any]]:
-        """What (temperature, row, rate, seed, steps) gave, in this order."""
+    def results(self, jobs: list[Job], label: str) -> list[dict[str, Any]]:
+        """What each job gave, in this order."""
         files = [self.file(*job) for job in jobs]
         missing = [(job, file) for job, file in zip(jobs, files, strict=True) if not file.is_file()]
         workers = ProcessPoolExecutor(self.args.workers, get_context("spawn"), max_tasks_per_child=1)
@@ -235,42 +237,67 @@ class Study:
                 bar.update()
         return [json.loads(file.read_text()) for file in files]
 
+    def everywhere(self, label: str, jobs_of: Callable[[float], list[Job]]) -> dict[float, list[dict[str, Any]]]:
+        """The results of all worlds' jobs, side by side; by temperature."""
+        jobs = {temperature: jobs_of(temperature) for temperature in self.args.temperatures}
+        done = iter(self.results([job for part in jobs.values() for job in part], label))
+        return {temperature: [next(done) for _ in part] for temperature, part in jobs.items()}
+
+
+def of_row(results: list[dict[str, Any]], row: str) -> list[dict[str, Any]]:
+    return [one for one in results if one["row"] == row]
+
 
 def own_tau(result: dict[str, Any], temperature: float, part: str = "tau") -> float:
     """τ under the world's own verification; where proposals may be drawn or not, the better way for this drafter."""
     return max(tau for name, tau in result[part].items() if MEASURES[name][0] == temperature)
 
 
-def study_world(study: Study, temperature: float) -> dict[str, list[dict[str, Any]]]:
-    """Choose the rates; run every row on one seed, and the leading ones for longer and on every seed."""
-    args, label = study.args, f"T = {temperature:g}"
-    write_texts(args, temperature)
-    sweep = []
-    if len(args.rates) > 1:
-        jobs = [(temperature, row, rate, args.seeds[0], args.steps) for row in TUNED for rate in args.rates]
-        sweep = study.results(jobs, f"{label}, learning rates")
-    rate = {row: chosen_rate(sweep, row, temperature) if sweep else args.rates[0] for row in TUNED}
-    rate |= ADAMW | {SOFT: rate[SFT], EQUAL_TIME: rate[SFT], START: 0.0}
+def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
+    """
+    In every world: choose the rates, run every row on one seed, and the leading ones for longer and on every seed.
 
-    def jobs_of(names: Iterable[str], seeds: list[int], steps: int) -> list[tuple[float, str, float, int, int]]:
-        return [(temperature, row, rate.get(row, rate[DEFAULT]), seed, steps) for row in names for seed in seeds]
+    Returns:
+        By temperature and label, the results of a table.
+    """
+    args, first = study.args, study.args.seeds[:1]
+    for temperature in args.temperatures:
+        write_texts(args, temperature)
 
-    start = study.results(jobs_of([START], args.seeds[:1], 0), f"{label}, start")
+    def sweep_jobs(temperature: float) -> list[Job]:
+        rates = args.rates if len(args.rates) > 1 else []
+        return [(temperature, row, rate, *first, args.steps) for row in TUNED for rate in rates]
+
+    sweep = study.everywhere("learning rates", sweep_jobs)
+    rate = {temperature: chosen_rates(args, sweep[temperature], temperature) for temperature in args.temperatures}
+
+    def jobs(temperature: float, names: Iterable[str], seeds: list[int], steps: int) -> list[Job]:
+        chosen = rate[temperature]
+        return [(temperature, row, chosen.get(row, chosen[DEFAULT]), seed, steps) for row in names for seed in seeds]
+
+    def equal_jobs(temperature: float) -> list[Job]:
+        runs = [of_row(leading[temperature], row) for row in (DEFAULT, SFT)]
+        ours, theirs = (statistics.median(one["seconds"] for one in part) for part in runs)
+        return jobs(temperature, [EQUAL_TIME], args.seeds, round(args.long_steps * ours / theirs))
+
+    start = study.everywhere("start", lambda t: jobs(t, [START], first, 0))
+    screened = study.everywhere("every row", lambda t: [] if args.quick else jobs(t, rows(t), first, args.steps))
+    leading = study.everywhere("leading rows", lambda t: jobs(t, LEADING[t], args.seeds, args.long_steps))
+    equal = study.everywhere("equal time", equal_jobs)
     found = {}
-    if not args.quick:
-        screened = study.results(jobs_of(rows(temperature), args.seeds[:1], args.steps), f"{label}, every row")
-        found["one seed"] = start + screened + [one for one in sweep if one["rate"] != rate[one["row"]]]
-    leading = study.results(jobs_of(LEADING[temperature], args.seeds, args.long_steps), f"{label}, leading rows")
-    pace = {row: statistics.median(one["seconds"] for one in leading if one["row"] == row) for row in TUNED}
-    steps = round(args.long_steps * pace[DEFAULT] / pace[SFT])
-    leading += study.results(jobs_of([EQUAL_TIME], args.seeds, steps), f"{label}, equal time")
-    return found | {"every seed": start + leading}
+    for t in args.temperatures:
+        others = [one for one in sweep[t] if one["rate"] != rate[t][one["row"]]]
+        found[t] = {"one seed": start[t] + screened[t] + others} if screened[t] else {}
+        found[t]["every seed"] = start[t] + leading[t] + equal[t]
+    return found
 
 
-def chosen_rate(sweep: list[dict[str, Any]], row: str, temperature: float) -> float:
-    """The rate that was best on the prompts kept for choosing."""
-    candidates = [one for one in sweep if one["row"] == row]
-    return max(candidates, key=lambda one: own_tau(one, temperature, "tau_choosing"))["rate"]
+def chosen_rates(args: StudyArguments, sweep: list[dict[str, Any]], temperature: float) -> dict[str, float]:
+    """Rates of the rows that do not take the default recipe's; of the tuned, the best on the prompts for choosing."""
+    chosen = dict.fromkeys(TUNED, args.rates[0])
+    for one in sorted(sweep, key=lambda one: own_tau(one, temperature, "tau_choosing")):
+        chosen[one["row"]] = one["rate"]
+    return chosen | ADAMW | {SOFT: chosen[SFT], EQUAL_TIME: chosen[SFT], START: 0.0}
 
 
 def spread(values: list[float], form: str) -> str:
@@ -281,8 +308,8 @@ def spread(values: list[float], form: str) -> str:
 
 def paired(results: list[dict[str, Any]], row: str, temperature: float) -> list[float]:
     """Difference of own τ to SFT continued, seed by seed."""
-    control = {one["seed"]: own_tau(one, temperature) for one in results if one["row"] == SFT}
-    return [own_tau(one, temperature) - control[one["seed"]] for one in results if one["row"] == row]
+    control = {one["seed"]: own_tau(one, temperature) for one in of_row(results, SFT)}
+    return [own_tau(one, temperature) - control[one["seed"]] for one in of_row(results, row)]
 
 
 def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -338,9 +365,8 @@ def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> No
 
 def gain(results: list[dict[str, Any]], row: str, control: str, temperature: float) -> float:
     """Mean over seeds of the relative paired gain in own τ."""
-    base = {one["seed"]: own_tau(one, temperature) for one in results if one["row"] == control}
-    runs = [one for one in results if one["row"] == row and one["seed"] in base]
-    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in runs)
+    base = {one["seed"]: own_tau(one, temperature) for one in of_row(results, control)}
+    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_row(results, row))
 
 
 def main(args: StudyArguments) -> None:
@@ -348,7 +374,7 @@ def main(args: StudyArguments) -> None:
         args.seeds, args.rates, args.long_steps = args.seeds[:1], [args.quick_rate], args.long_steps // 4
         args.texts, args.eval_prompts = args.texts // 2, args.eval_prompts // 2
     study = Study(args)
-    worlds = {temperature: study_world(study, temperature) for temperature in args.temperatures}
+    worlds = run_study(study)
     tables = [
         f"Trained at T = {temperature:g}, {label}:\n\n{table(results, temperature)}"
         for temperature, parts in worlds.items()
