@@ -55,8 +55,8 @@ from draft_opd_trl.results import write_atomically  # noqa: E402
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
 SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the paper's preset"
-# On every seed; the paper's preset is one for greedy texts.
-LEADING = {0.0: (SFT, DEFAULT, PAPER), 1.0: (SFT, DEFAULT)}
+# On every seed. The paper's preset is one for greedy texts; where the target draws, SFT may learn its law instead.
+LEADING = {0.0: (SFT, DEFAULT, PAPER), 1.0: (SFT, DEFAULT, SOFT)}
 TUNED = (SFT, DEFAULT)
 # Rows with AdamW instead of Muon, and its rate. The first is the paper's.
 ADAMW = {PAPER: RECIPES["paper"]["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW at 1e-3": 1e-3}
