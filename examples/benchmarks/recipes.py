@@ -159,7 +159,6 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
             rollout_source="dataset",
             temperature=temperature,
             per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=1,
             num_anchors=args.num_anchors,
             max_completion_length=512,
             save_strategy="no",
@@ -189,7 +188,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
     ways = {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
     own = {name: how for name, how in ways.items() if how[0] == temperature}
     parts = {"tau": (prompts[: args.eval_prompts], ways)}
-    if row in TUNED and seed == args.seeds[0]:
+    if len(args.rates) > 1 and row in TUNED and (seed, steps) == (args.seeds[0], args.steps):
         parts["tau_choosing"] = (prompts[args.eval_prompts :], own)
     result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
     for part, (chosen, measured) in parts.items():
