@@ -355,8 +355,7 @@ def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> No
             color = COLORS[3] if row.startswith(DEFAULT) else COLORS[1] if row.startswith(SFT) else COLORS[0]
             taus = [own_tau(one, temperature) for one in grouped[row]]
             axis.plot(taus, [place] * len(taus), "o", color=color, alpha=0.7)
-        if SFT in mean:
-            axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
+        axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
         title = f"Trained and verified at T = {temperature:g}, {label}"
         axis.set(yticks=range(len(order)), yticklabels=order, xlabel="τ", title=title)
     save_figure(figure, file)
