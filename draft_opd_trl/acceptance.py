@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .errors import InputError
 from .records import num_valid_slots
 
 
@@ -251,7 +252,7 @@ def bootstrap_interval(
         `ValueError`: The reports are of different numbers of prompts.
     """
     if second is not None and len(second) != len(first):
-        raise ValueError(f"A paired difference needs the same prompts, not {len(first)} and {len(second)}.")
+        raise InputError(f"A paired difference needs the same prompts, not {len(first)} and {len(second)}.")
     reports = [first] if second is None else [first, second]
     # Both as columns of one resampling: the same prompts are drawn for both.
     pairs = [report._ratios["acceptance_length"] for report in reports]

@@ -12,6 +12,8 @@ import weakref
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .errors import InputError
+
 
 def visible(
     query_positions: torch.Tensor, key_positions: torch.Tensor, sliding_window: int | None = None
@@ -109,7 +111,7 @@ class PositionCache(Cache):
             keep (`bool`, *optional*, defaults to `True`): `False` appends their keys for this forward only.
         """
         if limit > self.max_length:
-            raise ValueError(f"The cache holds {self.max_length} positions, but {limit} are asked for.")
+            raise InputError(f"The cache holds {self.max_length} positions, but {limit} are asked for.")
         self.positions, self.limit, self.keep = positions, limit, keep
         self.partial = rows is not None
         self.row_index = torch.arange(self.num_rows, device=positions.device) if rows is None else rows

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .drafters import DRAFTERS
 from .drafters.base import Drafter, check_tensors
+from .errors import ExistsError, InputError, NotFoundError
 from .target import TargetShape
 
 
@@ -38,7 +39,7 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
         # Subfolders hold a Trainer's checkpoints, optimizer state and all.
         return Path(snapshot_download(path_or_id, revision=revision, token=token, ignore_patterns="*/*"))
     except Exception as error:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
             "a drafter folder, or an id you can reach."
         ) from error
@@ -51,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
+        raise NotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
     return json.loads(config_file.read_text())
 
 
@@ -67,7 +68,7 @@ def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
         if drafter_class.recognises(config):
             return drafter_class
     known = ", ".join(f"{drafter_class.__name__} ({kind})" for kind, drafter_class in DRAFTERS.items())
-    raise ValueError(
+    raise InputError(
         f"{folder / 'config.json'} names the architectures {architectures}, none of which is a drafter known here: "
         f"{known}. Is this the folder of a drafter, not of a target?"
     )
@@ -101,7 +102,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
     if not files and not pickles:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file and no pytorch_model*.bin.")
+        raise NotFoundError(f"{folder} holds no *.safetensors file and no pytorch_model*.bin.")
     tensors = {}
     for file in [] if files else pickles:
         tensors.update(torch.load(file, map_location="cpu", weights_only=True))
@@ -115,7 +116,7 @@ def _merge_adapter(folder: Path, dtype: torch.dtype | str, token: str | None) ->
     """The drafter an adapter was trained on, with the adapter merged into its weights."""
     config = PeftConfig.from_pretrained(folder)
     if not config.base_model_name_or_path:
-        raise ValueError(
+        raise InputError(
             f"{folder / 'adapter_config.json'} does not name the drafter it was trained on, as that was an instance "
             "without a path. Write the path to `base_model_name_or_path` there."
         )
@@ -153,7 +154,7 @@ def load_drafter(
             unexpected, misshapen, of the wrong dtype or not finite, or an adapter that does not name its base.
     """
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
+        raise InputError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
     folder = drafter_folder(path_or_id, revision, token)
     if (folder / "adapter_config.json").is_file():
         return _merge_adapter(folder, dtype, token)
@@ -174,7 +175,7 @@ def load_drafter(
     drafter.load_state_dict(tensors, strict=True)
     bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
     if bad:
-        raise ValueError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
+        raise InputError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
     drafter.name_or_path = drafter.config._name_or_path = str(path_or_id)
     return drafter.eval()
 
@@ -230,15 +231,15 @@ def export_drafter(
     """
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty. Give a new folder.")
+        raise ExistsError(f"{folder} is there already and not empty. Give a new folder.")
     drafter = load_drafter(path_or_id, dtype, revision, token)
     if format not in (drafter.kind, "speculators"):
-        raise ValueError(
+        raise InputError(
             f"{path_or_id} holds a drafter of kind {drafter.kind}, which cannot be written as {format!r}. Choose "
             f"{drafter.kind!r} or 'speculators'."
         )
     if target is None and format == "speculators":
-        raise ValueError("A speculators folder names its target, and vLLM serves it by that name: give `target`.")
+        raise InputError("A speculators folder names its target, and vLLM serves it by that name: give `target`.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     if target is not None:

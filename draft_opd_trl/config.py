@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._trl_compat import _BaseConfig
+from .errors import InputError
 from .losses import HARD_LOSSES, LOSSES
 
 
@@ -212,14 +213,14 @@ class DraftOPDConfig(_BaseConfig):
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
-            raise ValueError(f"`recipe` is {self.recipe!r}; choose from {', '.join(RECIPES)}.")
+            raise InputError(f"`recipe` is {self.recipe!r}; choose from {', '.join(RECIPES)}.")
         defaults = {entry.name: entry.default for entry in fields(self)}
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             if self.bf16:
-                raise ValueError(
+                raise InputError(
                     "bf16=True, but there is no GPU, and drafters train on CPU in float32 here. Leave `bf16` unset "
                     "or set it to False."
                 )
@@ -240,7 +241,7 @@ class DraftOPDConfig(_BaseConfig):
     def _check_ranges(self) -> None:
         def need(name: str, holds: bool, reason: str) -> None:
             if not holds:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; {reason}.")
+                raise InputError(f"`{name}` is {getattr(self, name)!r}; {reason}.")
 
         need("lmbda", 0 <= self.lmbda <= 1, "it is the on-policy share and must lie in [0, 1]")
         if self.lmbda_end is not None:
@@ -267,38 +268,38 @@ class DraftOPDConfig(_BaseConfig):
 
     def _check_contradictions(self) -> None:
         if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
+            raise InputError(
                 f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}, so a text would be split between optimizer steps. Make it one."
             )
         if self.accepted_weight == 0 and self.rejected_weight == 0:
-            raise ValueError(
+            raise InputError(
                 "accepted_weight and rejected_weight are both 0, so nothing would be learnt. Set one above 0."
             )
         streams = [("accepted_loss", self.accepted_weight), ("rejected_loss", self.rejected_weight)]
         for name, weight in streams:
             if weight > 0 and self.teacher_temperature == 0 and getattr(self, name) not in HARD_LOSSES:
-                raise ValueError(
+                raise InputError(
                     f"{name}={getattr(self, name)!r} compares distributions, but teacher_temperature=0 makes the "
                     f"target a point mass. Use one of {', '.join(HARD_LOSSES)}, or set teacher_temperature above 0."
                 )
         if self.rejected_weight > 0 and self.rejected_loss == "accepted_length":
-            raise ValueError(
+            raise InputError(
                 "rejected_loss='accepted_length' counts slots from the block's first, but the rejected stream begins "
                 "later. Use it for the accepted stream only."
             )
         if (self.rollout_source == "server") != (self.server_url is not None):
-            raise ValueError(
+            raise InputError(
                 f"rollout_source={self.rollout_source!r} and server_url={self.server_url!r} do not go together: a "
                 "server is asked if and only if both name it. Set both, or neither."
             )
         if self.replay_ratio > 0 and self.replay_buffer_size == 0:
-            raise ValueError(
+            raise InputError(
                 f"replay_ratio={self.replay_ratio} draws from a buffer of size 0. Set replay_buffer_size above 0."
             )
         if self.replay_by_loss and self.replay_ratio == 0:
-            raise ValueError("replay_by_loss=True, but replay_ratio=0 draws nothing. Set replay_ratio above 0.")
+            raise InputError("replay_by_loss=True, but replay_ratio=0 draws nothing. Set replay_ratio above 0.")
         if self.lmbda == 0 and not self.lmbda_end and self.replay_ratio > 0:
-            raise ValueError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
+            raise InputError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
         if self.sample_proposals and self.temperature == 0:
-            raise ValueError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")
+            raise InputError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .drafters.base import Drafter
+from .errors import EnvironmentFault, InputError
 from .model_card import write_model_card
 
 
@@ -35,9 +36,9 @@ def check_hub_access(token: str | None) -> None:
         `ValueError`: Nothing can be pushed from here: no token, or offline mode.
     """
     if constants.is_offline_mode():
-        raise ValueError("push_to_hub=True, but HF_HUB_OFFLINE is set. Unset it, or train without pushing.")
+        raise InputError("push_to_hub=True, but HF_HUB_OFFLINE is set. Unset it, or train without pushing.")
     if token is None and get_token() is None:
-        raise ValueError(
+        raise InputError(
             "push_to_hub=True, but there is no token for the Hub. Log in with `hf auth login`, set HF_TOKEN, or pass "
             "`hub_token`; or train without pushing."
         )
@@ -58,7 +59,7 @@ def push_errors(repo_id: str, kept: str = "Nothing was pushed.") -> Iterator[Non
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         remedy = _REMEDIES.get(status, "Check the name and the network, and push again.")
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"Could not push to {repo_id} ({told}). {remedy} {kept}") from error
+        raise EnvironmentFault(f"Could not push to {repo_id} ({told}). {remedy} {kept}") from error
 
 
 def merged(model: PeftModel) -> Drafter:

@@ -17,6 +17,7 @@ from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
+from .errors import InputError, InputTypeError, NotFoundError
 from .rollout import RolloutSource
 from .sampling import SamplingParams
 from .target import Target
@@ -42,7 +43,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     path = Path(name)
     if path.suffix in _FORMATS:
         if not path.is_file():
-            raise FileNotFoundError(f"{name} is not a file here. Give the path of a {', '.join(_FORMATS)} file.")
+            raise NotFoundError(f"{name} is not a file here. Give the path of a {', '.join(_FORMATS)} file.")
         return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
     if (path / "dataset_dict.json").is_file():
         return load_from_disk(name)[split]
@@ -51,7 +52,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     try:
         return load_dataset(name, config, split=split)
     except OSError as error:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{name!r} is no data set here, and could not be fetched from the Hub ({error}). Without a network, give "
             "a local file or folder; `hf download --repo-type dataset ID --local-dir DIR` makes one elsewhere."
         ) from error
@@ -67,7 +68,7 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset 
     if count == 0:
         return dataset, None
     if len(dataset) <= count:
-        raise ValueError(
+        raise InputError(
             f"Holding {count} prompts out for evaluation leaves nothing to train on: the data set has {len(dataset)} "
             "rows. Hold fewer out (--num_eval_prompts), or none (0)."
         )
@@ -107,7 +108,7 @@ def load_tokenizer(
         return tokenizer
     name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
     if not name:
-        raise ValueError("The target was given as an instance without a path: pass its tokenizer too.")
+        raise InputError("The target was given as an instance without a path: pass its tokenizer too.")
     return AutoTokenizer.from_pretrained(name, revision=(args.teacher_model_init_kwargs or {}).get("revision", "main"))
 
 
@@ -123,7 +124,7 @@ def load_target(
     init_kwargs = dict(args.teacher_model_init_kwargs or {})
     if not isinstance(teacher_model, str):
         if init_kwargs or quantization_config is not None:
-            raise ValueError(
+            raise InputError(
                 "teacher_model_init_kwargs and quantization_config only apply when teacher_model is a path or id, but "
                 "an instance was given. Drop them, or give the path."
             )
@@ -172,7 +173,7 @@ def check_dataset_size(dataset: Dataset, args: DraftOPDConfig) -> None:
     """
     needed = generation_batch_size(args)
     if len(dataset) < needed:
-        raise ValueError(
+        raise InputError(
             f"`train_dataset` has {len(dataset)} rows, fewer than one generation batch of {needed} "
             f"(per_device_train_batch_size {args.per_device_train_batch_size} × {args.world_size} processes × "
             f"steps_per_generation {args.steps_per_generation}), so it would train 0 steps. Add prompts or lower them."
@@ -213,20 +214,20 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
             and losses do not reach through a forward: prompts, or the head.
     """
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
+        raise InputTypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
     if peft_config.task_type is not None:
-        raise ValueError(
+        raise InputError(
             f"peft_config.task_type is {peft_config.task_type!r}, but a drafter is no such model. Set it to None."
         )
     if peft_config.is_prompt_learning:
-        raise ValueError(
+        raise InputError(
             f"{type(peft_config).__name__} trains a prompt, but a drafter reads target states. Use a method that "
             "adapts weights, such as LoraConfig."
         )
     before = drafter.get_output_embeddings()
     model = get_peft_model(drafter, peft_config, revision=revision)
     if drafter.get_output_embeddings() is not before:
-        raise ValueError(
+        raise InputError(
             "peft_config adapts the drafter's head, whose weight the losses read directly, so the adapter there would "
             "train nothing. Leave lm_head out of target_modules and modules_to_save."
         )

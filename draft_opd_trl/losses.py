@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ._trl_compat import ChunkedDivergenceFunction
+from .errors import InputError
 from .records import ReplayBatch
 from .vocabulary import to_draft_ids
 
@@ -72,16 +73,16 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
-            raise ValueError(f"Unknown loss {self.kind!r}; known losses are {', '.join(LOSSES)}.")
+            raise InputError(f"Unknown loss {self.kind!r}; known losses are {', '.join(LOSSES)}.")
         if self.temperature < 0:
-            raise ValueError(f"The teacher temperature is {self.temperature}; it must be 0 or positive.")
+            raise InputError(f"The teacher temperature is {self.temperature}; it must be 0 or positive.")
         if self.temperature == 0 and self.kind not in HARD_LOSSES:
-            raise ValueError(
+            raise InputError(
                 f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "
                 f"Use one of {', '.join(HARD_LOSSES)}, or set `teacher_temperature` above 0."
             )
         if not 0 <= self.beta <= 1:
-            raise ValueError(f"`beta` is {self.beta}; it must lie in [0, 1].")
+            raise InputError(f"`beta` is {self.beta}; it must lie in [0, 1].")
 
     @property
     def hard(self) -> bool:

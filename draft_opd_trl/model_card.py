@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from yaml import YAMLError
 
 from .drafters.base import Drafter
+from .files import atomic_file
 from .serving import launch_commands
 
 
@@ -207,6 +207,5 @@ def write_model_card(
         link=_link,
         citation=CITATION,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    card.save(file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
+    with atomic_file(file) as part:
+        card.save(part)

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .config import DraftOPDConfig
+from .errors import InputError
 from .rehearsal import Rehearsal
 
 
@@ -112,7 +113,7 @@ def plan_memory(
     """
     prompt_length = args.max_prompt_length if prompt_length is None else prompt_length
     if prompt_length is None:
-        raise ValueError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
+        raise InputError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
     with FakeTensorMode():
         step = Rehearsal(target_config, drafter_config, args, prompt_length, **options)
         phases = {}

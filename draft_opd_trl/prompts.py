@@ -10,6 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InputError, InputTypeError
+
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids")
 COMPLETION_COLUMNS = ("completion", "completion_ids")
@@ -35,9 +37,11 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kw
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if not _is_messages(prompt):
-        raise TypeError(f"A prompt must be a string or a list of messages with 'role' and 'content', not {prompt!r}.")
+        raise InputTypeError(
+            f"A prompt must be a string or a list of messages with 'role' and 'content', not {prompt!r}."
+        )
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise InputError(
             "The data set is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template`, "
             "or give plain-text prompts."
         )
@@ -63,7 +67,7 @@ def completion_ids(
         [*prompt, *completion], tokenize=True, return_dict=True, **(chat_template_kwargs or {})
     )["input_ids"]
     if whole[: len(start)] != start:
-        raise ValueError(
+        raise InputError(
             "The chat template changes the prompt when a completion follows, so the completion's first token cannot "
             "be found. Store `prompt_ids` and `completion_ids` as they were generated instead."
         )
@@ -77,20 +81,20 @@ def check_columns(dataset: Dataset, needs_completions: bool, name: str) -> None:
         `ValueError`: The data set is empty or lacks the columns.
     """
     if not isinstance(dataset, Dataset):
-        raise TypeError(
+        raise InputTypeError(
             f"`{name}` is a {type(dataset).__name__}; prompts must be a `datasets.Dataset`, whose rows can be counted "
             "and drawn in any order. Take a part of a stream with `Dataset.from_list(list(stream.take(n)))`."
         )
     columns = set(dataset.column_names)
     if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty; it needs at least one row.")
+        raise InputError(f"`{name}` is empty; it needs at least one row.")
     if not columns & set(PROMPT_COLUMNS):
-        raise ValueError(
+        raise InputError(
             f"`{name}` has the columns {sorted(columns)}, none of which is 'prompt' (text or messages) or "
             "'prompt_ids' (token ids). Rename yours with `dataset.rename_column`."
         )
     if needs_completions and not columns & set(COMPLETION_COLUMNS):
-        raise ValueError(
+        raise InputError(
             f"rollout_source='dataset' reads texts the target wrote, but `{name}` has the columns {sorted(columns)}, "
             "none of which is 'completion' or 'completion_ids'. Add one, or use rollout_source='speculation'."
         )
@@ -126,10 +130,10 @@ def tokenize_dataset(
         ids = row.get("prompt_ids")
         ids = prompt_ids(row["prompt"], tokenizer, chat_template_kwargs) if ids is None else list(ids)
         if not ids:
-            raise ValueError(f"Row {index} of `{name}` has an empty prompt; remove it.")
+            raise InputError(f"Row {index} of `{name}` has an empty prompt; remove it.")
         if max_prompt_length is not None and len(ids) > max_prompt_length:
             if not truncate_prompts:
-                raise ValueError(
+                raise InputError(
                     f"Row {index} of `{name}` has a prompt of {len(ids)} tokens, more than max_prompt_length="
                     f"{max_prompt_length}. Raise the limit, drop such rows, or set truncate_prompts=True to keep "
                     "their last tokens."
@@ -141,7 +145,7 @@ def tokenize_dataset(
             if text is None:
                 text = completion_ids(row.get("prompt"), row["completion"], tokenizer, chat_template_kwargs)
             if not text:
-                raise ValueError(f"Row {index} of `{name}` has an empty completion; remove it.")
+                raise InputError(f"Row {index} of `{name}` has an empty completion; remove it.")
             converted["completion_ids"] = list(text)
         return converted
 

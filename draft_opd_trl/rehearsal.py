@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from .config import DraftOPDConfig
 from .drafters import DRAFTERS, Drafter
+from .errors import InputError
 from .losses import Heads, LossSettings, batch_loss
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, draft_at, read_text
@@ -143,7 +144,7 @@ def fake_target(config: PreTrainedConfig) -> Target:
     if quantization is not None:
         size = _bytes_per_weight(quantization)
         if size is None:
-            raise ValueError(
+            raise InputError(
                 f"The target's quantization_config {quantization} is not bitsandbytes' 8- or 4-bit, the only ones a "
                 "plan is made for. Plan with the config of the unquantised target."
             )
@@ -159,7 +160,7 @@ def _class_of(config: PreTrainedConfig) -> type[Drafter]:
     for drafter_class in DRAFTERS.values():
         if drafter_class.config_class is type(config):
             return drafter_class
-    raise ValueError(f"{type(config).__name__} is the config of no drafter; the kinds known are {sorted(DRAFTERS)}.")
+    raise InputError(f"{type(config).__name__} is the config of no drafter; the kinds known are {sorted(DRAFTERS)}.")
 
 
 class Rehearsal:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .acceptance import DEFINITION, AcceptanceReport, bootstrap_interval
-from .results import write_atomically
+from .files import atomic_file, write_atomically
 
 
 # Okabe–Ito colours, and a marker each, as colour alone does not tell lines apart for everyone.
@@ -101,10 +101,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
 
 def save_figure(figure: Figure, file: str | os.PathLike) -> None:
     """The whole PNG or none of it."""
-    scratch = Path(f"{file}.tmp")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(scratch, dpi=120, format="png")
-    os.replace(scratch, file)
+    with atomic_file(file) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def acceptance_figure(

@@ -6,19 +6,12 @@ Knows counts and files, and nothing of how texts are decoded.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .acceptance import AcceptanceReport
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The whole file or none of it, whenever the process is killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(file.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
+from .errors import InputError
+from .files import write_atomically
 
 
 class ResultsFile:
@@ -61,7 +54,7 @@ class ResultsFile:
             if theirs.get(name) != ours.get(name)
         ]
         if differing:
-            raise ValueError(
+            raise InputError(
                 f"{self.file} holds results of other settings: {'; '.join(differing)}. Choose another output "
                 "directory, or delete the file to measure anew."
             )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -33,11 +35,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or positive.")
+            raise InputError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or positive.")
         if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}; it must be 0 (keep all) or positive.")
+            raise InputError(f"`top_k` is {self.top_k}; it must be 0 (keep all) or positive.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; it must lie in (0, 1].")
+            raise InputError(f"`top_p` is {self.top_p}; it must lie in (0, 1].")
 
     @property
     def greedy(self) -> bool:

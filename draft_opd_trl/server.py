@@ -16,6 +16,7 @@ from typing import Any
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError
 
+from .errors import UserError
 from .sampling import SamplingParams
 
 
@@ -29,7 +30,7 @@ PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
 REFUSED = (400, 422)
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError, RuntimeError):
     """A server that does not answer, or not as asked."""
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
+from .errors import InputError
 from .target import Target
 
 
@@ -24,7 +25,7 @@ def check_parallelism(accelerator: Accelerator) -> None:
     """
     state = accelerator.state
     if state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
+        raise InputError(
             "DeepSpeed ZeRO-3 partitions embeddings and heads too, which drafters and losses read as plain tensors. "
             "Use zero_stage 2, or shard the target with FSDP2 (examples/accelerate_configs/fsdp2.yaml)."
         )
@@ -32,12 +33,12 @@ def check_parallelism(accelerator: Accelerator) -> None:
     if plugin is None:
         return
     if plugin.fsdp_version != 2:
-        raise ValueError(
+        raise InputError(
             f"fsdp_version is {plugin.fsdp_version}, whose flat parameters cannot be read outside a forward of the "
             "whole model. Set fsdp_version: 2."
         )
     if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-        raise ValueError(
+        raise InputError(
             f"fsdp_state_dict_type is {plugin.state_dict_type.name}, which would leave no drafter folder behind. Set "
             "it to FULL_STATE_DICT; drafters are small."
         )

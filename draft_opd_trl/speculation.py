@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .drafters.base import Drafter
+from .errors import InputError
 from .records import DraftBlocks, Rollout, num_valid_slots
 from .sampling import Chooser, SamplingParams, draw, probabilities
 from .target import Target
@@ -170,7 +171,7 @@ def speculate(
         `ValueError`: No prompt, or an empty one.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("`prompts` needs at least one prompt, and each at least one token.")
+        raise InputError("`prompts` needs at least one prompt, and each at least one token.")
     slots = _Slots(target, drafter, prompts, settings)
     choose = Chooser(settings.sampling if settings.sample_proposals else None, generator)
     texts: list[torch.Tensor | None] = [None] * len(prompts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .errors import InputError, NotFoundError
 from .loading import load_prompts
 
 
@@ -54,7 +55,7 @@ SEED = 0  # of the draw of rows, the paper's
 def _pocket(name: str, path: str | None, count: int | None) -> Dataset:
     file = path or str(POCKET_PROMPTS)
     if path is None and not POCKET_PROMPTS.is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"The pocket prompts are part of the source tree, and {POCKET_PROMPTS} is not there. Point at a copy of "
             f"examples/pocket/prompts/heldout.jsonl: --suite_path {name}=FILE."
         )
@@ -62,7 +63,7 @@ def _pocket(name: str, path: str | None, count: int | None) -> Dataset:
     kind = name.removeprefix("pocket").removeprefix("-")
     kinds = sorted(set(dataset["kind"]))
     if kind and kind not in kinds:
-        raise ValueError(f"There is no suite {name!r}. Kinds of pocket tasks: {', '.join(kinds)}.")
+        raise InputError(f"There is no suite {name!r}. Kinds of pocket tasks: {', '.join(kinds)}.")
     if kind:
         dataset = dataset.filter(lambda row: row["kind"] == kind)
     return dataset.select(range(min(count or 200, len(dataset))))
@@ -95,11 +96,11 @@ def load_suite(name: str, path: str | None = None, count: int | None = None) -> 
     try:
         dataset = load_prompts(path or suite.dataset, suite.config, suite.split)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"Suite {name!r}: {error} Then pass --suite_path {name}=DIR (the data set is {suite.dataset})."
         ) from error
     if suite.column not in dataset.column_names:
-        raise ValueError(
+        raise InputError(
             f"{path or suite.dataset} has the columns {dataset.column_names}, without {suite.column!r}, so it is no "
             f"copy of {suite.dataset}. Pass one: --suite_path {name}=DIR."
         )

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import PositionCache, visible
+from .errors import InputError
 from .records import DraftBlocks, pack_rows
 
 
@@ -92,7 +93,7 @@ class Target:
         for module in (self.head, self.embedding):
             weight = getattr(module, "weight", None)
             if weight is None or not weight.is_floating_point():
-                raise ValueError(
+                raise InputError(
                     f"The target's {'head' if module is self.head else 'embedding'} is quantised "
                     f"({type(module).__name__}), and drafters and losses read its plain weight. Leave it out of the "
                     "quantisation, as is the default: BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])."
@@ -101,14 +102,14 @@ class Target:
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
-            raise ValueError(
+            raise InputError(
                 f"The target uses attn_implementation={implementation!r}, which ignores or cannot take the 4-D masks "
                 "of ragged speculation. Load it with attn_implementation='sdpa'."
             )
         types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
         unknown = types - {"full_attention", "sliding_attention"}
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"The target has layers of type {sorted(unknown)}; a position-slotted cache is exact for "
                 "full_attention and sliding_attention only. Use a target of those."
             )
@@ -124,7 +125,7 @@ class Target:
         expected = self.model(input_ids=probe, use_cache=False).logits.float()
         got = self.logits(self.forward_text(probe, ())[1])
         if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
-            raise ValueError(
+            raise InputError(
                 f"{type(self.model).__name__} post-processes its logits beyond a soft cap (largest difference "
                 f"{(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from hidden states."
             )
@@ -368,7 +369,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> l
     if eos is not None and eos not in stops:
         stops.append(eos)
     if not stops:
-        raise ValueError(
+        raise InputError(
             "No stop token: the target's generation_config.eos_token_id and the tokenizer's eos_token_id are both "
             "unset, so no text would ever end. Set generation_config.eos_token_id on the target."
         )

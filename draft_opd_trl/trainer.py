@@ -34,6 +34,7 @@ from .callbacks import AcceptanceProgressCallback, TraceCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
+from .errors import InputError, NotFoundError
 from .evaluation import measure_acceptance
 from .feed import BatchFeed, EpochSampler
 from .hub import check_hub_access
@@ -151,7 +152,7 @@ class DraftOPDTrainer(HubTrainer):
             optimizers=optimizers,
         )
         if args.n_gpu > 1:
-            raise ValueError(
+            raise InputError(
                 f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
                 "one target. Launch with `accelerate launch`, or make one GPU visible."
             )
@@ -230,7 +231,7 @@ class DraftOPDTrainer(HubTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Each batch holds the prompts of `steps_per_generation` micro-steps (as in TRL's DistillationTrainer)."""
         if self.train_dataset is None:
-            raise ValueError("`train()` needs a `train_dataset` of prompts.")
+            raise InputError("`train()` needs a `train_dataset` of prompts.")
         return self._get_dataloader(
             dataset=self.train_dataset,
             description="Training",
@@ -405,7 +406,7 @@ class DraftOPDTrainer(HubTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise ValueError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
+            raise InputError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
             for key, part in dataset.items():
@@ -464,7 +465,7 @@ class DraftOPDTrainer(HubTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         file = self._state_file(checkpoint)
         if not file.is_file():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer). "
                 "Resume from another checkpoint, or start a new run from this drafter."
             )

@@ -17,7 +17,8 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from .results import write_atomically
+from .errors import InputError
+from .files import write_atomically
 from .traces import Trace
 
 
@@ -71,7 +72,7 @@ def _side_by_side(traces: Mapping[str, Sequence[Trace]]) -> list[tuple[Trace, ..
     """Traces by text; each holds one of every drafter."""
     counts = {name: len(part) for name, part in traces.items()}
     if len(set(counts.values())) != 1 or not all(counts.values()):
-        raise ValueError(f"Every drafter needs traces of the same texts, at least one; there are {counts}.")
+        raise InputError(f"Every drafter needs traces of the same texts, at least one; there are {counts}.")
     return list(zip(*traces.values(), strict=True))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class DraftVocabulary:
@@ -53,7 +55,7 @@ def draft_vocabulary(
     kept = torch.tensor(sorted(set(keep)), dtype=torch.long)
     for ids in [kept, *(torch.as_tensor(text, dtype=torch.long) for text in texts)]:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"Token ids from {int(ids.min())} to {int(ids.max())} do not lie in the target's vocabulary of "
                 f"{vocab_size}. Tokenise with the target's own tokenizer."
             )
@@ -61,10 +63,10 @@ def draft_vocabulary(
     counts[kept] -= 1
     total = int(counts.sum())
     if total == 0:
-        raise ValueError("There is no text to count tokens in. Pass the texts the drafter will train on.")
+        raise InputError("There is no text to count tokens in. Pass the texts the drafter will train on.")
     size = vocab_size if size is None else size
     if not max(len(kept), 1) <= size <= vocab_size:
-        raise ValueError(
+        raise InputError(
             f"A draft vocabulary of {size} cannot be made: it must hold the {len(kept)} tokens to keep and at most "
             f"the target's {vocab_size}. Choose a size between them."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
 from .options import PairArguments, QuantizationArguments, read_chat_kwargs
 
 
@@ -51,16 +52,16 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
 
     from ..acceptance import DEFINITION
     from ..evaluation import evaluate_drafters
+    from ..files import write_atomically
     from ..loading import load_pair
     from ..prompts import tokenize_dataset
-    from ..results import write_atomically
     from ..sampling import SamplingParams
     from ..speculation import SpeculationSettings
     from ..suites import load_suite
     from ..target import stop_token_ids
 
     if PartialState().num_processes > 1:
-        raise ValueError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
+        raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
     names = [name for word in arguments.suite for name in word.split(",")]
     paths = _paths(arguments.suite_path, names)
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
@@ -105,7 +106,7 @@ def _paths(words: list[str], names: list[str]) -> dict[str, str]:
     paths = dict(word.partition("=")[::2] for word in words)
     for name, path in paths.items():
         if not path or name not in names:
-            raise ValueError(f"--suite_path {name}{'=' if path else ''}{path} must be name=path of one of {names}.")
+            raise InputError(f"--suite_path {name}{'=' if path else ''}{path} must be name=path of one of {names}.")
     return paths
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
+
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -75,4 +77,4 @@ def read_chat_kwargs(text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs {text} is not JSON: {error}.") from error
+        raise InputError(f"--chat_template_kwargs {text} is not JSON: {error}.") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
 from .options import PairArguments, read_chat_kwargs
 
 
@@ -49,7 +50,7 @@ def _names(arguments: TraceArguments) -> dict[str, str]:
 
     paths = [*([arguments.compare] if arguments.compare else []), arguments.model_name_or_path]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"--compare {arguments.compare} is the drafter of --model itself. Name another one.")
+        raise InputError(f"--compare {arguments.compare} is the drafter of --model itself. Name another one.")
     short = [Path(path).name for path in paths]
     return dict(zip(short if len(set(short)) == len(paths) else paths, paths, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import InputError
 from ..target import Target
 from .base import Drafter, Proposal
 from .dflash import DFlashDraftModel
@@ -28,7 +29,7 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
         `ValueError`: Unknown kind, or the config does not fit the target.
     """
     if kind not in DRAFTERS:
-        raise ValueError(f"Unknown drafter kind {kind!r}; known kinds are {sorted(DRAFTERS)}.")
+        raise InputError(f"Unknown drafter kind {kind!r}; known kinds are {sorted(DRAFTERS)}.")
     drafter_class = DRAFTERS[kind]
     drafter = drafter_class(drafter_class.config_class.from_target(target.config, **config)).to(target.device)
     drafter.bind(target)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import InputError
 from ..records import DraftBlocks
 from ..sampling import Chooser
 from ..target import Target, TargetShape
@@ -71,7 +72,7 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
     faults = {"Missing": missing, "Unexpected": unexpected, "Wrong shape": wrong_shape, "Wrong dtype": wrong_dtype}
     if any(faults.values()):
         told = ". ".join(f"{fault}: {names or 'none'}" for fault, names in faults.items())
-        raise ValueError(
+        raise InputError(
             f"The tensors in {where} are not this drafter's. {told}. Re-export it in its published layout."
         )
 
@@ -225,7 +226,7 @@ class Drafter(PreTrainedModel, ABC):
         )
         if faults := {name: keys for name, keys in info.items() if keys}:
             where = pretrained_model_name_or_path
-            raise ValueError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
+            raise InputError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
         return drafter
 
     def save_pretrained(

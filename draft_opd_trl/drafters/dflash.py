@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from ..errors import InputError
 from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
 from ..target import Target, TargetShape
@@ -146,7 +147,7 @@ class DFlashDraftModel(Drafter):
         if config.block_size < 2:
             faults.append(f"block_size {config.block_size} leaves no slot to propose; it must be at least 2")
         if faults:
-            raise ValueError(
+            raise InputError(
                 f"This DFlash drafter does not fit the target {target.name}: "
                 + "; ".join(faults)
                 + ". Take the drafter made for this target, or make one with `create_drafter`."

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from ..errors import InputError
 from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
@@ -63,7 +64,7 @@ class DFlashConfig(Qwen3Config):
             asked["draft_vocab_size"] = draft_vocab_size
         asked |= uncomputed_rope(self.rope_parameters)
         if asked:
-            raise ValueError(
+            raise InputError(
                 f"This DFlash config asks for what is not computed here: {asked}. Take a drafter without it; if a "
                 "field changes nothing in this one, remove it from config.json."
             )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ..errors import InputError
 from ..records import DraftBlocks, pack_rows
 from ..sampling import Chooser
 from ..target import Target, TargetShape
@@ -212,7 +213,7 @@ class LlamaForCausalLMEagle3(Drafter):
         if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):
             faults.append("d2t and t2d do not hold the same tokens in ascending order")
         if faults:
-            raise ValueError(
+            raise InputError(
                 f"This EAGLE-3 drafter does not fit the target {target.name}: "
                 + "; ".join(faults)
                 + ". Take the drafter made for this target, or make one with `create_drafter`."

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
+from ..errors import InputError
 from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
@@ -74,7 +75,7 @@ class Eagle3Config(LlamaConfig):
         _check_features(kwargs, eagle_config or {})
         super().__init__(**kwargs)
         if draft_token_ids and not 0 <= draft_token_ids[0] <= draft_token_ids[-1] < self.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"draft_token_ids from {draft_token_ids[0]} to {draft_token_ids[-1]} must lie in the target's "
                 f"vocabulary of {self.vocab_size}, in ascending order. Make them with `draft_vocabulary`."
             )
@@ -87,7 +88,7 @@ class Eagle3Config(LlamaConfig):
         nested = (eagle_config or {}).get("eagle_aux_hidden_state_layer_ids")
         taps = eagle_aux_hidden_state_layer_ids or (nested and [index + 1 for index in nested])
         if nested and taps != [index + 1 for index in nested]:
-            raise ValueError(
+            raise InputError(
                 f"eagle_aux_hidden_state_layer_ids is {taps} at the top level and {nested} in eagle_config, where "
                 "each must be one less. Correct the one that is wrong."
             )
@@ -198,7 +199,7 @@ class Eagle3Config(LlamaConfig):
             `ValueError`: The size of a draft vocabulary without its tokens.
         """
         if draft_token_ids is None and overrides.get("draft_vocab_size") not in (None, target_config.vocab_size):
-            raise ValueError(
+            raise InputError(
                 f"draft_vocab_size={overrides['draft_vocab_size']} says how many tokens, not which. Pass "
                 "`draft_token_ids` (see `draft_vocabulary`), or neither for the target's whole vocabulary."
             )
@@ -240,7 +241,7 @@ def _check_features(fields: dict[str, Any], eagle_config: dict[str, Any]) -> Non
     if eagle_config.get("use_aux_hidden_state") is False:
         asked["eagle_config.use_aux_hidden_state"] = False
     if asked:
-        raise ValueError(
+        raise InputError(
             f"This EAGLE-3 config asks for what is not computed here: {asked}. Take a drafter without it; if a field "
             "changes nothing in this one, remove it from config.json."
         )

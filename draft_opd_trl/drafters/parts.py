@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ..errors import InputError
+
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
     """Config fields of a draft layer as wide as the (text) target's (Qwen3-, Llama- or Gemma3-like)."""
@@ -58,7 +60,7 @@ def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
     """
     missing = [name for name in ("transformer_layer_config", *needed) if config.get(name) is None]
     if missing:
-        raise ValueError(f"This speculators config.json lacks {missing}, so no engine could load it. Export it again.")
+        raise InputError(f"This speculators config.json lacks {missing}, so no engine could load it. Export it again.")
     return {name: value for name, value in config["transformer_layer_config"].items() if name != "architectures"}
 
 

@@ -48,9 +48,9 @@ from draft_opd_trl import (  # noqa: E402
 )
 from draft_opd_trl.config import RECIPES  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
+from draft_opd_trl.files import write_atomically  # noqa: E402
 from draft_opd_trl.losses import HARD_LOSSES  # noqa: E402
 from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
-from draft_opd_trl.results import write_atomically  # noqa: E402
 
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"

@@ -31,9 +31,9 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.files import write_atomically
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.report import plot_acceptance
-from draft_opd_trl.results import write_atomically
 
 
 POCKET = Path(__file__).resolve().parent

@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all, whatever instant the process or the machine stops at.
+
+What is written aside is flushed to the disk before it takes its name, and the name before anybody relies on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+@contextmanager
+def atomic_file(file: str | os.PathLike) -> Iterator[Path]:
+    """
+    A path to write to, which becomes `file` at the end. After an error nothing is left, and `file` is as it was.
+
+    Args:
+        file (`str` or `os.PathLike`): Its folder is made.
+    """
+    file = Path(file)
+    part = _aside(file)
+    try:
+        yield part
+        _flush(part)
+        os.replace(part, file)
+        _flush(file.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(file: str | os.PathLike, text: str) -> None:
+    """The whole file, in UTF-8, or none of it."""
+    with atomic_file(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    A new folder to fill, which becomes `folder` at the end. After an error nothing is left.
+
+    Args:
+        folder (`str` or `os.PathLike`): Not there yet, or empty.
+    """
+    folder = Path(folder)
+    part = _aside(folder)
+    part.mkdir()
+    try:
+        yield part
+        for path in part.rglob("*"):
+            _flush(path)
+        _flush(part)
+        os.replace(part, folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
