@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import PositionCache, visible
+from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
 from .records import DraftBlocks, pack_rows
 
@@ -42,6 +42,7 @@ class Target:
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
+        self._cache_argument = cache_argument(self.decoder.forward)
         self._check_whole_weights()
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.head.weight.shape[0]
@@ -186,9 +187,13 @@ class Target:
             return {"full_attention": full, "sliding_attention": windowed}
         return full if windowed is None else windowed
 
-    def _run(self, layer_ids: Sequence[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(
+        self, layer_ids: Sequence[int], cache: PositionCache | None = None, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._sharded:
             self._count_running(1)
+        if cache is not None:
+            inputs[self._cache_argument] = cache
         tapped = [index + 1 for index in layer_ids]
         output = self.decoder(output_hidden_states=tapped or False, **inputs)
         features = [output.hidden_states[index] for index in tapped]
@@ -248,7 +253,7 @@ class Target:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=masks,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
 
@@ -334,7 +339,7 @@ class Target:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._masks(mask(None), mask(self._window) if self._window else None),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return states[rows, columns]
