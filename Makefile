@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test test-serving quality style
+.PHONY: help venv quickstart test test-serving test-newest constraints quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -9,14 +9,15 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Each worker loads torch and transformers, so more than eight cost more memory than they save time.
 WORKERS ?= $(shell if [ $(CORES) -lt 2 ]; then echo 2; elif [ $(CORES) -gt 8 ]; then echo 8; else echo $(CORES); fi)
 
+# The known-good version; of a build for CPUs and one with CUDA, pip takes whichever it can see.
+TORCH ?= torch==2.13.0
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),yes)
-TORCH ?= torch
 ACCELERATE_CONFIG ?= examples/accelerate_configs/single_gpu.yaml
 else
-# pip takes the +cpu build of this version where it can see one.
-TORCH ?= torch==2.13.0
 ACCELERATE_CONFIG ?= examples/accelerate_configs/single_cpu.yaml
 endif
+# The versions that the tests last passed with; `make constraints` renews the file.
+CONSTRAINTS ?= constraints.txt
 
 # The shipped drafter that the quickstart starts from.
 DRAFTER ?= dflash
@@ -25,17 +26,23 @@ help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
 	@echo "make test         run the tests"
 	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, on a CPU (downloads some 600 MB once)"
+	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
+	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make quality      check style; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
 venv: .venv/installed
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
-.venv/installed: setup.cfg
+define install
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found, which trl and transformers need: install one, or pass PYTHON=/path/to/python"; exit 1; }
-	"$(PYTHON)" -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
-	.venv/bin/python -m pip install --disable-pip-version-check --use-pep517 --editable ".[dev]"
+	"$(PYTHON)" -m venv $(1)
+	$(1)/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(1)/bin/python -m pip install --disable-pip-version-check --use-pep517 --editable ".[dev]" $(2)
+endef
+
+.venv/installed: setup.cfg $(CONSTRAINTS)
+	$(call install,.venv,--constraint $(CONSTRAINTS))
 	@touch $@
 
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
@@ -43,8 +50,22 @@ quickstart: .venv/installed
 	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/train.py --drafter $(DRAFTER)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
+TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+
 test: .venv/installed
-	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(call TEST,.venv)
+
+# Built anew each time, as what is newest changes daily.
+test-newest:
+	rm -rf .venv-newest
+	$(call install,.venv-newest)
+	$(call TEST,.venv-newest)
+
+# torch and what comes with it are TORCH's affair.
+constraints: test-newest
+	{ echo "# What the tests last passed with; \`make constraints\` renews it."; \
+	  .venv-newest/bin/python -m pip freeze --exclude-editable --exclude torch | grep -Ev '^(nvidia-|triton|cuda-)|@ file:'; } > $(CONSTRAINTS).part
+	mv $(CONSTRAINTS).part $(CONSTRAINTS)
 
 # Not part of the tests: each engine gets an environment of its own in ~/.cache/draft_opd_trl/serving.
 test-serving: .venv/installed

@@ -1,6 +1,7 @@
 """Draft-OPD for the Hugging Face ecosystem: make a speculative-decoding drafter better on its own proposals."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .trainer import DraftOPDTrainer
     from .viewer import print_traces, write_trace_page
     from .vocabulary import draft_vocabulary
+
+# peft imports bitsandbytes, which warns, unasked, of a CPU kernel that only a 4-bit target on a CPU would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0.dev0"
 
