@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
@@ -104,6 +105,9 @@ def main(file):
         result = run_case(case, output_dir)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
+    # A rank that leaves while another still talks to it can abort at exit.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
