@@ -247,6 +247,7 @@ def load_drafter(
     bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise InputError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
+    drafter.config.dtype = dtype
     drafter.name_or_path = drafter.config._name_or_path = str(path_or_id)
     return drafter.eval()
 

@@ -21,6 +21,8 @@ _ONLY_VALUES |= {"num_aux_hidden_states": NUM_TAPS, "layer_types": ["full_attent
 # What `speculators` keeps beside the layer's config, under the same names and in vLLM's count of taps.
 _SPECULATORS_FIELDS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
 _SPECULATORS_FIELDS += ("norm_output", "norm_before_residual", "fc_norm")
+_NOT_IN_A_LAYER = {"_name_or_path", "architectures", "auto_map", "eagle_config", "num_draft_tokens", "own_embeddings"}
+_NOT_IN_A_LAYER |= set(_SPECULATORS_FIELDS)
 
 
 class Eagle3Config(LlamaConfig):
@@ -139,16 +141,7 @@ class Eagle3Config(LlamaConfig):
 
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
-        layer = self.to_dict()
-        for name in (
-            "architectures",
-            "auto_map",
-            "eagle_config",
-            "num_draft_tokens",
-            "own_embeddings",
-            *_SPECULATORS_FIELDS,
-        ):
-            layer.pop(name, None)
+        layer = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_A_LAYER}
         return {
             "architectures": ["Eagle3DraftModel"],
             "speculators_model_type": "eagle3",
