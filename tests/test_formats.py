@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig
+from draft_opd_trl.drafters.base import modelling_files
 from draft_opd_trl.drafters.eagle3_config import Eagle3Config
 from draft_opd_trl.errors import InputError
 from draft_opd_trl.inspection import inspect_drafter
@@ -23,7 +24,13 @@ from draft_opd_trl.target import Target
 
 
 POCKET = Path(__file__).parents[1] / "examples" / "pocket"
+SHIPPED = sorted(POCKET.glob("drafter-*"))
 SETTINGS = SpeculationSettings(24, [], batch_size=4)
+
+
+@pytest.fixture(params=SHIPPED, ids=lambda folder: folder.name)
+def shipped(request):
+    return request.param
 
 
 def _blocks(target, drafter):
@@ -123,10 +130,9 @@ def test_the_contract_with_the_engines(kind, qwen_target, tmp_path):
     assert not {"is_causal", "use_swa", "draft_is_causal", "norm_output"} & {*config, *config.get("dflash_config", {})}
 
 
-def test_the_shipped_folders_load_in_both_engines(kind):
-    told = inspect_drafter(str(POCKET / f"drafter-{kind}"), str(POCKET / "target"))
-    # They carry no copy of the package's own code.
-    assert [fault["breaks"] for fault in told["faults"]] == [["transformers"]]
+def test_the_shipped_folders_load_everywhere(shipped):
+    told = inspect_drafter(str(shipped), str(POCKET / "target"))
+    assert told["faults"] == [] and all(told["loads"].values())
 
 
 def test_what_is_shipped_drafts_the_same_after_saving_and_in_transformers(kind, tmp_path):
@@ -398,6 +404,31 @@ if drafter.kind == "dflash":
 assert not any(name.startswith("draft_opd_trl") for name in sys.modules)
 torch.save({"state": drafter.state_dict(), "tokens": proposal.tokens, "text": text}, job)
 """
+
+
+ALONE_IN = (
+    ALONE[: ALONE.index("target_folder, folder")]
+    + """
+drafter, told = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(told.values())
+torch.save(drafter.state_dict(), sys.argv[2])
+"""
+)
+
+
+def test_the_shipped_folders_load_where_this_package_is_not(shipped, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE_IN, str(shipped), str(tmp_path / "state")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state, stored = torch.load(tmp_path / "state"), load_file(shipped / "model.safetensors")
+    assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in stored)
+
+
+def test_the_shipped_code_is_the_packages(shipped):
+    """Otherwise renew it: `python examples/pocket/build.py code`."""
+    code = modelling_files(type(load_drafter(str(shipped))).__module__)
+    assert {path.name: path.read_text() for path in shipped.glob("*.py")} == code
 
 
 @torch.no_grad()
