@@ -1,6 +1,6 @@
 """Rebuild the pocket world from nothing: ``python build.py target``, then ``prompts``, ``report`` and ``drafter``.
 
-``python build.py code`` alone renews the code and the configs in the drafters' folders; their weights stay as they are.
+``python build.py code`` renews the code and the configs in the drafters' folders; their weights stay as they are.
 
 Each part is one subcommand: a function that takes the parsed arguments, registered in :func:`parse_args`.
 """
