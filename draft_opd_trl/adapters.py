@@ -7,13 +7,21 @@ config asks for is compared with what is there before anything is built. Knows n
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from .drafters.base import Drafter, check_tensors
 from .errors import InputError
@@ -73,23 +81,44 @@ def _may_run_away(pattern: str) -> bool:
     return len(pattern) > 200 or repeats > 4 or groups > 4 or re.search(r"\)[*+{]", plain) is not None
 
 
+def _patterns(name: str, value: Any) -> list[Any]:
+    """The regular expressions in a field, or what stands in their place."""
+    if value is None or (name == "target_modules" and isinstance(value, list)):
+        return []
+    return list(value) if isinstance(value, (list, dict)) else [value]
+
+
 def _check_config(written: dict[str, Any], file: Path) -> None:
+    """Refuse by name what PEFT would follow into a hang or another adapter."""
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(written.get(name), str | None):
             raise InputError(f"{file}: {name} is {str(written[name])[:80]!r}, but must be a string. Correct it there.")
     for name in _PATTERNS:
-        value = written.get(name) or []
-        literal = name == "target_modules" and isinstance(value, list)
-        for pattern in [value] if isinstance(value, str) else [] if literal else value:
+        for pattern in _patterns(name, written.get(name)):
             if not isinstance(pattern, str) or _may_run_away(pattern):
                 raise InputError(
-                    f"{file}: {name} holds {str(pattern)[:80]!r}, a pattern whose matching may never end. List the "
-                    "names of the modules instead."
+                    f"{file}: {name} holds {str(pattern)[:80]!r}, which is no name or a pattern whose matching may "
+                    "never end. List the names of the modules instead."
                 )
     # Another architecture, and a module to import by name.
     for name in ("layer_replication", "megatron_config"):
         if written.get(name):
             raise InputError(f"{file}: {name} is set, which no drafter's adapter uses. Remove it there.")
+    method = written.get("peft_type")
+    if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(f"{file}: peft_type is {str(method)[:80]!r}, which PEFT does not know. Correct it there.")
+    for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method]):
+        value, usual = written.get(field.name), field.default
+        if value is None or not isinstance(usual, bool | int | float):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**9
+        low = 0 if field.name.endswith("alpha") or field.name == "r" else -math.inf
+        if not isinstance(value, bool) if isinstance(usual, bool) else not (number and value > low):
+            wanted = "true or false" if isinstance(usual, bool) else "a number" + (" above 0" if low == 0 else "")
+            raise InputError(
+                f"{file}: {field.name} is {str(value)[:80]!r}, but must be {wanted}. Correct it there, or save the "
+                "adapter again."
+            )
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -101,6 +101,10 @@ def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
     )
 
 
+def _drafters_own(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name[:1] != "_" and name not in _NOT_THE_DRAFTERS}
+
+
 def _config_of(written: dict[str, Any], file: Path) -> PreTrainedConfig:
     """
     The config that a `config.json` makes.
@@ -109,7 +113,9 @@ def _config_of(written: dict[str, Any], file: Path) -> PreTrainedConfig:
         `ValueError`: Unknown architecture, or what no such config can hold.
     """
     config_class = drafter_class_of(written, file.parent).config_class
-    kept = {name: value for name, value in written.items() if name[0] != "_" and name not in _NOT_THE_DRAFTERS}
+    kept = _drafters_own(written)
+    if layer := kept.get("transformer_layer_config"):
+        kept["transformer_layer_config"] = _drafters_own(layer)
     try:
         if "speculators_model_type" in written:
             return config_class.from_speculators(kept)

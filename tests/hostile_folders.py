@@ -50,11 +50,11 @@ _SOUND = {
     "block_size": {"null"},
     "num_draft_tokens": {"null"},
     "speculative_tokens": {"null"},
-    "lora_alpha": {"fraction", "true", "million", "text of a number"},
+    "lora_alpha": {"fraction", "million"},
     "use_rslora": {"true"},
     "fan_in_fan_out": {"true"},
     "proposal_methods": {"empty list", "null", "object"},
-    "speculators_config": {"object", "null"},
+    "speculators_config": {"object", "object in object", "null"},
     "base_model_name_or_path": set(JUNK),
     # A table of scales by pattern may be left out where it is empty, and is no whole number.
     "rope_parameters": {"object in object"},
@@ -79,7 +79,9 @@ def _with(config: dict, path: tuple, text: str) -> str:
     return json.dumps(copied).replace(json.dumps(_MARK), text)
 
 
-def _config_changes(file: str, config: dict, draws: Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
+def _config_changes(
+    file: str, config: dict, draws: Random, values: int
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Changes of a JSON file: as a file, and field by field."""
     whole = json.dumps(config).encode()
     texts = {
@@ -117,7 +119,7 @@ def _config_changes(file: str, config: dict, draws: Random) -> Iterator[tuple[st
         if path[0] == "auto_mapping":
             continue
         sound = set().union(*(_SOUND.get(name, set()) for name in path[-1:]))
-        for junk in draws.sample(sorted(JUNK.keys() - sound), 4 if JUNK.keys() - sound else 0):
+        for junk in draws.sample(sorted(JUNK.keys() - sound), min(values, len(JUNK.keys() - sound))):
             text = _with(config, path, JUNK[junk])
             yield (
                 f"{file}: {'.'.join(path)} is {junk}",
@@ -337,14 +339,15 @@ def _plain_changes(draws: Random) -> Iterator[tuple[str, Callable[[Path], None]]
     yield from _index_changes(draws)
 
 
-def broken_folders(whole_folder: Path, scratch: Path, draws: Random) -> Iterator[tuple[str, Path]]:
+def broken_folders(whole_folder: Path, scratch: Path, draws: Random, values: int = 2) -> Iterator[tuple[str, Path]]:
     """
     Folders made from a whole one, each in a place of its own that is cleared after its turn.
 
     Args:
         whole_folder (`Path`): Of a drafter, flat or in the `speculators` layout, or of an adapter on one.
         scratch (`Path`): Where they are made.
-        draws (`random.Random`): Chooses fields, values, places.
+        draws (`random.Random`): Chooses values and places.
+        values (`int`, *optional*, defaults to `2`): How many unfit values each field of a config takes in turn.
 
     Yields:
         What is the matter, and the folder.
@@ -354,7 +357,7 @@ def broken_folders(whole_folder: Path, scratch: Path, draws: Random) -> Iterator
     weights, pickled = ("adapter_model", "adapter_model") if adapter else ("model", "pytorch_model")
     fields = json.loads((whole_folder / config).read_text())
     changes = [
-        *_config_changes(config, fields, draws),
+        *_config_changes(config, fields, draws, values),
         *_weight_changes(f"{weights}.safetensors", draws),
         *_pickle_changes(f"{weights}.safetensors", f"{pickled}.bin"),
         *(_adapter_changes() if adapter else _plain_changes(draws)),
