@@ -6,28 +6,43 @@ compares names, shapes and dtypes, and looks for survivors. Knows no training st
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 
+from .adapters import Adapter, is_adapter, merge, read_adapter
 from .drafters import DRAFTERS
 from .drafters.base import Drafter, check_tensors
+from .drafters.fields import check_fields
 from .errors import ExistsError, InputError, NotFoundError
+from .files import atomic_folder
+from .folder_files import one_line, read_ending, read_json, read_tensors
 from .target import TargetShape
 
 
-def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
+# Of a config.json, what says how a machine runs a model, or what it is told to return, and nothing of the drafter.
+_NOT_THE_DRAFTERS = set(
+    "attn_implementation dtype experts_implementation id2label label2id num_labels output_attentions "
+    "output_hidden_states per_layer_config return_dict torch_dtype".split()
+)
+# What building a config or a model out of a stranger's values raises.
+_CONFIG_FAULTS = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
+_CONFIG_FAULTS += (StrictDataclassError, ZeroDivisionError)
+
+
+def drafter_folder(
+    path_or_id: str, revision: str | None = None, token: str | None = None, files: list[str] | None = None
+) -> Path:
     """
-    The local folder of a drafter; an id is downloaded from the Hub.
+    The local folder of a drafter; of an id, `files` alone or all are downloaded from the Hub.
 
     Raises:
         `FileNotFoundError`: Neither a folder nor reachable on the Hub.
@@ -37,7 +52,8 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
         return folder
     try:
         # Subfolders hold a Trainer's checkpoints, optimizer state and all.
-        return Path(snapshot_download(path_or_id, revision=revision, token=token, ignore_patterns="*/*"))
+        only = {"allow_patterns": files} if files else {"ignore_patterns": "*/*"}
+        return Path(snapshot_download(path_or_id, revision=revision, token=token, **only))
     except Exception as error:
         raise NotFoundError(
             f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
@@ -47,13 +63,24 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
 
 def read_config(folder: Path) -> dict[str, Any]:
     """
+    A folder's `config.json`, whose known fields have the types and ranges they must have.
+
     Raises:
         `FileNotFoundError`: The folder has no `config.json`.
+        `ValueError`: It is not JSON, or a field is of the wrong type or beyond its range, by name.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    file = folder / "config.json"
+    if not file.exists():
         raise NotFoundError(f"{folder} holds no config.json, so it is not a drafter folder.")
-    return json.loads(config_file.read_text())
+    return _checked(read_json(file), file)
+
+
+def _checked(written: dict[str, Any], file: Path) -> dict[str, Any]:
+    try:
+        check_fields(written)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    return written
 
 
 def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
@@ -74,58 +101,107 @@ def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
     )
 
 
-def load_drafter_config(path_or_id: str | Path, **hub: Any) -> PreTrainedConfig:
+def _drafters_own(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name[:1] != "_" and name not in _NOT_THE_DRAFTERS}
+
+
+def _config_of(written: dict[str, Any], file: Path) -> PreTrainedConfig:
+    """
+    The config that a `config.json` makes.
+
+    Raises:
+        `ValueError`: Unknown architecture, or what no such config can hold.
+    """
+    config_class = drafter_class_of(written, file.parent).config_class
+    kept = _drafters_own(written)
+    if layer := kept.get("transformer_layer_config"):
+        kept["transformer_layer_config"] = _drafters_own(layer)
+    try:
+        if "speculators_model_type" in written:
+            return config_class.from_speculators(kept)
+        return config_class(**kept)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except _CONFIG_FAULTS as error:
+        raise InputError(
+            f"{file} holds what a {config_class.__name__} cannot ({one_line(error)}). Correct it, or download or save "
+            "the folder again."
+        ) from error
+
+
+def load_drafter_config(path_or_id: str | Path, revision: str | None = None, token: str | None = None) -> Any:
     """
     The config of a drafter, without its weights.
 
     Args:
         path_or_id (`str` or `Path`): Folder, or id on the Hub.
-        hub: `revision` and `token`, for the Hub.
+        revision, token (`str`, *optional*): For the Hub.
 
     Raises:
         `OSError`: No `config.json` there.
-        `ValueError`: Unknown architecture.
+        `ValueError`: Unknown architecture, or a field that cannot be what it is.
     """
-    written, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
-    config_class = drafter_class_of(written, Path(path_or_id)).config_class
-    if "speculators_model_type" in written:
-        return config_class.from_speculators(written)
-    return config_class.from_pretrained(path_or_id, **hub)
+    folder = drafter_folder(str(path_or_id), revision, token, ["config.json"])
+    return _config_of(read_config(folder), folder / "config.json")
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def load_target_shape(target: str) -> TargetShape:
     """
-    Every tensor of a folder, under its own name; pickles are read without running code.
+    What the config of a target's folder or id tells.
 
     Raises:
-        `FileNotFoundError`: The folder has no weights.
+        `FileNotFoundError`: No such config.
+        `ValueError`: Not the config of a language model.
     """
-    files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
-    if not files and not pickles:
-        raise NotFoundError(f"{folder} holds no *.safetensors file and no pytorch_model*.bin.")
-    tensors = {}
-    for file in [] if files else pickles:
-        tensors.update(torch.load(file, map_location="cpu", weights_only=True))
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-    return tensors
-
-
-def _merge_adapter(folder: Path, dtype: torch.dtype | str, token: str | None) -> Drafter:
-    """The drafter an adapter was trained on, with the adapter merged into its weights."""
-    config = PeftConfig.from_pretrained(folder)
-    if not config.base_model_name_or_path:
+    try:
+        shape = TargetShape(AutoConfig.from_pretrained(target))
+    except OSError as error:
+        raise NotFoundError(
+            f"{target!r} has no config.json of a target within reach ({one_line(error)}). Give its folder or id."
+        ) from error
+    except (*_CONFIG_FAULTS, RecursionError) as error:
         raise InputError(
-            f"{folder / 'adapter_config.json'} does not name the drafter it was trained on, as that was an instance "
-            "without a path. Write the path to `base_model_name_or_path` there."
+            f"{target!r} has no config of a target that can be read ({one_line(error)}). Give its folder or id."
+        ) from error
+    return shape
+
+
+def _base_drafter(adapter: Adapter, dtype: torch.dtype | str, token: str | None) -> Drafter:
+    """The drafter an adapter was trained on."""
+    try:
+        folder = drafter_folder(adapter.base, adapter.config.revision, token)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"The adapter in {adapter.folder} was trained on the drafter {adapter.base!r}, which is not there: {error}"
+        ) from error
+    if is_adapter(folder):
+        raise InputError(
+            f"The adapter in {adapter.folder} names {adapter.base!r} as its drafter, which is an adapter itself. "
+            "Write the path of a whole drafter to `base_model_name_or_path` in its adapter_config.json."
         )
-    drafter = load_drafter(config.base_model_name_or_path, dtype, config.revision, token)
-    trainable = {name: parameter.requires_grad for name, parameter in drafter.named_parameters()}
-    drafter = PeftModel.from_pretrained(drafter, str(folder)).merge_and_unload(safe_merge=True)
-    for name, parameter in drafter.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    return drafter.eval()
+    return load_drafter(adapter.base, dtype, adapter.config.revision, token)
+
+
+def _blank(
+    drafter_class: type[Drafter], config: PreTrainedConfig, tensors: dict[str, torch.Tensor], folder: Path
+) -> Drafter:
+    """A drafter of this config, all NaN, once the tensors are known to be its own; compared without memory first."""
+    try:
+        with torch.device("meta"):
+            shape = drafter_class(copy.deepcopy(config)).state_dict()
+        check_tensors(shape, tensors, folder)
+        drafter = drafter_class(config)
+    except InputError:
+        raise
+    except _CONFIG_FAULTS as error:
+        raise InputError(
+            f"{folder / 'config.json'} describes no {drafter_class.__name__} that can be built ({one_line(error)}). "
+            "Correct it, or download or save the folder again."
+        ) from error
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.fill_(float("nan"))
+    return drafter
 
 
 def load_drafter(
@@ -150,25 +226,26 @@ def load_drafter(
 
     Raises:
         `FileNotFoundError`: No such folder, config or weights.
-        `ValueError`: Unknown architecture, a config that asks for what is not computed here, or a tensor missing,
-            unexpected, misshapen, of the wrong dtype or not finite, or an adapter that does not name its base.
+        `ValueError`: Unknown architecture, a config that asks for what is not computed here or cannot be, damaged
+            files, or a tensor missing, unexpected, misshapen, of the wrong dtype or not finite; of an adapter the
+            same, and one that does not name its base or changes nothing.
     """
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype!r} is none of PyTorch's. Use 'auto', 'bfloat16' or 'float32'.")
+    kept = dtype == "auto"
+    cast = getattr(torch, dtype, None) if isinstance(dtype, str) and not kept else dtype
+    if not kept and not (isinstance(cast, torch.dtype) and cast.is_floating_point and cast.itemsize > 1):
+        raise InputError(
+            f"dtype {dtype!r} is none of PyTorch's floating-point types of 16 bits or more. Use 'auto', 'bfloat16' or "
+            "'float32'."
+        )
     folder = drafter_folder(path_or_id, revision, token)
-    if (folder / "adapter_config.json").is_file():
-        return _merge_adapter(folder, dtype, token)
-    drafter_class = drafter_class_of(read_config(folder), folder)
-    config = load_drafter_config(folder)
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        return merge(_base_drafter(adapter, dtype, token), adapter)
+    written = read_config(folder)
+    drafter_class, config = drafter_class_of(written, folder), _config_of(written, folder / "config.json")
     tensors = drafter_class.canonical_tensors(read_tensors(folder), config)
-    drafter = drafter_class(config)
-    check_tensors(drafter.state_dict(), tensors, folder)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter.fill_(float("nan"))
-    if dtype == "auto":
-        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    drafter = _blank(drafter_class, config, tensors, folder)
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()) if kept else cast
     # Parameters alone: `drafter.to(dtype)` would round the rotary frequencies too, and turn far positions wrongly.
     for parameter in drafter.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -176,25 +253,56 @@ def load_drafter(
     bad = [name for name, parameter in drafter.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise InputError(f"{folder} holds values that are not finite in {bad}; the checkpoint is damaged.")
+    drafter.config.dtype = dtype
     drafter.name_or_path = drafter.config._name_or_path = str(path_or_id)
     return drafter.eval()
 
 
-def _write_speculators(drafter: Drafter, folder: Path, target_name: str, target_architectures: list[str]) -> None:
+def _target_embedding(target: str, shape: TargetShape) -> torch.Tensor:
+    """The target's input embedding as it is stored, `(V, H)`; of a sharded target its one file is fetched."""
+
+    def fetch(name: str) -> Path | None:
+        if Path(target).is_dir():
+            return Path(target, name) if Path(target, name).is_file() else None
+        try:
+            return Path(hf_hub_download(target, name))
+        except (OSError, ValueError):  # not there, or not reached
+            return None
+
+    index, file = fetch("model.safetensors.index.json"), None
+    if index is None:
+        file = fetch("model.safetensors")
+    else:
+        where = read_json(index).get("weight_map") or {}
+        file = next((fetch(where[name]) for name in where if name.endswith("embed_tokens.weight")), None)
+    found = None if file is None else read_ending(file, "embed_tokens.weight")
+    if found is None or not found.is_floating_point() or found.shape != (shape.vocab_size, shape.hidden_size):
+        raise InputError(
+            f"A speculators folder of this drafter holds the target's embedding, but {target!r} has none of "
+            f"{shape.vocab_size} × {shape.hidden_size} within reach as safetensors. Give `target` as a folder with "
+            "its weights, or an id that can be downloaded."
+        )
+    return found
+
+
+def _write_speculators(drafter: Drafter, folder: Path, target_name: str, target: str, shape: TargetShape) -> None:
     config = {
         **drafter.config.to_speculators(),
         "speculators_config": {
             "algorithm": drafter.kind,
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafter.num_draft_tokens}],
             "default_proposal_method": "greedy",
-            "verifier": {"name_or_path": target_name, "architectures": target_architectures},
+            "verifier": {"name_or_path": target_name, "architectures": shape.architectures},
         },
     }
     # `speculators` numbers the layers of every kind.
     tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in drafter.state_dict().items()}
-    folder.mkdir(parents=True)
+    if (lent := drafter.speculators_embedding) and lent not in tensors:
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+        tensors[lent] = _target_embedding(target, shape).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def export_drafter(
@@ -215,8 +323,9 @@ def export_drafter(
         output_dir (`str`): New folder; it appears when it is complete.
         format (`str`): `"dflash"` or `"eagle3"`, whichever the drafter is, for the flat folder that SGLang and vLLM
             load; `"speculators"` for vLLM's.
-        target (`str`, *optional*): Folder or id of the target, of which the config alone is read. The drafter is
-            checked against it, and what its config leaves open is settled.
+        target (`str`, *optional*): Folder or id of the target, of which the config is read, and for an EAGLE-3 drafter
+            in the `speculators` layout the embedding, which that folder holds. The drafter is checked against it, and
+            what its config leaves open is settled.
         target_name (`str`, *optional*): Id that a `speculators` folder names its target by; `target` by default. Of a
             folder that names a path, `vllm serve FOLDER` is refused.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): Of the weights; the stored one by default.
@@ -227,7 +336,8 @@ def export_drafter(
 
     Raises:
         `FileExistsError`: `output_dir` is there and not empty.
-        `ValueError`: The drafter is of another kind, does not fit the target, or `"speculators"` without a target.
+        `ValueError`: The drafter is of another kind, does not fit the target, or `"speculators"` without a target or
+            without the target's embedding where it is needed.
     """
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -240,16 +350,14 @@ def export_drafter(
         )
     if target is None and format == "speculators":
         raise InputError("A speculators folder names its target, and vLLM serves it by that name: give `target`.")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    if target is not None:
-        target_config = AutoConfig.from_pretrained(target)
-        drafter.fit(TargetShape(target_config))
-    if format == "speculators":
-        _write_speculators(drafter, part, target_name or target, target_config.architectures or [])
-    else:
-        drafter.save_pretrained(part)
-    written = load_drafter(str(part), "auto")
-    os.replace(part, folder)
-    written.config._name_or_path = str(folder)
+    shape = None if target is None else load_target_shape(target)
+    if shape is not None:
+        drafter.fit(shape)
+    with atomic_folder(folder) as part:
+        if format == "speculators":
+            _write_speculators(drafter, part, target_name or target, target, shape)
+        else:
+            drafter.save_pretrained(part)
+        written = load_drafter(str(part), "auto")
+    written.name_or_path = written.config._name_or_path = str(folder)
     return written

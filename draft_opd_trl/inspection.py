@@ -6,22 +6,31 @@ own loaders by `make test-serving`.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
+import torch
 
-from .checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config, read_tensors
+from .adapters import is_adapter, read_adapter
+from .checkpoints import drafter_class_of, drafter_folder, load_drafter, load_target_shape, read_config
 from .drafters.base import Drafter
-from .serving import launch_commands
+from .errors import InputError, NotFoundError
+from .folder_files import read_tensors, stray_weights
+from .serving import ENGINES, launch_commands, serves, serving_faults
 from .target import TargetShape
 
 
 LOADERS = ("draft_opd_trl", "SGLang", "vLLM", "transformers")
 # What is the matter, and which loaders refuse the folder for it or draft otherwise than the drafter was trained.
 Fault = tuple[str, set[str]]
+
+
+def _verifier(written: dict[str, Any]) -> str | None:
+    return ((written.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
 
 
 def _layout(written: dict[str, Any], drafter_class: type[Drafter]) -> str:
@@ -31,6 +40,20 @@ def _layout(written: dict[str, Any], drafter_class: type[Drafter]) -> str:
     return "flat (SGLang, vLLM)" if published else "flat, as SafeAILab publishes it"
 
 
+def _code_is_there(folder: Path, reference: Any) -> bool:
+    """Whether a folder holds the file that `auto_map` names, and those that it imports from beside it."""
+    waiting = [reference.split("--")[-1].partition(".")[0]] if isinstance(reference, str) else [""]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if not re.fullmatch(r"\w+", name) or not (folder / f"{name}.py").is_file():
+            return False
+        seen.add(name)
+        source = (folder / f"{name}.py").read_text(encoding="utf-8", errors="replace")
+        waiting += set(re.findall(r"^from \.(\w+) import", source, flags=re.M)) - seen
+    return True
+
+
 def _config_faults(
     folder: Path, written: dict[str, Any], names: set[str], drafter_class: type[Drafter]
 ) -> list[Fault]:
@@ -38,15 +61,19 @@ def _config_faults(
     if "speculators_model_type" in written:
         fields = written.get("transformer_layer_config") or {}
         faults: list[Fault] = [("it is in the speculators layout, which vLLM alone reads", {"SGLang", "transformers"})]
-        verifier = (written.get("speculators_config") or {}).get("verifier", {}).get("name_or_path") or ""
+        verifier = _verifier(written) or ""
         if verifier.count("/") > 1 or Path(verifier).is_dir():
             faults.append((f"its target is named by a path, {verifier}: `vllm serve FOLDER` wants an id", set()))
+        lent = drafter_class.speculators_embedding
+        if lent and lent not in names:
+            faults.append((f"there is no {lent}, in place of which the speculators library computes noise", set()))
     else:
         fields, faults = written, drafter_class.config_class.engine_faults(written, names)
-        reference = (written.get("auto_map") or {}).get("AutoModel", "")
-        if not (folder / f"{reference.split('--')[-1].partition('.')[0]}.py").is_file():
+        if not _code_is_there(folder, (written.get("auto_map") or {}).get("AutoModel")):
             faults.append(("the code that AutoModel needs is not beside the weights", {"transformers"}))
-    if fields.get("hidden_act", "silu") != "silu":
+    if stray := stray_weights(folder):
+        faults.append((f"{stray} are not its weights, and engines read them all the same", {"SGLang", "vLLM"}))
+    if (fields.get("hidden_act") or "silu") != "silu":
         faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", {"SGLang", "vLLM"}))
     top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
     if top is None and inner is None:
@@ -67,7 +94,10 @@ def _target_faults(drafter: Drafter, shape: TargetShape | None) -> list[Fault]:
             vocab_size=config.vocab_size,
             num_layers=getattr(config, "num_target_layers", None) or max(config.target_layer_ids or [8]) + 2,
         )
-    context = shape.config.max_position_embeddings
+    else:
+        for told, engine, served in serving_faults(drafter.kind, shape.config.model_type):
+            faults.append((told, {engine} if served is False else set()))
+    context = getattr(shape.config, "max_position_embeddings", None) or 0
     if config.max_position_embeddings < context:
         faults.append(
             (
@@ -90,54 +120,100 @@ def inspect_drafter(
     Look at a drafter folder as each loader would.
 
     Args:
-        path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, or id on the Hub.
+        path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, adapters included, or id on the Hub.
         target (`str`, *optional*): Folder or id of its target, of which the config alone is read. Without it, what
-            depends on the target's context, and for EAGLE-3 on its depth, is not judged.
+            depends on the target's type and context, and for EAGLE-3 on its depth, is not judged.
         revision, token (`str`, *optional*): For the Hub.
 
     Returns:
-        JSON-able `dict`: `path`, `kind`, `layout`, `num_parameters`, `dtypes` (dtype → tensors), `config` (what
-        matters of it), `faults` (`fault` in words, and which loaders it `breaks`: they refuse the folder, or draft
-        otherwise than trained), `loads` (loader → `bool`), `launch` (engine → command, where it loads).
+        JSON-able `dict`: `path`, `kind`, `layout`, `base` (of an adapter, the drafter it was trained on),
+        `num_parameters`, `dtypes` (dtype → tensors), `config` (what matters of it), `faults` (`fault` in words, and
+        which loaders it `breaks`: they refuse the folder, or draft otherwise than trained), `loads` (loader → `bool`,
+        or `None` where it is not known), `launch` (engine → command, where it loads or that is not known).
 
     Raises:
         `FileNotFoundError`: No such folder, config or weights.
-        `ValueError`: Not a drafter's folder.
+        `ValueError`: Not a drafter's folder, or one whose files are damaged.
     """
     folder = drafter_folder(path_or_id, revision, token)
+    shape = load_target_shape(target) if target else None
+    if is_adapter(folder):
+        return _inspect_adapter(folder, path_or_id, shape)
     written = read_config(folder)
     drafter_class = drafter_class_of(written, folder)
     tensors = read_tensors(folder)
     faults = _config_faults(folder, written, set(tensors), drafter_class)
     if len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1:
         faults.append(("weights are stored in several dtypes; engines cast all to the target's", set()))
-    config, commands = {}, {}
+    drafter, more = _load(str(folder), shape)
+    told = _told(path_or_id, drafter, tensors, faults + more, shape)
+    if drafter is not None:
+        commands = launch_commands(
+            drafter.kind, target or _verifier(written) or "TARGET", path_or_id, drafter.num_draft_tokens
+        )
+        told["launch"] = {engine: commands[engine] for engine in commands if told["loads"][engine] is not False}
+    return {**told, "kind": drafter_class.kind, "layout": _layout(written, drafter_class)}
+
+
+def _load(path: str, shape: TargetShape | None) -> tuple[Drafter | None, list[Fault]]:
+    """The drafter, if it can be read, and what is found on the way."""
     try:
-        drafter = load_drafter(str(folder))
-    except ValueError as error:
+        drafter = load_drafter(path)
+    except (InputError, NotFoundError) as error:
         # Where a tensor is missing or unknown, engines load without a word.
-        faults.append((str(error), set(LOADERS)))
-    else:
+        return None, [(str(error), set(LOADERS))]
+    return drafter, _target_faults(drafter, shape)
+
+
+def _told(
+    path: str,
+    drafter: Drafter | None,
+    tensors: dict[str, torch.Tensor],
+    faults: list[Fault],
+    shape: TargetShape | None,
+) -> dict[str, Any]:
+    """What is said of every folder."""
+    config = {}
+    if drafter is not None:
+        fields = drafter.config
         config = {
             "num_draft_tokens": drafter.num_draft_tokens,
-            "target_layer_ids": drafter.config.target_layer_ids,
-            "vocab_size": drafter.config.vocab_size,
-            "draft_vocab_size": getattr(drafter.config, "draft_vocab_size", drafter.config.vocab_size),
-            "max_position_embeddings": drafter.config.max_position_embeddings,
-            "rope_theta": drafter.config.rope_parameters["rope_theta"],
+            "target_layer_ids": fields.target_layer_ids,
+            "vocab_size": fields.vocab_size,
+            "draft_vocab_size": getattr(fields, "draft_vocab_size", fields.vocab_size),
+            "max_position_embeddings": fields.max_position_embeddings,
+            "rope_theta": fields.rope_parameters["rope_theta"],
         }
-        verifier = (written.get("speculators_config") or {}).get("verifier", {}).get("name_or_path")
-        faults += _target_faults(drafter, target and TargetShape(AutoConfig.from_pretrained(target)))
-        commands = launch_commands(drafter.kind, target or verifier or "TARGET", path_or_id, drafter.num_draft_tokens)
+    loads: dict[str, bool | None] = dict.fromkeys(LOADERS, True)
+    if drafter is not None and shape is not None:
+        loads |= {engine: serves(engine, drafter.kind, shape.config.model_type) for engine in ENGINES}
     broken = set().union(*(breaks for _, breaks in faults))
     return {
-        "path": path_or_id,
-        "kind": drafter_class.kind,
-        "layout": _layout(written, drafter_class),
+        "path": path,
+        "kind": None if drafter is None else drafter.kind,
+        "layout": None,
+        "base": None,
         "num_parameters": sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
         "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
         "config": config,
         "faults": [{"fault": fault, "breaks": sorted(breaks)} for fault, breaks in faults],
-        "loads": {loader: loader not in broken for loader in LOADERS},
-        "launch": {engine: command for engine, command in commands.items() if engine not in broken},
+        "loads": {loader: known and loader not in broken if known else known for loader, known in loads.items()},
+        "launch": {},
     }
+
+
+def _inspect_adapter(folder: Path, path: str, shape: TargetShape | None) -> dict[str, Any]:
+    """An adapter's folder: whose it is, and what it takes to serve it."""
+    adapter = read_adapter(folder)
+    drafter, faults = _load(str(folder), shape)
+    kind = "KIND" if drafter is None else drafter.kind
+    command = f"draft-opd export {shlex.quote(path)} --output_dir DIR --format {kind}"
+    faults.insert(
+        0,
+        (
+            f"it is an adapter, and engines and AutoModel load whole drafters: `{command}` writes one",
+            {"SGLang", "vLLM", "transformers"},
+        ),
+    )
+    told = _told(path, drafter, adapter.tensors, faults, shape)
+    return {**told, "layout": f"adapter ({adapter.method})", "base": adapter.config.base_model_name_or_path or None}

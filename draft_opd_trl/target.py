@@ -359,6 +359,7 @@ class TargetShape:
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.num_layers: int = self.config.num_hidden_layers
+        self.architectures: list[str] = config.architectures or []
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:

@@ -20,9 +20,20 @@ NAME = "draft_opd_trl"
 LAYERS = (
     ("_trl_compat", "errors", "files", "metrics", "metrics.acceptance_length.acceptance_length"),
     ("records",),
-    ("sampling", "prompts", "losses", "verification", "acceptance", "cache", "optim", "vocabulary", "serving"),
+    (
+        "sampling",
+        "prompts",
+        "losses",
+        "verification",
+        "acceptance",
+        "cache",
+        "optim",
+        "vocabulary",
+        "serving",
+        "folder_files",
+    ),
     ("server", "text_cache"),
-    ("target", "drafters.base", "drafters.parts", "config"),
+    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config"),
     ("drafters",),
     ("speculation", "consistency"),
     (
@@ -31,6 +42,7 @@ LAYERS = (
         "evaluation",
         "results",
         "report",
+        "adapters",
         "checkpoints",
         "inspection",
         "model_card",
@@ -73,7 +85,7 @@ def _is_within(name: str, ancestor: str) -> bool:
 
 
 def _is_concrete_drafter(module: str) -> bool:
-    return module.startswith("drafters.") and module not in ("drafters.base", "drafters.parts")
+    return module.startswith("drafters.") and module not in ("drafters.base", "drafters.fields", "drafters.parts")
 
 
 def _same_drafter(module: str, other: str) -> bool:

@@ -14,7 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig
+from draft_opd_trl.drafters.base import modelling_files
 from draft_opd_trl.drafters.eagle3_config import Eagle3Config
+from draft_opd_trl.errors import InputError
 from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.sampling import Chooser
 from draft_opd_trl.speculation import SpeculationSettings, speculate
@@ -22,7 +24,13 @@ from draft_opd_trl.target import Target
 
 
 POCKET = Path(__file__).parents[1] / "examples" / "pocket"
+SHIPPED = sorted(POCKET.glob("drafter-*"))
 SETTINGS = SpeculationSettings(24, [], batch_size=4)
+
+
+@pytest.fixture(params=SHIPPED, ids=lambda folder: folder.name)
+def shipped(request):
+    return request.param
 
 
 def _blocks(target, drafter):
@@ -78,7 +86,6 @@ CONTRACT = {
         "eagle_aux_hidden_state_layer_ids": [1, 2, 3],  # vllm v1/worker/gpu/spec_decode/eagle/eagle3_utils.py:119
         "eagle_config.eagle_aux_hidden_state_layer_ids": [0, 1, 2],  # sglang .../spec_aux_hidden_state.py:192
         "eagle_config.use_aux_hidden_state": True,  # sglang .../spec_aux_hidden_state.py:189; vllm llama_eagle3.py
-        "norm_output": False,  # sglang llama_eagle3.py:207; vllm llama_eagle3.py:252
         "norm_before_residual": False,  # vllm llama_eagle3.py:101
         "fc_norm": False,  # sglang llama_eagle3.py:185; vllm llama_eagle3.py:231
     },
@@ -119,13 +126,13 @@ def test_the_contract_with_the_engines(kind, qwen_target, tmp_path):
             value = value[name]
         assert value == expected, path
     # vLLM reads these where they are present, and drafts otherwise: qwen3_dflash.py:60, sglang models/dflash.py.
-    assert not {"is_causal", "use_swa", "draft_is_causal"} & {*config, *config.get("dflash_config", {})}
+    # SpecForge skips the final norm wherever norm_output is written, false or not.
+    assert not {"is_causal", "use_swa", "draft_is_causal", "norm_output"} & {*config, *config.get("dflash_config", {})}
 
 
-def test_the_shipped_folders_load_in_both_engines(kind):
-    told = inspect_drafter(str(POCKET / f"drafter-{kind}"), str(POCKET / "target"))
-    # They carry no copy of the package's own code.
-    assert [fault["breaks"] for fault in told["faults"]] == [["transformers"]]
+def test_the_shipped_folders_load_everywhere(shipped):
+    told = inspect_drafter(str(shipped), str(POCKET / "target"))
+    assert told["faults"] == [] and all(told["loads"].values())
 
 
 def test_what_is_shipped_drafts_the_same_after_saving_and_in_transformers(kind, tmp_path):
@@ -206,7 +213,7 @@ def test_taps_in_every_count(qwen_target, target_folder, kind, flat, spec, tmp_p
     assert loaded.target_layer_ids == drafter.target_layer_ids
 
 
-def test_the_speculators_folder(qwen_drafter, target_folder, folder, tmp_path):
+def test_the_speculators_folder(qwen_target, qwen_drafter, target_folder, folder, tmp_path):
     target = str(target_folder)
     export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=target, target_name="org/target")
     config = json.loads((tmp_path / "spec" / "config.json").read_text())
@@ -225,8 +232,55 @@ def test_the_speculators_folder(qwen_drafter, target_folder, folder, tmp_path):
         assert config["block_size"] == 5 and config["mask_token_id"] == 47
     else:
         assert config["norm_before_residual"] is False and config["draft_vocab_size"] == 43
-    names = load_file(tmp_path / "spec" / "model.safetensors").keys()
-    assert names == {name.replace("midlayer.", "layers.0.") for name in qwen_drafter.state_dict()}
+    assert "_name_or_path" not in config and "_name_or_path" not in layer and str(folder) not in json.dumps(config)
+    tensors = load_file(tmp_path / "spec" / "model.safetensors")
+    names = {name.replace("midlayer.", "layers.0.") for name in qwen_drafter.state_dict()}
+    if qwen_drafter.kind == "eagle3":
+        # Without it `speculators` drafts with noise.
+        assert torch.equal(tensors["embed_tokens.weight"], qwen_target.embedding.weight)
+        assert config["embed_requires_grad"] is False
+        names.add("embed_tokens.weight")
+    assert tensors.keys() == names
+
+
+def test_a_speculators_folder_needs_the_targets_embedding(qwen_target, target_folder, tmp_path):
+    """Of a target whose config alone is there it cannot be had; a drafter with embeddings of its own needs none."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((target_folder / "config.json").read_text())
+    tiny_drafter("eagle3", qwen_target).save_pretrained(tmp_path / "flat")
+    with pytest.raises(InputError, match="holds the target's embedding, but .* has none of 48 × 32"):
+        export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(bare))
+    assert not (tmp_path / "spec").exists()
+    tiny_drafter("eagle3", qwen_target, own_embeddings=True).save_pretrained(tmp_path / "own")
+    export_drafter(str(tmp_path / "own"), str(tmp_path / "spec"), "speculators", target=str(bare))
+    again = export_drafter(str(tmp_path / "spec"), str(tmp_path / "again"), "eagle3")
+    assert torch.equal(again.embed_tokens.weight, load_drafter(str(tmp_path / "own")).embed_tokens.weight)
+
+
+def test_the_embedding_is_found_in_the_shard_of_a_large_target(qwen_target, tmp_path):
+    qwen_target.model.save_pretrained(tmp_path / "target", max_shard_size="8KB")
+    assert len(list((tmp_path / "target").glob("*.safetensors"))) > 1
+    tiny_drafter("eagle3", qwen_target).save_pretrained(tmp_path / "flat")
+    export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(tmp_path / "target"))
+    tensors = load_file(tmp_path / "spec" / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], qwen_target.embedding.weight)
+
+
+def test_files_have_the_mode_that_this_process_gives_them(qwen_drafter, target_folder, folder, tmp_path):
+    export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    (tmp_path / "plain").touch()
+    files = [*folder.iterdir(), *(tmp_path / "spec").iterdir()]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_export_leaves_what_is_not_its_own(qwen_drafter, folder, tmp_path):
+    """A folder beside the new one may be anybody's."""
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "precious").touch()
+    export_drafter(str(folder), str(tmp_path / "out"), qwen_drafter.kind)
+    assert (tmp_path / "out.part" / "precious").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"flat", "out", "out.part"}
 
 
 def test_a_speculators_folder_that_does_not_say_norms_its_residual():
@@ -352,6 +406,31 @@ torch.save({"state": drafter.state_dict(), "tokens": proposal.tokens, "text": te
 """
 
 
+ALONE_IN = (
+    ALONE[: ALONE.index("target_folder, folder")]
+    + """
+drafter, told = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(told.values())
+torch.save(drafter.state_dict(), sys.argv[2])
+"""
+)
+
+
+def test_the_shipped_folders_load_where_this_package_is_not(shipped, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE_IN, str(shipped), str(tmp_path / "state")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state, stored = torch.load(tmp_path / "state"), load_file(shipped / "model.safetensors")
+    assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in stored)
+
+
+def test_the_shipped_code_is_the_packages(shipped):
+    """Otherwise renew it: `python examples/pocket/build.py code`."""
+    code = modelling_files(type(load_drafter(str(shipped))).__module__)
+    assert {path.name: path.read_text() for path in shipped.glob("*.py")} == code
+
+
 @torch.no_grad()
 def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, kind, tmp_path):
     drafter = tiny_drafter(kind, qwen_target)
@@ -387,6 +466,8 @@ def test_from_pretrained_reads_what_save_pretrained_wrote(qwen_target, kind, opt
     plain = CONFIG_MAPPING[drafter.config.model_type].from_pretrained(tmp_path)
     for config in (None, plain):
         _assert_same(qwen_target, drafter, type(drafter).from_pretrained(tmp_path, config=config).eval())
+    loaded, told = type(drafter).from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(drafter) and not any(told.values())
 
 
 def test_from_pretrained_is_strict(qwen_drafter, folder):

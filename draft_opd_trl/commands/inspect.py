@@ -18,6 +18,7 @@ class InspectArguments:
 
 
 ARGUMENTS = (InspectArguments,)
+_ANSWERS = {True: "yes", False: "no", None: "not known"}
 
 
 def run(arguments: InspectArguments) -> dict[str, Any]:
@@ -30,12 +31,13 @@ def show(result: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
     lines = [
         result["path"],
-        f"  {result['kind']} drafter, {result['layout']}",
+        f"  {result['kind'] or 'unknown'} drafter, {result['layout']}",
+        *([f"  trained on {result['base']}"] if result["base"] else []),
         f"  {result['num_parameters']:,} parameters; tensors: {dtypes}",
         *(f"  {name}: {value}" for name, value in result["config"].items()),
         "",
         "Loads in",
-        *(f"  {loader}: {'yes' if loads else 'no'}" for loader, loads in result["loads"].items()),
+        *(f"  {loader}: {_ANSWERS[loads]}" for loader, loads in result["loads"].items()),
         "",
         "Found" if result["faults"] else "Nothing is wrong with it.",
     ]

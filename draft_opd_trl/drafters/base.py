@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ class Drafter(PreTrainedModel, ABC):
 
     kind: str
     vocab_map: torch.Tensor | None = None
+    # Under which a `speculators` folder holds the embedding that the drafter borrows; its library fills it with noise.
+    speculators_embedding: str | None = None
     main_input_name = "features"
     supports_gradient_checkpointing = True
     # Set by transformers' `activation_checkpointing_enable`; [`replay`] then keeps no activations of its blocks.
@@ -210,8 +213,13 @@ class Drafter(PreTrainedModel, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
-    ) -> Drafter:
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Drafter | tuple[Drafter, dict[str, Any]]:
         """
         What `AutoModel.from_pretrained(..., trust_remote_code=True)` calls; here, `load_drafter` reads more layouts.
 
@@ -227,7 +235,7 @@ class Drafter(PreTrainedModel, ABC):
         if faults := {name: keys for name, keys in info.items() if keys}:
             where = pretrained_model_name_or_path
             raise InputError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
-        return drafter
+        return (drafter, info) if output_loading_info else drafter
 
     def save_pretrained(
         self,
@@ -252,6 +260,10 @@ class Drafter(PreTrainedModel, ABC):
             for name, source in modelling_files(module).items():
                 Path(save_directory, name).write_text(source, encoding="utf-8")
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process:
+            # safetensors lets nobody but its owner read a file; the config has the mode that this process gives files.
+            for file in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(Path(save_directory, "config.json"), file)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Push the folder, with a card of its own; see [`~draft_opd_trl.hub.push_drafter`]."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 
 from ..errors import InputError
+from .fields import check_fields, check_heads
 from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
@@ -39,14 +40,17 @@ class DFlashConfig(Qwen3Config):
         dflash_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        own = {"block_size": block_size, "num_target_layers": num_target_layers, "dflash_config": dflash_config}
+        check_fields({**own, **kwargs})
         kwargs.setdefault("architectures", ["DFlashDraftModel"])
         kwargs["tie_word_embeddings"] = False  # Some published folders copy the target's; there is nothing to tie.
         draft_vocab_size = kwargs.pop("draft_vocab_size", None)
         super().__init__(**kwargs)
+        check_heads(self)
         self._check_features(dflash_config or {}, draft_vocab_size)
         known = {name: value for name, value in (dflash_config or {}).items() if name in _KNOWN}
         self.dflash_config = {name: value for name, value in known.items() if value is not None}
-        self.block_size = self.dflash_config.get("block_size") or block_size
+        self.block_size = self.dflash_config.get("block_size") or block_size or 16
         self.num_target_layers = self.dflash_config.get("num_target_layers") or num_target_layers
         if self.num_target_layers:
             taps = default_layer_ids(self.num_target_layers, self.num_hidden_layers)
@@ -97,7 +101,7 @@ class DFlashConfig(Qwen3Config):
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
         layer = self.to_dict()
-        for name in ("architectures", "auto_map", "block_size", "dflash_config"):
+        for name in ("_name_or_path", "architectures", "auto_map", "block_size", "dflash_config"):
             layer.pop(name, None)
         return {
             "architectures": ["DFlashDraftModel"],

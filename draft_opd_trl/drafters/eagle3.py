@@ -123,6 +123,7 @@ class LlamaForCausalLMEagle3(Drafter):
     config_class = Eagle3Config
     base_model_prefix = ""
     sft_decay = 0.8
+    speculators_embedding = "embed_tokens.weight"
     # Chains of a text drafted side by side with gradients; more than this many are recomputed in the backward pass.
     chains_per_chunk = 64
 
@@ -157,6 +158,8 @@ class LlamaForCausalLMEagle3(Drafter):
 
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Eagle3Config) -> dict[str, torch.Tensor]:
+        if config.own_embeddings is False and config.hidden_size == config.target_hidden_size:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "embed_tokens.weight"}
         config.own_embeddings = "embed_tokens.weight" in tensors
         renamed = {}
         for name, tensor in tensors.items():

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ..errors import InputError
+from .fields import check_fields, check_heads
 from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
@@ -20,6 +21,8 @@ _ONLY_VALUES |= {"num_aux_hidden_states": NUM_TAPS, "layer_types": ["full_attent
 # What `speculators` keeps beside the layer's config, under the same names and in vLLM's count of taps.
 _SPECULATORS_FIELDS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
 _SPECULATORS_FIELDS += ("norm_output", "norm_before_residual", "fc_norm")
+_NOT_IN_A_LAYER = {"_name_or_path", "architectures", "auto_map", "eagle_config", "num_draft_tokens", "own_embeddings"}
+_NOT_IN_A_LAYER |= set(_SPECULATORS_FIELDS)
 
 
 class Eagle3Config(LlamaConfig):
@@ -45,7 +48,8 @@ class Eagle3Config(LlamaConfig):
         fc_norm (`bool`, *optional*, defaults to `False`):
             Norm each tap before `fc` (EAGLE 3.1).
         own_embeddings (`bool`, *optional*):
-            Whether the drafter has embeddings; by default only where its width is not the target's.
+            Whether the drafter has embeddings; by default only where its width is not the target's. `False` where
+            those in its folder are a copy of the target's.
         draft_token_ids (`list[int]`, *optional*):
             Target ids of the draft vocabulary, ascending. Not written: the buffers `d2t` and `t2d` hold them.
         kwargs:
@@ -70,10 +74,16 @@ class Eagle3Config(LlamaConfig):
         draft_token_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        own = {"draft_vocab_size": draft_vocab_size, "target_hidden_size": target_hidden_size}
+        own |= {"num_draft_tokens": num_draft_tokens, "norm_output": norm_output, "fc_norm": fc_norm}
+        own |= {"eagle_aux_hidden_state_layer_ids": eagle_aux_hidden_state_layer_ids, "eagle_config": eagle_config}
+        own |= {"norm_before_residual": norm_before_residual, "own_embeddings": own_embeddings}
+        check_fields({**own, **kwargs})
         kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
         kwargs.setdefault("num_hidden_layers", 1)
         _check_features(kwargs, eagle_config or {})
         super().__init__(**kwargs)
+        check_heads(self)
         if draft_token_ids and not 0 <= draft_token_ids[0] <= draft_token_ids[-1] < self.vocab_size:
             raise InputError(
                 f"draft_token_ids from {draft_token_ids[0]} to {draft_token_ids[-1]} must lie in the target's "
@@ -82,7 +92,7 @@ class Eagle3Config(LlamaConfig):
         self.draft_token_ids = draft_token_ids
         self.draft_vocab_size = len(draft_token_ids) if draft_token_ids else draft_vocab_size or self.vocab_size
         self.target_hidden_size = target_hidden_size or self.hidden_size
-        self.num_draft_tokens = num_draft_tokens
+        self.num_draft_tokens = num_draft_tokens or 7
         self.norm_output, self.norm_before_residual, self.fc_norm = norm_output, norm_before_residual, fc_norm
         self.own_embeddings = own_embeddings
         nested = (eagle_config or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -105,6 +115,8 @@ class Eagle3Config(LlamaConfig):
         output.pop("draft_token_ids", None)
         if not output.get("own_embeddings"):
             output.pop("own_embeddings", None)
+        if not output.get("norm_output"):
+            output.pop("norm_output", None)  # SpecForge skips the final norm wherever the field is written.
         if self.eagle_aux_hidden_state_layer_ids is not None:
             output["eagle_config"] = {
                 "eagle_aux_hidden_state_layer_ids": self.target_layer_ids,
@@ -121,21 +133,22 @@ class Eagle3Config(LlamaConfig):
             fields["norm_before_fc"] = True  # Refused below, by name.
         # vLLM takes a folder that does not say for one whose residual is normed.
         fields.setdefault("norm_before_residual", True)
+        if config.get("embed_requires_grad") is False:
+            fields["own_embeddings"] = False  # What lies in the folder is a copy of the target's.
         # Where no length is proposed, it is the published training depth.
         methods = config["speculators_config"].get("proposal_methods") or [{}]
-        return cls(**{**layer, **fields}, num_draft_tokens=methods[0].get("speculative_tokens", 7))
+        return cls(**{**layer, **fields}, num_draft_tokens=methods[0].get("speculative_tokens") or 7)
 
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
-        layer = self.to_dict()
-        for name in ("architectures", "auto_map", "eagle_config", "num_draft_tokens", *_SPECULATORS_FIELDS):
-            layer.pop(name, None)
+        layer = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_A_LAYER}
         return {
             "architectures": ["Eagle3DraftModel"],
             "speculators_model_type": "eagle3",
             "transformer_layer_config": layer,
             **{name: getattr(self, name) for name in _SPECULATORS_FIELDS},
             "norm_before_fc": False,
+            "embed_requires_grad": bool(self.own_embeddings or self.hidden_size != self.target_hidden_size),
         }
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Rebuild the pocket world from nothing: ``python build.py target``, then ``prompts``, ``report`` and ``drafter``.
 
+``python build.py code`` renews the code and the configs in the drafters' folders; their weights stay as they are.
+
 Each part is one subcommand: a function that takes the parsed arguments, registered in :func:`parse_args`.
 """
 
@@ -41,6 +43,23 @@ def drafter(args: argparse.Namespace) -> None:
 
     args.output = args.output or str(HERE / f"drafter-{args.drafter}")
     train_drafter(args)
+
+
+def code(args: argparse.Namespace) -> None:
+    """Write the code that loads them with ``AutoModel`` into the shipped drafters' folders, and their configs anew."""
+    from tempfile import TemporaryDirectory
+
+    from draft_opd_trl import load_drafter
+
+    for folder in sorted(HERE.glob("drafter-*")):
+        with TemporaryDirectory() as scratch:
+            load_drafter(str(folder)).save_pretrained(scratch)
+            for file in folder.glob("*.py"):
+                file.unlink()
+            new = [file for file in Path(scratch).iterdir() if file.suffix in (".py", ".json")]
+            for file in new:
+                (folder / file.name).write_bytes(file.read_bytes())
+        print(f"{folder.name}: {len(new)} files")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -99,6 +118,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--max-new-tokens", type=int, default=512)
     command.add_argument("--examples", type=int, default=0, help="print this many wrong answers of each kind")
     command.set_defaults(run=report)
+
+    command = commands.add_parser("code", help="renew the code and configs in the shipped drafters' folders")
+    command.set_defaults(run=code)
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,117 @@
+"""A KV cache whose slot is the token's position.
+
+Rows of a batch advance by different lengths in speculation. With a slot for each position, every row is
+right-padded, rolling back is overwriting, and sliding windows stay exact (a left-padded cache with holes is wrong on
+them). Holds keys, values and visibility. It does not know what the tokens mean.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .errors import InputError
+
+
+def visible(
+    query_positions: torch.Tensor, key_positions: torch.Tensor, sliding_window: int | None = None
+) -> torch.Tensor:
+    """
+    Causal visibility by position.
+
+    Args:
+        query_positions (`torch.LongTensor` of shape `(B, Q)`): Positions that look.
+        key_positions (`torch.LongTensor` of shape `(S,)` or `(B, S)`): Positions that are looked at.
+        sliding_window (`int`, *optional*): Positions a query sees, its own included.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, 1, Q, S)`: `True` where the key takes part.
+    """
+    keys = key_positions.reshape(-1, 1, 1, key_positions.shape[-1])
+    queries = query_positions[:, None, :, None]
+    mask = keys <= queries
+    if sliding_window is not None:
+        mask = mask & (keys > queries - sliding_window)
+    return mask
+
+
+class _PositionLayer(CacheLayerMixin):
+    """Keys and values `[B, S, heads, head_dim]` of one layer; the parent says where the next ones go."""
+
+    is_sliding = False
+
+    def __init__(self, parent: PositionCache) -> None:
+        super().__init__()
+        # Weak: in a cycle, gigabytes of keys would live on after the last use, until Python looks for cycles.
+        self.parent = weakref.proxy(parent)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (self.parent.num_rows, self.parent.max_length, key_states.shape[1])
+        # Zeros, not empty: slots never written are masked, but a NaN there would survive the mask.
+        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
+        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.parent
+        if place.positions is None:
+            raise RuntimeError("PositionCache.place() must say where the tokens go before each forward.")
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if place.keep:
+            rows = place.row_index[:, None]
+            self.keys[rows, place.positions] = keys
+            self.values[rows, place.positions] = values
+        stored_keys, stored_values = self.keys[:, : place.limit], self.values[:, : place.limit]
+        if place.partial:
+            stored_keys, stored_values = stored_keys[place.row_index], stored_values[place.row_index]
+        if not place.keep:
+            stored_keys = torch.cat([stored_keys, keys], dim=1)
+            stored_values = torch.cat([stored_values, values], dim=1)
+        return stored_keys.transpose(1, 2), stored_values.transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.parent.limit + (0 if self.parent.keep else query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.parent.limit
+
+    def get_max_length(self) -> int:
+        return self.parent.max_length
+
+
+class PositionCache(Cache):
+    """
+    Position-slotted cache for a transformers model.
+
+    Args:
+        num_layers (`int`): Attention layers of the model.
+        num_rows (`int`): Rows.
+        max_length (`int`): Positions a row can hold.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
+        self.num_rows, self.max_length = num_rows, max_length
+        self.limit = 0
+        self.positions: torch.Tensor | None = None
+        super().__init__(layers=[_PositionLayer(self) for _ in range(num_layers)])
+
+    def place(self, positions: torch.Tensor, limit: int, rows: torch.Tensor | None = None, keep: bool = True) -> None:
+        """
+        Say where the tokens of the next forward go.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(R, Q)`): Positions of the tokens.
+            limit (`int`): Slots to attend to; above every position in play (known on the host, so no sync).
+            rows (`torch.LongTensor` of shape `(R,)`, *optional*): Cache rows they belong to; all rows by default.
+            keep (`bool`, *optional*, defaults to `True`): `False` appends their keys for this forward only.
+        """
+        if limit > self.max_length:
+            raise InputError(f"The cache holds {self.max_length} positions, but {limit} are asked for.")
+        self.positions, self.limit, self.keep = positions, limit, keep
+        self.partial = rows is not None
+        self.row_index = torch.arange(self.num_rows, device=positions.device) if rows is None else rows

@@ -1,0 +1,108 @@
+"""Logits → probabilities → tokens.
+
+Holds the target's sampling settings and how they shape a distribution. It does not know who proposed what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """
+    How tokens are drawn from logits.
+
+    Args:
+        temperature (`float`, *optional*, defaults to `0.0`):
+            0 takes the argmax.
+        top_k (`int`, *optional*, defaults to `0`):
+            Keep the `top_k` most likely tokens; 0 keeps all.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Keep the smallest set of most likely tokens whose mass reaches `top_p`, after the temperature.
+
+    Raises:
+        `ValueError`: A setting is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or positive.")
+        if self.top_k < 0:
+            raise InputError(f"`top_k` is {self.top_k}; it must be 0 (keep all) or positive.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"`top_p` is {self.top_p}; it must lie in (0, 1].")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def probabilities(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """
+    The distribution that tokens are drawn from.
+
+    Args:
+        logits (`torch.Tensor` of shape `(…, V)`): Any float dtype.
+        sampling ([`SamplingParams`]): Settings; at temperature 0 the result is a point mass on the argmax.
+
+    Returns:
+        `torch.Tensor` of shape `(…, V)`, float32, rows summing to 1.
+    """
+    logits = logits.float()
+    if sampling.greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        # A token stays while the mass *before* it is below top_p, so the first always stays.
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token a row: `(…, V)` probabilities → `(…,)` ids. Rows need not be normalised."""
+    flat = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=generator)
+    return flat.reshape(probs.shape[:-1])
+
+
+def draw_at(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[`draw`] from given uniforms `(…,)` in [0, 1) by inverting the cumulative sum, so that no other row matters."""
+    mass = probs.cumsum(-1)
+    # Kept off 1, where rounding could reach past the last token that has any mass.
+    point = uniforms.clamp(max=1 - 1e-6)[..., None] * mass[..., -1:]
+    return torch.searchsorted(mass, point, right=True)[..., 0]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """
+    How a drafter turns its logits into proposals.
+
+    Drafters propose their argmax by default, as DFlash does; with `sampling` they draw, and verification needs the
+    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order.
+    """
+
+    sampling: SamplingParams | None = None
+    generator: torch.Generator | None = None
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(B, M, K, DV)` or `(B, M, DV)` logits → draft ids, and probabilities unless proposals are point masses."""
+        if self.sampling is None or self.sampling.greedy:
+            return logits.argmax(-1), None
+        probs = probabilities(logits, self.sampling)
+        return draw(probs, self.generator), probs

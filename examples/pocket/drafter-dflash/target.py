@@ -1,0 +1,377 @@
+"""The frozen target: tapped features, final states, head, embeddings, packed block scoring.
+
+Wraps a causal LM of transformers and never changes it. It does not know which drafter reads its taps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .cache import PositionCache, visible
+from .errors import InputError
+from .records import DraftBlocks, pack_rows
+
+
+class Target:
+    """
+    A frozen causal LM, read at the seams speculative decoding needs.
+
+    Not an `nn.Module` on purpose: a drafter or trainer that holds it must not register, save or train its weights.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A decoder-only LM with `sdpa` or `eager` attention. Put into eval mode, gradients off, dtype untouched.
+
+    Raises:
+        `ValueError`: The attention implementation cannot take the masks of ragged speculation, the layer types are
+            unknown, head or embedding is quantised, or the head post-processes its logits in a way not handled here.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.embedding = model.get_input_embeddings()
+        self._check_whole_weights()
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.head.weight.shape[0]
+        self.num_layers: int = self.config.num_hidden_layers
+        self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._sharded = False
+        self._check_attention()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return getattr(self.model, "hf_quantizer", None) is not None
+
+    @property
+    def linear_head(self) -> torch.Tensor | None:
+        """The head's weight `(V, H)`, if logits are states times it and nothing more."""
+        plain = type(self.head) is torch.nn.Linear and self.head.bias is None and self._softcap is None
+        return self.head.weight if plain else None
+
+    @property
+    def name(self) -> str:
+        return self.config._name_or_path or type(self.model).__name__
+
+    def fingerprint(self, samples: int = 1024) -> str:
+        """Hash of the config, the revision and some values of every weight: cheap, and another model has another."""
+        config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        config.pop("transformers_version", None)
+        revision = getattr(self.model.config, "_commit_hash", None)
+        digest = hashlib.sha256(json.dumps([config, revision], sort_keys=True, default=str).encode())
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            if weight.numel() and not weight.is_meta:  # offloaded
+                values = weight.detach().reshape(-1)
+                values = values[:: max(values.numel() // samples, 1)].contiguous().cpu()
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check_whole_weights(self) -> None:
+        for module in (self.head, self.embedding):
+            weight = getattr(module, "weight", None)
+            if weight is None or not weight.is_floating_point():
+                raise InputError(
+                    f"The target's {'head' if module is self.head else 'embedding'} is quantised "
+                    f"({type(module).__name__}), and drafters and losses read its plain weight. Leave it out of the "
+                    "quantisation, as is the default: BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])."
+                )
+
+    def _check_attention(self) -> None:
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise InputError(
+                f"The target uses attn_implementation={implementation!r}, which ignores or cannot take the 4-D masks "
+                "of ragged speculation. Load it with attn_implementation='sdpa'."
+            )
+        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        unknown = types - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise InputError(
+                f"The target has layers of type {sorted(unknown)}; a position-slotted cache is exact for "
+                "full_attention and sliding_attention only. Use a target of those."
+            )
+        # Hybrid models take one mask per layer type in a dict; uniform ones (Llama) refuse a dict.
+        per_type = bool(getattr(self.config, "layer_types", None))
+        self._hybrid = per_type and "sliding_attention" in types
+        self._sliding = self._hybrid or not per_type
+        self._window = getattr(self.config, "sliding_window", None) if self._sliding else None
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        probe = torch.arange(2, device=self.device)[None]
+        expected = self.model(input_ids=probe, use_cache=False).logits.float()
+        got = self.logits(self.forward_text(probe, ())[1])
+        if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+            raise InputError(
+                f"{type(self.model).__name__} post-processes its logits beyond a soft cap (largest difference "
+                f"{(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from hidden states."
+            )
+
+    def to(self, device: torch.device) -> None:
+        """Move all weights; shards stay where their mesh is."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
+
+    # -- weights over several ranks ------------------------------------------------------------------------------
+
+    def shard(self, **options: Any) -> None:
+        """
+        Spread the layers' weights over all ranks (FSDP2), in their own dtype.
+
+        Embedding, final norm and head stay whole: drafters and losses read them. From here on a forward is a meeting
+        of all ranks, see [`uneven_forwards`].
+
+        Args:
+            options: Of `torch.distributed.fsdp.fully_shard`.
+        """
+        for layer in self.decoder.layers:
+            # Said aloud, as each layer is a root of its own, and roots would keep what they gathered.
+            fully_shard(layer, reshard_after_forward=True, **options)
+        self._sharded = True
+
+    @contextmanager
+    def uneven_forwards(self) -> Iterator[None]:
+        """
+        Inside, ranks may call the target a different number of times; leaving waits for all of them.
+
+        The layers of a sharded target are gathered by all ranks together, so a rank that is done runs empty forwards
+        until the last one is.
+        """
+        yield
+        if self._sharded:
+            idle = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+            while self._count_running(0):
+                self.decoder(input_ids=idle, use_cache=False)
+
+    def _count_running(self, running: int) -> torch.Tensor:
+        """Ranks that are about to run a forward of their own."""
+        count = torch.tensor(running, device=self.device)
+        torch.distributed.all_reduce(count)
+        return count
+
+    # -- forwards ------------------------------------------------------------------------------------------------
+
+    def _masks(self, full: torch.Tensor, windowed: torch.Tensor | None) -> torch.Tensor | dict[str, torch.Tensor]:
+        if self.config._attn_implementation == "eager":
+            low = torch.finfo(self.dtype).min
+            full, windowed = (
+                None if mask is None else torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, low)
+                for mask in (full, windowed)
+            )
+        if self._hybrid:
+            return {"full_attention": full, "sliding_attention": windowed}
+        return full if windowed is None else windowed
+
+    def _run(self, layer_ids: Sequence[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._sharded:
+            self._count_running(1)
+        tapped = [index + 1 for index in layer_ids]
+        output = self.decoder(output_hidden_states=tapped or False, **inputs)
+        features = [output.hidden_states[index] for index in tapped]
+        states = output.last_hidden_state
+        return (torch.cat(features, dim=-1) if features else states[..., :0]), states
+
+    @torch.no_grad()
+    def forward_text(
+        self, tokens: torch.Tensor, layer_ids: Sequence[int], cache: PositionCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        One pass over whole texts.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(B, T)`): Right-padded; padding is harmless under causality.
+            layer_ids (`Sequence[int]`): Layers whose *output* is tapped, counted from 0.
+            cache ([`PositionCache`], *optional*): Filled with the text's keys, for [`score_blocks`].
+
+        Returns:
+            `features` of shape `(B, T, len(layer_ids) · H)` and `states` before the head `(B, T, H)`, in the
+            target's dtype.
+        """
+        if cache is None:
+            return self._run(layer_ids, input_ids=tokens, use_cache=False)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.forward_cached(tokens, positions, cache, tokens.shape[1], layer_ids)
+
+    @torch.no_grad()
+    def forward_cached(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PositionCache,
+        limit: int,
+        layer_ids: Sequence[int] = (),
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Prefill or verification: new tokens at their positions, on top of a cache.
+
+        Args:
+            tokens, positions (`torch.LongTensor` of shape `(R, Q)`): New tokens and where they stand.
+            cache ([`PositionCache`]): Written in place.
+            limit (`int`): Slots to attend to, above every position in play.
+            layer_ids (`Sequence[int]`): As in [`forward_text`].
+            rows (`torch.LongTensor` of shape `(R,)`, *optional*): Cache rows; all by default.
+
+        Returns:
+            `features` `(R, Q, len(layer_ids) · H)` and `states` `(R, Q, H)`.
+        """
+        cache.place(positions, limit, rows)
+        keys = torch.arange(limit, device=tokens.device)
+        windowed = visible(positions, keys, self._window) if self._window else None
+        masks = self._masks(visible(positions, keys), windowed)
+        return self._run(
+            layer_ids,
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def new_cache(self, batch_size: int, max_length: int) -> PositionCache:
+        """An empty cache of this target's depth."""
+        return PositionCache(self.num_layers, batch_size, max_length)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Input embeddings as the target sees them (Gemma's scale included): `(…,)` → `(…, H)`."""
+        return self.embedding(tokens)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of states before the head: `(…, H)` → `(…, V)`, float32, soft cap applied."""
+        return self.shape_logits(self.head(states).float())
+
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the target does to raw head outputs before the softmax (Gemma-style soft cap)."""
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    @torch.no_grad()
+    def score_blocks(
+        self, tokens: torch.Tensor, blocks: DraftBlocks, cache: PositionCache, chunk_size: int = 64
+    ) -> torch.Tensor:
+        """
+        The target's states at rejected slots, given the drafted prefix; many blocks packed after one text.
+
+        Only what the text does not hold is computed: the first rejected slot's prefix *is* text, and the last drafted
+        token is never an input.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(B, T)`): Texts.
+            blocks ([`DraftBlocks`]): Blocks over those rows.
+            cache ([`PositionCache`]): Holds the texts (from [`forward_text`]); left unchanged.
+            chunk_size (`int`, *optional*, defaults to `64`): Blocks of a row scored in one pass; bounds memory.
+
+        Returns:
+            `torch.Tensor` of shape `(N, K, H)`: states that predict each slot; zero at slots up to the first
+            rejected one.
+        """
+        count, num_draft_tokens = blocks.draft_tokens.shape
+        states = torch.zeros((count, num_draft_tokens, self.hidden_size), dtype=self.dtype, device=tokens.device)
+        # Input i (drafted token i + 1) predicts slot i + 2. It leaves the text at the first rejected token.
+        inputs = torch.arange(num_draft_tokens - 1, device=tokens.device)
+        wanted = (inputs >= blocks.num_accepted[:, None]) & blocks.has_error[:, None]
+        columns, width = pack_rows(blocks.rows, tokens.shape[0])
+        for start in range(0, width, chunk_size):
+            block, offset = (wanted & ((columns >= start) & (columns < start + chunk_size))[:, None]).nonzero().T
+            if len(block):
+                states[block, offset + 1] = self._score_inputs(tokens.shape, blocks, block, offset, cache)
+        return states
+
+    def _score_inputs(
+        self,
+        shape: torch.Size,
+        blocks: DraftBlocks,
+        block: torch.Tensor,
+        offset: torch.Tensor,
+        cache: PositionCache,
+    ) -> torch.Tensor:
+        """States `(I, H)` after drafted token `offset + 1` of each `block`, both of shape `(I,)`."""
+        num_rows, text_length = shape
+        rows = blocks.rows[block]
+        columns, width = pack_rows(rows, num_rows)
+
+        def grid(values: torch.Tensor, fill: int) -> torch.Tensor:
+            return values.new_full((num_rows, width), fill).index_put((rows, columns), values)
+
+        tokens = grid(blocks.draft_tokens[block, offset], 0)
+        positions = grid(blocks.anchors[block] + 1 + offset, 0)
+        block_ids = grid(block, -1)
+        last_text = grid(blocks.anchors[block] + blocks.num_accepted[block], 0)[:, None, :, None]
+        cache.place(positions, text_length, keep=False)
+        text_positions = torch.arange(text_length, device=rows.device)
+        same_block = (block_ids[:, :, None] == block_ids[:, None, :])[:, None]
+
+        def mask(window: int | None) -> torch.Tensor:
+            text = visible(positions, text_positions, window) & (text_positions <= last_text)
+            own = visible(positions, positions, window) & same_block
+            return torch.cat([text, own], dim=-1)
+
+        _, states = self._run(
+            (),
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._masks(mask(None), mask(self._window) if self._window else None),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return states[rows, columns]
+
+
+class TargetShape:
+    """
+    What a target's config tells of it, for checks that need none of its weights.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): The target's.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config.get_text_config()
+        self.name: str = config._name_or_path
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.num_layers: int = self.config.num_hidden_layers
+        self.architectures: list[str] = config.architectures or []
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:
+    """
+    Every token that ends a text: the target's generation config (often several), then the tokenizer's eos.
+
+    Raises:
+        `ValueError`: Neither names one.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    stops = [configured] if isinstance(configured, int) else list(configured or [])
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is not None and eos not in stops:
+        stops.append(eos)
+    if not stops:
+        raise InputError(
+            "No stop token: the target's generation_config.eos_token_id and the tokenizer's eos_token_id are both "
+            "unset, so no text would ever end. Set generation_config.eos_token_id on the target."
+        )
+    return stops

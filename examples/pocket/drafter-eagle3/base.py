@@ -1,0 +1,306 @@
+"""The contract every drafter keeps.
+
+Speculation, replay and training reach a drafter only through these members, so a third architecture is one file and
+one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import InputError
+from .records import DraftBlocks
+from .sampling import Chooser
+from .target import Target, TargetShape
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, whatever it was before outside, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class Proposal:
+    """
+    Blocks drafted at a grid of anchors.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, M, K)`):
+            Target token ids.
+        probs (`torch.Tensor` of shape `(B, M, K, V)`, *optional*):
+            Distributions they were drawn from, over the target's vocabulary; `None` for argmax proposals.
+    """
+
+    tokens: torch.Tensor
+    probs: torch.Tensor | None = None
+
+
+def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: object) -> None:
+    """
+    Raises:
+        `ValueError`: A tensor is missing, unexpected, or of the wrong shape or dtype, by name. Floating-point dtypes
+            of at least 16 bits may stand for each other.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong_shape, wrong_dtype = [], []
+    for name in sorted(expected.keys() & found.keys()):
+        mine, theirs = expected[name], found[name]
+        if mine.shape != theirs.shape:
+            wrong_shape.append(f"{name} is {list(theirs.shape)}, not {list(mine.shape)}")
+        casts = mine.is_floating_point() and theirs.is_floating_point() and theirs.itemsize > 1
+        if mine.dtype != theirs.dtype and not casts:
+            wrong_dtype.append(f"{name} is {theirs.dtype}, not {mine.dtype}")
+    faults = {"Missing": missing, "Unexpected": unexpected, "Wrong shape": wrong_shape, "Wrong dtype": wrong_dtype}
+    if any(faults.values()):
+        told = ". ".join(f"{fault}: {names or 'none'}" for fault, names in faults.items())
+        raise InputError(
+            f"The tensors in {where} are not this drafter's. {told}. Re-export it in its published layout."
+        )
+
+
+def modelling_files(module: str) -> dict[str, str]:
+    """
+    The code that a drafter class needs, as files of one flat folder.
+
+    transformers takes code along with a checkpoint only from a single folder. So these are the very modules that run
+    here, whose imports of a parent package are written as imports of a sibling.
+
+    Args:
+        module (`str`): Name of the module that holds the class.
+
+    Returns:
+        Sources by file name.
+    """
+    files, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        package, _, stem = name.rpartition(".")
+        if f"{stem}.py" not in files:
+            source = Path(sys.modules[name].__file__).read_text(encoding="utf-8")
+            siblings = re.findall(r"^from (\.+\w+) import", source, flags=re.M)
+            waiting += [resolve_name(sibling, package) for sibling in siblings]
+            files[f"{stem}.py"] = re.sub(r"^from \.+(\w+) import", r"from .\1 import", source, flags=re.M)
+    return files
+
+
+class Drafter(PreTrainedModel, ABC):
+    """
+    A small model that proposes `num_draft_tokens` tokens after an anchor from tapped target states.
+
+    Attributes:
+        kind (`str`): Key in `DRAFTERS`.
+        vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; `None` when they are equal.
+    """
+
+    kind: str
+    vocab_map: torch.Tensor | None = None
+    # Under which a `speculators` folder holds the embedding that the drafter borrows; its library fills it with noise.
+    speculators_embedding: str | None = None
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    # Set by transformers' `activation_checkpointing_enable`; [`replay`] then keeps no activations of its blocks.
+    gradient_checkpointing = False
+    _target: Target | None = None
+
+    # -- to be provided by each architecture ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def target_layer_ids(self) -> list[int]:
+        """Target layers read, counted from 0, as outputs of those layers."""
+
+    @property
+    @abstractmethod
+    def num_draft_tokens(self) -> int:
+        """K, proposals a block."""
+
+    @property
+    @abstractmethod
+    def sft_decay(self) -> float:
+        """Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it."""
+
+    @abstractmethod
+    def check_target(self, target: Target | TargetShape) -> None:
+        """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
+
+    @abstractmethod
+    def start(self, batch_size: int, max_length: int) -> Any:
+        """An empty drafting state for texts of up to `max_length` positions."""
+
+    @abstractmethod
+    def extend(
+        self,
+        state: Any,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Read target features of committed positions into the state, in place.
+
+        Args:
+            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states.
+            positions (`torch.LongTensor` of shape `(R, Q)`): Where they stand. Positions past the committed text may
+                be given; what they leave behind is overwritten before it becomes visible.
+            tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
+            rows (`torch.LongTensor` of shape `(R,)`, *optional*): State rows; all by default.
+        """
+
+    @abstractmethod
+    def propose(
+        self, state: Any, tokens: torch.Tensor, anchors: torch.Tensor, limit: int, choose: Chooser
+    ) -> Proposal:
+        """
+        Draft a block at each anchor of a grid; nothing is kept in the state.
+
+        Args:
+            tokens, anchors (`torch.LongTensor` of shape `(B, M)`): Anchor tokens and their positions.
+            limit (`int`): Positions of the state to look at, at least the largest anchor.
+            choose ([`Chooser`]): Turns logits into proposals.
+        """
+
+    @abstractmethod
+    def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+        """
+        The same drafting with gradients, for many blocks of whole texts at once.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, T, F)`): Tapped states of the texts.
+            tokens (`torch.LongTensor` of shape `(B, T)`): The texts.
+            blocks ([`DraftBlocks`]): Blocks to draft; drafters that read their own proposals read `draft_tokens`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, K, H)`: states that [`output_weight`] turns into draft logits.
+        """
+
+    @abstractmethod
+    def output_weight(self) -> torch.Tensor:
+        """Head `(DV, H)` that turns states into draft logits."""
+
+    # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
+
+    @classmethod
+    def recognises(cls, config: dict[str, Any]) -> bool:
+        """Whether a folder with this `config.json` holds a drafter of this class."""
+        algorithm = config.get("speculators_model_type")
+        return algorithm == cls.kind if algorithm else cls.__name__ in (config.get("architectures") or [])
+
+    @classmethod
+    def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """A folder's tensors under the names this class gives them; what only they tell is settled in `config`."""
+        return tensors
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Drafter | tuple[Drafter, dict[str, Any]]:
+        """
+        What `AutoModel.from_pretrained(..., trust_remote_code=True)` calls; here, `load_drafter` reads more layouts.
+
+        Raises:
+            `ValueError`: A tensor is missing, unexpected or of the wrong shape, which transformers would only warn of.
+        """
+        # AutoModel reads the config as the plain Qwen3 or Llama one that `model_type` names.
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+            config = cls.config_class.from_dict(config.to_dict())
+        drafter, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        if faults := {name: keys for name, keys in info.items() if keys}:
+            where = pretrained_model_name_or_path
+            raise InputError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
+        return (drafter, info) if output_loading_info else drafter
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write the folder: weights, config, and the code that loads it where this package is not installed.
+
+        Raises:
+            `ValueError`: `state_dict` lacks a tensor, or holds one that is not the drafter's, by name.
+        """
+        if state_dict is not None:
+            check_tensors(self.state_dict(), state_dict, "the state to save")
+        # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
+        module = type(self).__module__
+        self.config.auto_map = {"AutoModel": f"{module.rpartition('.')[2]}.{type(self).__name__}"}
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            for name, source in modelling_files(module).items():
+                Path(save_directory, name).write_text(source, encoding="utf-8")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process:
+            # safetensors lets nobody but its owner read a file; the config has the mode that this process gives files.
+            for file in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(Path(save_directory, "config.json"), file)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push the folder, with a card of its own; see [`~draft_opd_trl.hub.push_drafter`]."""
+        # By name: the copy of this file that travels with a checkpoint stands without the package.
+        return importlib.import_module("draft_opd_trl.hub").push_drafter(self, repo_id, **kwargs)
+
+    # -- shared --------------------------------------------------------------------------------------------------
+
+    def fit(self, target: Target | TargetShape) -> None:
+        """
+        Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
+        their RoPE tables by the drafter's own `max_position_embeddings`.
+
+        Raises:
+            `ValueError`: The two do not fit.
+        """
+        self.check_target(target)
+        positions = target.config.max_position_embeddings
+        self.config.max_position_embeddings = max(self.config.max_position_embeddings, positions)
+
+    def bind(self, target: Target) -> Drafter:
+        """
+        Lend the target's embedding and head; they never become parameters of the drafter.
+
+        Raises:
+            `ValueError`: The two do not fit.
+        """
+        self.fit(target)
+        self._target = target
+        return self
+
+    @property
+    def target(self) -> Target:
+        if self._target is None:
+            raise RuntimeError(f"This {self.kind} drafter borrows from its target: call `drafter.bind(target)` first.")
+        return self._target
+
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Draft vocabulary ids → target ids."""
+        return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]

@@ -1,0 +1,118 @@
+"""Pieces that drafters share: shape and start from a target, rotation, drafting part by part, and what of RoPE and
+`speculators` configs is read.
+
+Knows no drafter kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import rotate_half
+
+from .errors import InputError
+
+
+def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
+    """Config fields of a draft layer as wide as the (text) target's (Qwen3-, Llama- or Gemma3-like)."""
+    rope = target_config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    return {
+        "vocab_size": target_config.vocab_size,
+        "hidden_size": target_config.hidden_size,
+        "intermediate_size": target_config.intermediate_size,
+        "num_attention_heads": target_config.num_attention_heads,
+        "num_key_value_heads": target_config.num_key_value_heads,
+        "head_dim": getattr(target_config, "head_dim", None)
+        or target_config.hidden_size // target_config.num_attention_heads,
+        "rms_norm_eps": target_config.rms_norm_eps,
+        "max_position_embeddings": target_config.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+    }
+
+
+def with_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the top-level fields that engines read; transformers 5 writes `rope_parameters` only."""
+    rope = dict(config.get("rope_parameters") or {})
+    fields = {"rope_theta": rope.pop("rope_theta", None)}
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = rope
+    return {**config, **fields}
+
+
+def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The part of RoPE's parameters that no drafter here computes, by name; empty if there is none."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
+
+
+def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
+    """
+    The flat fields in the `config.json` of a `speculators` folder.
+
+    Raises:
+        `ValueError`: It lacks them, or one of the fields `needed` beside them.
+    """
+    missing = [name for name in ("transformer_layer_config", *needed) if config.get(name) is None]
+    if missing:
+        raise InputError(f"This speculators config.json lacks {missing}, so no engine could load it. Export it again.")
+    return {name: value for name, value in config["transformer_layer_config"].items() if name != "architectures"}
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return states * cos + rotate_half(states) * sin
+
+
+def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:
+    """States `(B, width, K, H)` of anchors drafted `size` at a time; recomputed parts keep no activations."""
+    parts = [slice(start, start + size) for start in range(0, width, size)]
+    if recompute and torch.is_grad_enabled():
+        return torch.cat([checkpoint(draft, part, use_reentrant=False) for part in parts], dim=1)
+    return torch.cat([draft(part) for part in parts], dim=1)
+
+
+def init_layer(layer: nn.Module, source: nn.Module) -> None:
+    """
+    Start a draft layer from a target's where shapes fit.
+
+    A matrix that reads more than the target's takes the target's in its last columns. Queries and keys that the target
+    norms and the draft layer does not are left out: without their norm they say something else.
+    """
+    mine, theirs = dict(layer.named_modules()), dict(source.named_modules())
+    # Where norms stand on both sides of a sub-layer (Gemma), the one before the MLP has a name of its own.
+    theirs["post_attention_layernorm"] = theirs.get("pre_feedforward_layernorm", theirs["post_attention_layernorm"])
+    for name, module in mine.items():
+        norm = name.replace("_proj", "_norm")
+        if name not in theirs or (norm in theirs and norm not in mine):
+            continue
+        if isinstance(module, nn.Linear):
+            weight = dense_weight(theirs[name])
+            copy_fitting(module.weight[:, -weight.shape[1] :], weight)
+        elif "norm" in name:
+            copy_norm(module, theirs[name])
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """A linear map's weight `(out, in)`, whatever it is stored as: what it makes of unit vectors."""
+    if linear.weight.is_floating_point():
+        return linear.weight
+    units = torch.eye(linear.in_features, device=linear.weight.device)
+    return (linear(units) - linear(torch.zeros_like(units[:1]))).T
+
+
+def copy_fitting(parameter: torch.Tensor, source: torch.Tensor) -> None:
+    if source.shape == parameter.shape:
+        parameter.copy_(source)
+
+
+def copy_norm(norm: nn.Module, source: nn.Module) -> None:
+    """What the other RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w."""
+    if source.weight.shape == norm.weight.shape:
+        norm.weight.copy_(source(torch.ones_like(source.weight)))
