@@ -18,11 +18,20 @@ NAME = "draft_opd_trl"
 
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
-    ("_trl_compat", "errors", "files", "metrics", "metrics.acceptance_length.acceptance_length"),
+    (
+        "_trl_compat",
+        "errors",
+        "files",
+        "redaction",
+        "checks",
+        "limits",
+        "metrics",
+        "metrics.acceptance_length.acceptance_length",
+    ),
     ("records",),
     ("sampling", "prompts", "losses", "verification", "acceptance", "cache", "optim", "vocabulary", "serving"),
     ("server", "text_cache"),
-    ("target", "drafters.base", "drafters.parts", "config"),
+    ("target", "drafters.base", "drafters.parts", "config", "probing"),
     ("drafters",),
     ("speculation", "consistency"),
     (
