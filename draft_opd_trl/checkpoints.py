@@ -17,12 +17,13 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .drafters import DRAFTERS
 from .drafters.base import Drafter, check_tensors
 from .errors import ExistsError, InputError, NotFoundError
 from .target import TargetShape
+from .target_folder import read_target_config
 
 
 def drafter_folder(path_or_id: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -86,7 +87,15 @@ def load_drafter_config(path_or_id: str | Path, **hub: Any) -> PreTrainedConfig:
         `OSError`: No `config.json` there.
         `ValueError`: Unknown architecture.
     """
-    written, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    except OSError as error:
+        raise NotFoundError(
+            f"The drafter {str(path_or_id)!r} has no config.json that can be read, here or on the Hub "
+            f"({' '.join(str(error).split())}). Give the path of a drafter folder, or an id you can reach."
+        ) from error
+    if not written and not (Path(path_or_id) / "config.json").is_file():
+        raise NotFoundError(f"{path_or_id} holds no config.json, so it is not a drafter folder.")
     config_class = drafter_class_of(written, Path(path_or_id)).config_class
     if "speculators_model_type" in written:
         return config_class.from_speculators(written)
@@ -243,7 +252,7 @@ def export_drafter(
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     if target is not None:
-        target_config = AutoConfig.from_pretrained(target)
+        target_config = read_target_config(target)
         drafter.fit(TargetShape(target_config))
     if format == "speculators":
         _write_speculators(drafter, part, target_name or target, target_config.architectures or [])

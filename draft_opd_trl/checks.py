@@ -99,17 +99,19 @@ def words(*choices: str) -> Rule:
 
 def text(value: str) -> str | None:
     """Words, and not none."""
-    return None if isinstance(value, str) and value.strip() and "\0" not in value else "must not be empty"
+    if not isinstance(value, str):
+        return f"must be text, not of type {type(value).__name__}"
+    if not value.strip():
+        return "must not be empty"
+    good = "\0" not in value and value.encode(errors="replace").decode() == value
+    return None if good else "holds characters that cannot be written"
 
 
 def path(value: str) -> str | None:
     """The name of a file or folder, there or not."""
     if reason := text(value):
         return reason
-    try:
-        long = any(len(os.fsencode(part)) > 255 for part in value.split("/")) or len(os.fsencode(value)) > 4096
-    except UnicodeEncodeError:
-        return "holds characters that no path may hold"
+    long = any(len(os.fsencode(part)) > 255 for part in value.split("/")) or len(os.fsencode(value)) > 4096
     return "is longer than a path may be" if long else None
 
 
@@ -184,7 +186,7 @@ def _as(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return next((got for part in arguments if (got := _as(value, part)) is not _NOTHING), _NOTHING)
     if origin is typing.Literal:
-        return value if any(value is choice or value == choice for choice in arguments) else _NOTHING
+        return value if any(type(value) is type(choice) and value == choice for choice in arguments) else _NOTHING
     kind = origin or hint
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -261,6 +263,8 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule | None = None, defa
         entry_rule = rule
         if isinstance(entry, str):
             entry_rule = one_of(*(choice.value for choice in choices)) if choices else rule or text
+        elif isinstance(entry, dict):
+            entry_rule = rule or mapping()
         if entry_rule is not None and (reason := entry_rule(entry)):
             raise InputError(f"`{name}` is {shown(name, entry)}; it {reason}.{remedy}")
     return got

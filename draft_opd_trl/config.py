@@ -234,6 +234,7 @@ class DraftOPDConfig(_BaseConfig):
             `ValueError` or `TypeError`: A setting is of the wrong type, outside its range, or contradicts another.
         """
         self._read_json()
+        self.report_to = "none" if self.report_to is None else self.report_to
         check_settings(
             self,
             LIMITS,

@@ -11,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
-
 from .checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config, read_tensors
 from .drafters.base import Drafter
 from .serving import launch_commands
 from .target import TargetShape
+from .target_folder import read_target_config
 
 
 LOADERS = ("draft_opd_trl", "SGLang", "vLLM", "transformers")
@@ -127,7 +126,7 @@ def inspect_drafter(
             "rope_theta": drafter.config.rope_parameters["rope_theta"],
         }
         verifier = (written.get("speculators_config") or {}).get("verifier", {}).get("name_or_path")
-        faults += _target_faults(drafter, target and TargetShape(AutoConfig.from_pretrained(target)))
+        faults += _target_faults(drafter, target and TargetShape(read_target_config(target)))
         commands = launch_commands(drafter.kind, target or verifier or "TARGET", path_or_id, drafter.num_draft_tokens)
     broken = set().union(*(breaks for _, breaks in faults))
     return {

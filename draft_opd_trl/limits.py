@@ -5,6 +5,7 @@ Upper limits stand where nobody can mean what is above: they keep a misplaced ze
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .checks import Rule, Within, both, http_url, jsonable, mapping, one_of, pairs, path, text, words
@@ -29,7 +30,9 @@ def dtype(value: Any) -> str | None:
 
 
 def _file_or_mapping(value: str | dict[str, Any]) -> str | None:
-    return path(value) if isinstance(value, str) else mapping()(value)
+    if not isinstance(value, str):
+        return mapping()(value)
+    return path(value) or (None if Path(value).is_file() else "must be a mapping, or the path of a file that is there")
 
 
 def _unquoted(value: dict[str, Any]) -> str | None:

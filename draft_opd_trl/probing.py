@@ -121,7 +121,7 @@ def try_schedule(args: TrainingArguments) -> None:
         ) from error
     if not all(math.isfinite(rate) for rate in rates):
         raise InputError(
-            f"`lr_scheduler_kwargs` is {given}, with which the learning rates of {name!r} are {rates}, not all of them "
+            f"`lr_scheduler_kwargs` is {given}, with which learning rates of {name!r} are {rates}, not all of them "
             "finite. Correct it, or leave it unset."
         )
 

@@ -45,6 +45,8 @@ LAYERS = (
         "model_card",
         "hub",
         "loading",
+        "rows",
+        "target_folder",
         "sharding",
         "suites",
     ),
