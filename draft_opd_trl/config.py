@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
@@ -24,6 +25,7 @@ ROLLOUT_SOURCES = ("speculation", "generate", "server", "dataset")
 ANCHORS = ("exposed", "random")
 # What fields take beyond their annotations, given or as transformers leaves them.
 _ALSO = {
+    "debug": list[DebugOption] | str | None,
     "lr_scheduler_type": SchedulerType | str,
     "resume_from_checkpoint": bool | str | None,
     "fsdp": bool | str | list[str] | None,
