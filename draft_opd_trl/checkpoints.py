@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,8 +41,9 @@ def drafter_folder(path_or_id: str, revision: str | None = None, token: str | No
         # Subfolders hold a Trainer's checkpoints, optimizer state and all.
         return Path(snapshot_download(path_or_id, revision=revision, token=token, ignore_patterns="*/*"))
     except Exception as error:
+        why = "it is no id" if isinstance(error, HFValidationError) else " ".join(str(error).split())
         raise NotFoundError(
-            f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
+            f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({why}). Give the path of "
             "a drafter folder, or an id you can reach."
         ) from error
 

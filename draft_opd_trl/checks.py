@@ -173,6 +173,9 @@ def both(*rules: Rule) -> Rule:
     return lambda value: next((reason for rule in rules if (reason := rule(value))), None)
 
 
+plain_mapping = both(mapping(), jsonable)
+
+
 def _plain(value: Any) -> Any:
     """NumPy's scalars as Python's own."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
@@ -221,6 +224,14 @@ def _in_words(hint: Any) -> str:
     return _WORDS.get(origin or hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
+def _inner(hint: Any) -> Any:
+    """What the items of a list must be, where lists may stand."""
+    for part in (hint, *typing.get_args(hint)):
+        if typing.get_origin(part) in (list, Sequence):
+            return typing.get_args(part)[0]
+    return None
+
+
 def _enum_of(hint: Any) -> type[Enum] | None:
     """The enumeration an annotation names, whose values alone may then stand there as text."""
     kinds = [hint, *typing.get_args(hint)]
@@ -249,6 +260,9 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule | None = None, defa
         value = os.fspath(value)
     remedy = "" if default in (_NOTHING, None) else f" Its default is {default!r}."
     got = _as(value, hint)
+    if got is _NOTHING and isinstance(value, list | tuple) and (inner := _inner(hint)) is not None:
+        # The item that is wrong, by itself.
+        return [check_value(name, item, inner, rule, default) for item in value]
     if got is _NOTHING:
         nan = isinstance(value, float) and not math.isfinite(value)
         kind = "" if nan else f", of type {type(value).__name__}"
@@ -264,7 +278,7 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule | None = None, defa
         if isinstance(entry, str):
             entry_rule = one_of(*(choice.value for choice in choices)) if choices else rule or text
         elif isinstance(entry, dict):
-            entry_rule = rule or mapping()
+            entry_rule = rule or plain_mapping
         if entry_rule is not None and (reason := entry_rule(entry)):
             raise InputError(f"`{name}` is {shown(name, entry)}; it {reason}.{remedy}")
     return got

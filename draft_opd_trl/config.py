@@ -17,7 +17,15 @@ from .checks import check_settings, one_of
 from .errors import InputError
 from .limits import LIMITS
 from .losses import HARD_LOSSES, LOSSES
-from .probing import TRACKERS, as_input_errors, check_trackers, try_optimizer, try_schedule
+from .probing import (
+    SCHEDULES_BY_METRIC,
+    TRACKERS,
+    as_input_errors,
+    check_backend,
+    check_trackers,
+    try_optimizer,
+    try_schedule,
+)
 from .redaction import is_secret, redact_url, shown, without_secrets
 
 
@@ -253,6 +261,11 @@ class DraftOPDConfig(_BaseConfig):
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
         self._choose_device()
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type in SCHEDULES_BY_METRIC
+        ):
+            # transformers would look for a loss, which is not measured.
+            self.metric_for_best_model = "acceptance_length"
         as_input_errors(self, super().__post_init__)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
@@ -263,6 +276,7 @@ class DraftOPDConfig(_BaseConfig):
         self.rejected_loss = self.rejected_loss or ("ce" if hard else "reverse_kl")
         self._check_contradictions()
         check_trackers(self)
+        check_backend(self)
         try_schedule(self)
         try_optimizer(self)
 

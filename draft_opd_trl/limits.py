@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checks import Rule, Within, both, http_url, jsonable, mapping, one_of, pairs, path, text, words
+from .checks import Rule, Within, both, http_url, jsonable, mapping, one_of, pairs, path, plain_mapping, text, words
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,7 +31,7 @@ def dtype(value: Any) -> str | None:
 
 def _file_or_mapping(value: str | dict[str, Any]) -> str | None:
     if not isinstance(value, str):
-        return mapping()(value)
+        return plain_mapping(value)
     return path(value) or (None if Path(value).is_file() else "must be a mapping, or the path of a file that is there")
 
 
@@ -39,6 +39,12 @@ def _unquoted(value: dict[str, Any]) -> str | None:
     """A template takes the text "false" for true."""
     quoted = [name for name, entry in value.items() if isinstance(entry, str) and entry.lower() in ("true", "false")]
     return f"holds {quoted[0]!r} as text; write true or false without quotes" if quoted else None
+
+
+def _metric(value: str) -> str | None:
+    """One that [`~DraftOPDTrainer.evaluate`] measures; names of data sets may stand before it."""
+    known = ("acceptance_length", "acceptance_slot_", "blocks_fully_accepted", "stops_in_blocks", "tokens_per_second")
+    return None if any(name in value for name in known) else f"must be what is measured, such as {known[0]}"
 
 
 CHAT_KWARGS = both(
@@ -75,6 +81,7 @@ LIMITS: dict[str, Rule] = {
     "eval_accumulation_steps": _COUNT,
     "torch_empty_cache_steps": _COUNT,
     # Logging, evaluation, checkpoints
+    "metric_for_best_model": _metric,
     "logging_steps": _STEPS,
     "eval_steps": _STEPS,
     "save_steps": _STEPS,

@@ -30,11 +30,11 @@ TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 # PyTorch's own, which take what the limits allow.
 _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 # Schedules that read evaluations, which are not there before training.
-_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__
+    return " ".join(f"{error}".split())[:400] or type(error).__name__
 
 
 def as_input_errors(settings: Any, check: Callable[[], None]) -> None:
@@ -52,10 +52,12 @@ def as_input_errors(settings: Any, check: Callable[[], None]) -> None:
     except Exception as error:
         told = _one_line(error)
         words = set(re.findall(r"\w+", told))
+        squeezed = {word.lower() for word in words}  # classes, such as AcceleratorConfig
         given = {
             field.name: getattr(settings, field.name)
             for field in dataclasses.fields(settings)
-            if field.name in words and getattr(settings, field.name) != field.default
+            if (field.name in words or field.name.replace("_", "") in squeezed)
+            and getattr(settings, field.name) != field.default
         }
         values = ", ".join(f"`{name}` is {shown(name, value)}" for name, value in given.items())
         raise InputError(
@@ -92,8 +94,8 @@ def try_optimizer(args: TrainingArguments) -> None:
     except Exception as error:
         given = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
         raise InputError(
-            f"`optim` is {name!r}{given}, which cannot be made ({_one_line(error)}). Correct `optim_args`, or choose "
-            "adamw_torch."
+            f"`optim` is {name!r}{given}, which cannot be made ({_one_line(error)}). Correct `optim_args`, "
+            "install what it needs, or choose adamw_torch."
         ) from error
 
 
@@ -102,7 +104,7 @@ def try_schedule(args: TrainingArguments) -> None:
     Raises:
         `ValueError`: The schedule does not take its arguments, or gives rates that are not numbers.
     """
-    if args.lr_scheduler_type in _BY_METRIC:
+    if args.lr_scheduler_type in SCHEDULES_BY_METRIC:
         return
     name, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs or {}
     given = shown("lr_scheduler_kwargs", options)
@@ -124,6 +126,18 @@ def try_schedule(args: TrainingArguments) -> None:
             f"`lr_scheduler_kwargs` is {given}, with which learning rates of {name!r} are {rates}, not all of them "
             "finite. Correct it, or leave it unset."
         )
+
+
+def check_backend(args: TrainingArguments) -> None:
+    """
+    Raises:
+        `ValueError`: PyTorch has no such compiler.
+    """
+    if args.torch_compile and args.torch_compile_backend != "inductor":
+        known = torch.compiler.list_backends()
+        if args.torch_compile_backend not in known:
+            given = shown("torch_compile_backend", args.torch_compile_backend)
+            raise InputError(f"`torch_compile_backend` is {given}; it must be one of {', '.join(known)}.")
 
 
 def check_trackers(args: TrainingArguments) -> None:

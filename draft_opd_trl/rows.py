@@ -10,12 +10,11 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from .checks import check_value, path
 from .errors import EnvironmentFault, InputError, NotFoundError
 from .limits import LIMITS
+from .reach import why_not_on_hub
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -80,20 +79,10 @@ def _not_found(name: str, why: str) -> NotFoundError:
 
 
 def _ask_hub(name: str) -> None:
-    """Whether the Hub has this data set, asked once: `load_dataset` asks five times more, for half a minute."""
     kept = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-    if constants.is_offline_mode() or kept.is_dir():
-        return
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except RepositoryNotFoundError as error:
-        raise _not_found(name, "no such data set there, or not with your token") from error
-    except HFValidationError as error:
-        raise _not_found(name, "that is no id") from error
-    except HfHubHTTPError:
-        return  # a mirror may know files alone; `load_dataset` will say
-    except Exception as error:
-        raise _not_found(name, f"{type(error).__name__}: {error}") from error
+    why = None if kept.is_dir() else why_not_on_hub(name, "dataset")
+    if why is not None:
+        raise _not_found(name, why)
 
 
 def _read_saved(folder: Path, split: str) -> Dataset:

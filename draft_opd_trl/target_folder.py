@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters import DRAFTERS
 from .errors import EnvironmentFault, InputError, NotFoundError, UserError
+from .reach import why_not_on_hub
 
 
 # What of a target's loading options says which files are meant.
@@ -33,8 +36,15 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
         `ValueError`: It is a drafter's, or no model that transformers knows.
     """
     folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise NotFoundError(f"The target {name} holds no config.json, so it is no model's folder. Give one that is.")
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise NotFoundError(
+                f"The target {name} holds no config.json, so it is no model's folder. Give one that is."
+            )
+    elif not isinstance(_kept(name, revision), str):
+        why = why_not_on_hub(name, "model", revision, hub.get("token"))
+        if why is not None:
+            raise _not_found(name, why)
     try:
         written, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub)
         kind = next((kind for kind, drafter in DRAFTERS.items() if drafter.recognises(written)), None)
@@ -47,16 +57,31 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
     except UserError:
         raise
     except OSError as error:
-        if folder.exists():
-            raise InputError(
-                f"The target's config {folder / 'config.json'} cannot be read ({told(error)})."
-            ) from error
-        raise NotFoundError(
-            f"The target {name!r} is no folder here and could not be fetched from the Hub ({told(error)}). Give the "
-            "path of a model's folder, or an id you can reach."
-        ) from error
+        if not folder.exists():
+            is_id = not isinstance(error.__cause__, HFValidationError)
+            raise _not_found(name, told(error) if is_id else "it is no id") from error
+        file = folder / "config.json"
+        raise InputError(f"The target's config {file} cannot be read ({told(error)}). Mend it.") from error
     except Exception as error:  # whatever stands in the file
-        raise InputError(f"The config.json of the target {name} names no model known here ({told(error)}).") from error
+        raise InputError(
+            f"The config.json of the target {name} is of no model that can be made here ({told(error)}). Give another "
+            "target."
+        ) from error
+
+
+def _kept(name: str, revision: str | None) -> object:
+    """The config's path in the Hub's cache, if it is there."""
+    try:
+        return try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+
+
+def _not_found(name: str, why: str) -> NotFoundError:
+    return NotFoundError(
+        f"The target {name!r} is no folder here and could not be fetched from the Hub ({why}). Give the path of a "
+        "model's folder, or an id you can reach."
+    )
 
 
 def told(error: BaseException) -> str:

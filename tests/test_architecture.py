@@ -45,6 +45,7 @@ LAYERS = (
         "model_card",
         "hub",
         "loading",
+        "reach",
         "rows",
         "target_folder",
         "sharding",
