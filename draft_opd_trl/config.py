@@ -26,7 +26,7 @@ from .probing import (
     try_optimizer,
     try_schedule,
 )
-from .redaction import is_secret, redact_url, shown, without_secrets
+from .redaction import drop_secrets, redact_url, shown, without_secrets
 
 
 ROLLOUT_SOURCES = ("speculation", "generate", "server", "dataset")
@@ -367,8 +367,7 @@ class DraftOPDConfig(_BaseConfig):
         for name in ("hub_token", "server_token"):
             state[name] = None
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            kwargs = state[name] or {}
-            state[name] = {key: entry for key, entry in kwargs.items() if not is_secret(key)} or None
+            state[name] = drop_secrets(state[name])
         if self.server_url is not None:
             state["server_url"] = redact_url(self.server_url)
         return state

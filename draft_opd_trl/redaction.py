@@ -25,8 +25,8 @@ def redact_url(url: str) -> str:
     except ValueError:
         return url.rpartition("@")[2]
     if "@" not in parts.netloc:
-        # Without a scheme all of it is a path.
-        return url if parts.scheme else url.rpartition("@")[2]
+        # Without `//` there is no host, and anything may be a password.
+        return url if parts.netloc else url.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
 
 
@@ -55,6 +55,13 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if hasattr(value, "to_dict"):
         return without_secrets(value.to_dict())
     return str(value).removeprefix("torch.")
+
+
+def drop_secrets(value: Any) -> Any:
+    """A copy of a mapping, at any depth, without the entries that are secret; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: drop_secrets(entry) for key, entry in value.items() if not is_secret(str(key))}
 
 
 def shown(name: str, value: Any) -> str:
