@@ -168,6 +168,11 @@ def jsonable(value: Any) -> str | None:
     return None
 
 
+def never(reason: str) -> Rule:
+    """Nothing at all, as what the setting asks for is not done here."""
+    return lambda value: f"cannot be used here: {reason}. Leave it unset"
+
+
 def both(*rules: Rule) -> Rule:
     """All of some rules."""
     return lambda value: next((reason for rule in rules if (reason := rule(value))), None)
@@ -195,7 +200,7 @@ def _as(value: Any, hint: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return _NOTHING
         if isinstance(value, numbers.Integral):
-            return int(value)
+            return int(value) if kind is int else _as_float(int(value))
         return float(value) if kind is float and math.isfinite(value) else _NOTHING
     if kind is dict:
         return value if isinstance(value, dict) else _NOTHING
@@ -206,6 +211,14 @@ def _as(value: Any, hint: Any) -> Any:
     if kind in (None, types.NoneType):
         return None if value is None else _NOTHING
     return value if isinstance(value, kind) else _NOTHING
+
+
+def _as_float(value: int) -> int | float:
+    """Optimizers mix no whole numbers with others. What is too large for a float is left to the range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return value
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a mapping"}

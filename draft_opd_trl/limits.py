@@ -8,7 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checks import Rule, Within, both, http_url, jsonable, mapping, one_of, pairs, path, plain_mapping, text, words
+from .checks import (
+    Rule,
+    Within,
+    both,
+    http_url,
+    jsonable,
+    mapping,
+    never,
+    one_of,
+    pairs,
+    path,
+    plain_mapping,
+    text,
+    words,
+)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,7 +82,7 @@ LIMITS: dict[str, Rule] = {
     "optim_args": pairs,
     "max_grad_norm": Within(0, 1e6, reason="0 clips nothing"),
     "label_smoothing_factor": Within(0, below=1),
-    "neftune_noise_alpha": Within(0, 1000),
+    "neftune_noise_alpha": never("it adds noise to embeddings, and those of a drafter are the target's"),
     "seed": _SEED,
     "data_seed": _SEED,
     # How long, and how much at once

@@ -68,6 +68,8 @@ def shown(name: str, value: Any) -> str:
     """A setting as an error shows it: on one line, not too long, and without what is secret."""
     if is_secret(name):
         return "a secret that is not shown"
+    if isinstance(value, Enum):
+        value = value.value
     if isinstance(value, Mapping | list | tuple | set):
         try:
             value = without_secrets(value)

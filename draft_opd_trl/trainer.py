@@ -274,7 +274,7 @@ class DraftOPDTrainer(HubTrainer):
     def source(self) -> RolloutSource:
         """Where texts to train on come from."""
         args = self.args
-        on_policy = args.lmbda > 0 or args.lmbda_end
+        on_policy = args.lmbda > 0 or bool(args.lmbda_end)
         return build_source(
             args,
             self.target,

@@ -84,7 +84,7 @@ NUMBERS = ("-1", "-0.5", "0", "1.5", "1e12", "1e300", "2**2000", "fraction")
 RIGHT = {
     **dict.fromkeys(
         "learning_rate weight_decay max_grad_norm warmup_steps eval_delay rejected_weight replay_ratio "
-        "accepted_weight temperature teacher_temperature neftune_noise_alpha".split(),
+        "accepted_weight temperature teacher_temperature".split(),
         {"0", "1.5", "fraction"},
     ),
     **dict.fromkeys(
