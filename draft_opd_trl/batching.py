@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .checks import check_settings
 from .drafters.base import Drafter
+from .limits import LIMITS
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
 from .sampling import SamplingParams
@@ -65,6 +67,9 @@ class StreamSettings:
     accepted_decay: float = 1.0
     sft_decay: float = 1.0
     whole_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
 
 
 def stream_weights(

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .adapters import Adapter, is_adapter, merge, read_adapter
 from .drafters import DRAFTERS
@@ -26,6 +26,7 @@ from .errors import ExistsError, InputError, NotFoundError
 from .files import atomic_folder
 from .folder_files import one_line, read_ending, read_json, read_tensors
 from .target import TargetShape
+from .target_folder import read_target_config
 
 
 # Of a config.json, what says how a machine runs a model, or what it is told to return, and nothing of the drafter.
@@ -55,8 +56,9 @@ def drafter_folder(
         only = {"allow_patterns": files} if files else {"ignore_patterns": "*/*"}
         return Path(snapshot_download(path_or_id, revision=revision, token=token, **only))
     except Exception as error:
+        why = "it is no id" if isinstance(error, HFValidationError) else " ".join(str(error).split())
         raise NotFoundError(
-            f"{path_or_id!r} is not a folder here and could not be fetched from the Hub ({error}). Give the path of "
+            f"The drafter {path_or_id!r} is not a folder here and could not be fetched from the Hub ({why}). Give the path of "
             "a drafter folder, or an id you can reach."
         ) from error
 
@@ -153,17 +155,13 @@ def load_target_shape(target: str) -> TargetShape:
         `FileNotFoundError`: No such config.
         `ValueError`: Not the config of a language model.
     """
+    config = read_target_config(target)
     try:
-        shape = TargetShape(AutoConfig.from_pretrained(target))
-    except OSError as error:
-        raise NotFoundError(
-            f"{target!r} has no config.json of a target within reach ({one_line(error)}). Give its folder or id."
-        ) from error
-    except (*_CONFIG_FAULTS, RecursionError) as error:
+        return TargetShape(config)
+    except _CONFIG_FAULTS as error:
         raise InputError(
             f"{target!r} has no config of a target that can be read ({one_line(error)}). Give its folder or id."
         ) from error
-    return shape
 
 
 def _base_drafter(adapter: Adapter, dtype: torch.dtype | str, token: str | None) -> Drafter:

@@ -9,17 +9,23 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
+import errno
 import importlib
 import importlib.util
 import json
+import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import yaml
 from trl import TrlParser
+
+from .checks import nearest
+from .errors import InputError, NotFoundError, UserError
 
 
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`.
@@ -31,13 +37,26 @@ COMMANDS = {
     "export": "draft_opd_trl.commands.export",
     "inspect": "draft_opd_trl.commands.inspect",
 }
-# What bad input raises, all the way down to the Hub's client; anything else is a bug and keeps its traceback.
-INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]}?" if matches else ""
+# What a machine refuses, and what to do about it. Other errors of the system come from names that we made up.
+REMEDIES = {
+    errno.ENOSPC: "Free some space, or write to another disk (--output_dir).",
+    errno.EDQUOT: "Free some of your quota, or write to another disk (--output_dir).",
+    errno.EFBIG: "The file system takes no file of that size: write to another one (--output_dir).",
+    errno.EACCES: "Change the permissions, or give another path.",
+    errno.EPERM: "Change the permissions, or give another path.",
+    errno.EROFS: "It is read-only: give a path that can be written to.",
+    errno.EIO: "The disk fails: give a path on another one.",
+    errno.ESTALE: "The network disk went away: mount it again.",
+    errno.ENOTDIR: "A part of the path is a file: give another path.",
+    errno.EISDIR: "It is a folder, and a file is needed: give another path.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.EMFILE: "Too many files are open: raise `ulimit -n`.",
+    errno.ENOMEM: "Free some memory, or lower the batch sizes.",
+}
+A_BUG = (
+    "draft-opd: this is a fault of draft_opd_trl, not of what you gave it. Please report it with the lines above and "
+    "the command."
+)
 
 
 def _is_main_process() -> bool:
@@ -50,6 +69,61 @@ def _fail(message: str, code: int) -> NoReturn:
     if _is_main_process():
         print(f"draft-opd: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def machine_fault(error: BaseException | None) -> str | None:
+    """
+    What the machine refused, in one line with a remedy, if that is what went wrong.
+
+    Args:
+        error (`BaseException`): Errors that it was raised from are looked at too, as libraries wrap the system's.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        # Rust's libraries (safetensors, tokenizers) say the number in their text.
+        if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(said[1])
+        if number in REMEDIES:
+            place = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            return f"{place}{os.strerror(number)}. {REMEDIES[number]}"
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            return (
+                f"Out of memory ({str(error)[:200]}). Lower the batch sizes; `draft-opd plan` says what frees memory."
+            )
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            return f"A checkpoint could not be written ({str(error)[:200]}). {REMEDIES[errno.ENOSPC]}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _check_yaml(file: str) -> None:
+    """
+    Raises:
+        `FileNotFoundError`: There is no such file.
+        `ValueError`: It is no YAML mapping of options.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise NotFoundError(f"--config {file} is not a file here. Give the path of a YAML file.")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {file} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(
+            f"--config {file}{where} is not YAML ({getattr(error, 'problem', None) or error}). Write a line an "
+            "option, such as `learning_rate: 0.0003`."
+        ) from error
+    if not isinstance(options, dict):
+        kind = "nothing" if options is None else f"a {type(options).__name__}"
+        raise InputError(f"--config {file} holds {kind}. Write a line an option, such as `learning_rate: 0.0003`.")
+    if not isinstance(options.get("env", {}), dict):
+        raise InputError(f"--config {file} has an `env` that is no mapping of names to values. Write it as one.")
+    for name in options:
+        if not isinstance(name, str):
+            raise InputError(f"--config {file} has {name!r} where the name of an option must stand. Write it as text.")
 
 
 class CommandParser(TrlParser):
@@ -109,7 +183,7 @@ class CommandParser(TrlParser):
         option = word.split("=")[0]
         if option not in self._option_string_actions:
             known = [option for option in self._option_string_actions if "-" not in option[2:]]
-            self.error(f"unknown option {option}{where}.{_nearest(option, known)}")
+            self.error(f"unknown option {option}{where}.{nearest(option, known)}")
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -132,6 +206,10 @@ class CommandParser(TrlParser):
         words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if words and words[-1] == "--config":
             self.error("--config needs a YAML file.")
+        if words.count("--config") > 1:
+            self.error("--config is given more than once. Put all of it into one file.")
+        if "--config" in words:
+            _check_yaml(words[words.index("--config") + 1])
         # Before argparse, which would speak of missing options first when one of them is misspelt.
         for word in words:
             if word.startswith("--"):
@@ -170,14 +248,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words of the command line; the process's own by default.
 
     Returns:
-        0. Exits with 2 on an unknown command or option, with 1 on bad input. One line on stderr says why.
+        0. Exits with 2 on an unknown command or option, with 1 on bad input or where the machine refuses. One line on
+        stderr says why.
+
+    Raises:
+        `Exception`: A fault of ours, or of a library: with a traceback, and a note that asks to report it.
     """
     name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
     if name not in COMMANDS:
-        _fail(f"unknown command {name!r}.{_nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
+        _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
     traceback = "--traceback" in words
     try:
         # Whatever a library prints goes to stderr, so that stdout holds the result and nothing else.
@@ -190,12 +272,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 *parsed, options = parser.parse(words)
                 result = command.run(*parsed)
                 text = json.dumps(result, indent=2) if options.json else command.show(result)
-    except INPUT_ERRORS as error:
+    except UserError as error:
         if traceback:
             raise
-        _fail(str(error) or repr(error), 1)
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:
+        told = machine_fault(error)
+        if told is None:
+            error.add_note(A_BUG)
+        if told is None or traceback:
+            raise
+        _fail(told, 1)
     if _is_main_process():
         print(text)
     return 0

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
 
 from ._trl_compat import _BaseConfig
+from .checks import check_settings, one_of
 from .errors import InputError
+from .limits import LIMITS
 from .losses import HARD_LOSSES, LOSSES
+from .probing import (
+    SCHEDULES_BY_METRIC,
+    TRACKERS,
+    as_input_errors,
+    check_backend,
+    check_trackers,
+    try_optimizer,
+    try_schedule,
+)
+from .redaction import drop_secrets, redact_url, shown, without_secrets
 
 
 ROLLOUT_SOURCES = ("speculation", "generate", "server", "dataset")
 ANCHORS = ("exposed", "random")
+# What fields take beyond their annotations, given or as transformers leaves them.
+_ALSO = {
+    "debug": list[DebugOption] | str | None,
+    "lr_scheduler_type": SchedulerType | str,
+    "resume_from_checkpoint": bool | str | None,
+    "fsdp": bool | str | list[str] | None,
+    "accelerator_config": AcceleratorConfig | dict | str | None,
+}
+# Mappings that may be given as a file, too.
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 # What a recipe sets. "paper": Draft-OPD (arXiv 2605.29343), section 4 and its appendix, on DFlash.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -212,22 +239,34 @@ class DraftOPDConfig(_BaseConfig):
     num_completions_to_print: int = field(default=2, metadata={"help": "How many texts to print."})
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise InputError(f"`recipe` is {self.recipe!r}; choose from {', '.join(RECIPES)}.")
+        """
+        Raises:
+            `ValueError` or `TypeError`: A setting is of the wrong type, outside its range, or contradicts another.
+        """
+        self._read_json()
+        self.report_to = "none" if self.report_to is None else self.report_to
+        check_settings(
+            self,
+            LIMITS,
+            hints=_ALSO,
+            recipe=one_of(*RECIPES),
+            anchors=one_of(*ANCHORS),
+            rollout_source=one_of(*ROLLOUT_SOURCES),
+            accepted_loss=one_of(*LOSSES),
+            rejected_loss=one_of(*LOSSES),
+            report_to=one_of("none", "all", *TRACKERS),
+        )
         defaults = {entry.name: entry.default for entry in fields(self)}
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            if self.bf16:
-                raise InputError(
-                    "bf16=True, but there is no GPU, and drafters train on CPU in float32 here. Leave `bf16` unset "
-                    "or set it to False."
-                )
-            self.bf16, self.use_cpu = False, True
-        elif self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
+        self._choose_device()
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type in SCHEDULES_BY_METRIC
+        ):
+            # transformers would look for a loss, which is not measured.
+            self.metric_for_best_model = "acceptance_length"
+        as_input_errors(self, super().__post_init__)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.teacher_temperature is None:
@@ -235,36 +274,37 @@ class DraftOPDConfig(_BaseConfig):
         hard = self.teacher_temperature == 0
         self.accepted_loss = self.accepted_loss or ("ce" if hard else "forward_kl")
         self.rejected_loss = self.rejected_loss or ("ce" if hard else "reverse_kl")
-        self._check_ranges()
         self._check_contradictions()
+        check_trackers(self)
+        check_backend(self)
+        try_schedule(self)
+        try_optimizer(self)
 
-    def _check_ranges(self) -> None:
-        def need(name: str, holds: bool, reason: str) -> None:
-            if not holds:
-                raise InputError(f"`{name}` is {getattr(self, name)!r}; {reason}.")
+    def _read_json(self) -> None:
+        """Mappings that came as text, as the command line gives them."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str) or (name in _FILES and not value.startswith("{")):
+                continue
+            try:
+                setattr(self, name, json.loads(value))
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"`{name}` is {shown(name, value)}, which is not JSON ({error}). Give a mapping such as "
+                    '\'{"name": "value"}\'.'
+                ) from None
 
-        need("lmbda", 0 <= self.lmbda <= 1, "it is the on-policy share and must lie in [0, 1]")
-        if self.lmbda_end is not None:
-            need("lmbda_end", 0 <= self.lmbda_end <= 1, "it is the on-policy share and must lie in [0, 1]")
-        need("anchors", self.anchors in ANCHORS, f"choose from {', '.join(ANCHORS)}")
-        need("rollout_source", self.rollout_source in ROLLOUT_SOURCES, f"choose from {', '.join(ROLLOUT_SOURCES)}")
-        for name in ("accepted_loss", "rejected_loss"):
-            need(name, getattr(self, name) in LOSSES, f"choose from {', '.join(LOSSES)}")
-        for name in ("temperature", "teacher_temperature", "accepted_weight", "rejected_weight", "replay_ratio"):
-            need(name, getattr(self, name) >= 0, "it must be 0 or positive")
-        need("rejected_decay", 0 <= self.rejected_decay <= 1, "it must lie in [0, 1]")
-        need("accepted_decay", 0 < self.accepted_decay <= 1, "it must lie in (0, 1]")
-        counts = ("num_anchors", "num_chains", "max_completion_length", "rollout_batch_size", "loss_chunk_size")
-        counts += ("steps_per_generation", "regenerate_every", "server_concurrency", "num_completions_to_print")
-        for name in counts:
-            need(name, getattr(self, name) >= 1, "it must be at least 1")
-        for name in ("server_max_retries", "num_texts_to_check"):
-            need(name, getattr(self, name) >= 0, "it must be 0 or positive")
-        need("server_timeout", self.server_timeout > 0, "it must be positive")
-        need("max_completion_length", self.max_completion_length >= 2, "a text of one token holds no block")
-        need("top_p", 0 < self.top_p <= 1, "it must lie in (0, 1]")
-        need("top_k", self.top_k >= 0, "0 keeps all tokens, a positive number keeps that many")
-        need("beta", 0 <= self.beta <= 1, "it must lie in [0, 1]")
+    def _choose_device(self) -> None:
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            for name in ("bf16", "fp16"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name}=True, but there is no GPU, and drafters train on CPU in float32 here. Leave `{name}` "
+                        "unset or set it to False."
+                    )
+            self.bf16, self.use_cpu = False, True
+        elif self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
     def _check_contradictions(self) -> None:
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -303,3 +343,42 @@ class DraftOPDConfig(_BaseConfig):
             raise InputError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
         if self.sample_proposals and self.temperature == 0:
             raise InputError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise InputError(
+                "dataloader_persistent_workers=True keeps workers alive, but dataloader_num_workers=0 starts none. "
+                "Set dataloader_num_workers above 0, or leave persistent workers off."
+            )
+
+    # -- what may leave the process: everything but secrets -----------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain values, without tokens and passwords, wherever they stand."""
+        return without_secrets({entry.name: getattr(self, entry.name) for entry in fields(self)})
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which the Trainer leaves in every checkpoint. A copy (`copy.copy`) keeps its tokens."""
+        state = dict(self.__dict__)
+        for name in ("hub_token", "server_token"):
+            state[name] = None
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            state[name] = drop_secrets(state[name])
+        if self.server_url is not None:
+            state["server_url"] = redact_url(self.server_url)
+        return state
+
+    def __copy__(self) -> DraftOPDConfig:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DraftOPDConfig:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin

@@ -11,6 +11,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from .errors import EnvironmentFault
 
 
 def _flush(path: Path) -> None:
@@ -28,6 +31,26 @@ def _flush(path: Path) -> None:
 def _aside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Raises:
+        `OSError`: Nothing can be written into `folder`, which need not be there yet. To be known before the work is
+            done.
+    """
+    folder = Path(folder)
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{folder} cannot be written to ({place}: {error.strerror}). Give a folder on a disk that can, or change "
+            "its permissions."
+        ) from error
 
 
 @contextmanager

@@ -1,79 +1,35 @@
-"""What a run is made of, loaded and checked before anything expensive: prompts, target, tokenizer, sizes, adapters."""
+"""What a run is made of, loaded and checked before anything expensive: target, tokenizer, sizes, adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ._trl_compat import create_model_from_path
-from .checkpoints import load_drafter
+from .checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config
+from .checks import check_value
 from .config import DraftOPDConfig
 from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
-from .errors import InputError, InputTypeError, NotFoundError
+from .errors import InputError, InputTypeError
+from .limits import LIMITS
 from .rollout import RolloutSource
 from .sampling import SamplingParams
 from .target import Target
+from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 
 
 logger = get_logger(__name__)
-
-
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:
-    """
-    Prompts from the Hub (an id, or the folder of a downloaded one), a folder of `save_to_disk`, or a local file.
-
-    Args:
-        name (`str`): Id, folder, or a `.json`, `.jsonl` or `.parquet` file.
-        config, split (`str`, *optional*): Where the data set has several.
-
-    Raises:
-        `FileNotFoundError`: No such file or data set, or no network to fetch it.
-    """
-    path = Path(name)
-    if path.suffix in _FORMATS:
-        if not path.is_file():
-            raise NotFoundError(f"{name} is not a file here. Give the path of a {', '.join(_FORMATS)} file.")
-        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(name)[split]
-    if (path / "state.json").is_file():
-        return load_from_disk(name)
-    try:
-        return load_dataset(name, config, split=split)
-    except OSError as error:
-        raise NotFoundError(
-            f"{name!r} is no data set here, and could not be fetched from the Hub ({error}). Without a network, give "
-            "a local file or folder; `hf download --repo-type dataset ID --local-dir DIR` makes one elsewhere."
-        ) from error
-
-
-def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
-    """
-    The data set without `count` rows drawn at random, and these rows; `None` where `count` is 0.
-
-    Raises:
-        `ValueError`: Nothing would be left.
-    """
-    if count == 0:
-        return dataset, None
-    if len(dataset) <= count:
-        raise InputError(
-            f"Holding {count} prompts out for evaluation leaves nothing to train on: the data set has {len(dataset)} "
-            "rows. Hold fewer out (--num_eval_prompts), or none (0)."
-        )
-    parts = dataset.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
 
 
 def load_pair(
@@ -88,11 +44,27 @@ def load_pair(
         dtype (`str`, *optional*, defaults to `"float32"`): Of all of them, or `"auto"` for the target's own.
         quantization_config (*optional*): Of the target.
     """
+    # What is small first: a wrong name must show before gigabytes are read.
+    dtype = check_value("dtype", dtype, str, LIMITS["dtype"])
+    tokenizer = read_tokenizer(teacher_model, read_target_config(teacher_model))
+    for name in drafters:
+        check_drafter(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": device, "quantization_config": quantization_config}
-    target = Target(AutoModelForCausalLM.from_pretrained(teacher_model, **options))
+    target = Target(read_target(teacher_model, AutoModelForCausalLM.from_pretrained, **options))
     bound = [load_drafter(name, dtype=target.dtype).to(device).bind(target) for name in drafters]
-    return target, bound, AutoTokenizer.from_pretrained(teacher_model)
+    return target, bound, tokenizer
+
+
+def check_drafter(name: str, revision: str | None = None, token: str | None = None) -> None:
+    """
+    Raises:
+        `FileNotFoundError`: There is no drafter of that name.
+        `ValueError`: It is no drafter.
+    """
+    folder = drafter_folder(name, revision, token)
+    if not (folder / "adapter_config.json").is_file():
+        drafter_class_of(read_config(folder), folder)
 
 
 def load_tokenizer(
@@ -106,10 +78,12 @@ def load_tokenizer(
     """
     if tokenizer is not None:
         return tokenizer
-    name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
-    if not name:
+    hub = {key: value for key, value in (args.teacher_model_init_kwargs or {}).items() if key in HUB}
+    if isinstance(teacher_model, str):
+        return read_tokenizer(teacher_model, read_target_config(teacher_model, **hub), **hub)
+    if not teacher_model.config._name_or_path:
         raise InputError("The target was given as an instance without a path: pass its tokenizer too.")
-    return AutoTokenizer.from_pretrained(name, revision=(args.teacher_model_init_kwargs or {}).get("revision", "main"))
+    return read_tokenizer(teacher_model.config._name_or_path, teacher_model.config, **hub)
 
 
 def load_target(
@@ -134,7 +108,10 @@ def load_target(
     init_kwargs.setdefault("dtype", "auto")
     if args.world_size > 1:
         init_kwargs["device_map"] = None
-    return create_model_from_path(teacher_model, **init_kwargs)
+    config = read_target_config(teacher_model, **{key: init_kwargs[key] for key in HUB if key in init_kwargs})
+    if not config.architectures:
+        init_kwargs["architecture"] = AutoModelForCausalLM
+    return read_target(teacher_model, create_model_from_path, **init_kwargs)
 
 
 def warn_about_quantization(target: Target) -> None:
@@ -225,7 +202,13 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
             "adapts weights, such as LoraConfig."
         )
     before = drafter.get_output_embeddings()
-    model = get_peft_model(drafter, peft_config, revision=revision)
+    try:
+        model = get_peft_model(drafter, peft_config, revision=revision)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"The drafter takes no adapter of this peft_config ({told(error)}). Correct its target_modules "
+            "(--lora_target_modules), or leave them out."
+        ) from error
     if drafter.get_output_embeddings() is not before:
         raise InputError(
             "peft_config adapts the drafter's head, whose weight the losses read directly, so the adapter there would "

@@ -17,7 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ._trl_compat import ChunkedDivergenceFunction
+from .checks import check_settings, one_of
 from .errors import InputError
+from .limits import LIMITS
 from .records import ReplayBatch
 from .vocabulary import to_draft_ids
 
@@ -72,17 +74,12 @@ class LossSettings:
     log_prob_min_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in LOSSES:
-            raise InputError(f"Unknown loss {self.kind!r}; known losses are {', '.join(LOSSES)}.")
-        if self.temperature < 0:
-            raise InputError(f"The teacher temperature is {self.temperature}; it must be 0 or positive.")
+        check_settings(self, LIMITS, kind=one_of(*LOSSES))
         if self.temperature == 0 and self.kind not in HARD_LOSSES:
             raise InputError(
                 f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "
                 f"Use one of {', '.join(HARD_LOSSES)}, or set `teacher_temperature` above 0."
             )
-        if not 0 <= self.beta <= 1:
-            raise InputError(f"`beta` is {self.beta}; it must lie in [0, 1].")
 
     @property
     def hard(self) -> bool:

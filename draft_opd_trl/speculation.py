@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import check_settings
 from .drafters.base import Drafter
 from .errors import InputError
+from .limits import LIMITS
 from .records import DraftBlocks, Rollout, num_valid_slots
 from .sampling import Chooser, SamplingParams, draw, probabilities
 from .target import Target
@@ -38,6 +40,9 @@ class SpeculationSettings:
             Keep the target states that judged each slot, so that training need not compute them again.
         pad_token_id (`int`, *optional*, defaults to `0`):
             Fills the right of shorter texts.
+
+    Raises:
+        `ValueError` or `TypeError`: A setting is outside its range, or of the wrong type.
     """
 
     max_new_tokens: int
@@ -47,6 +52,9 @@ class SpeculationSettings:
     batch_size: int = 16
     keep_states: bool = False
     pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
 
 
 class _Slots:

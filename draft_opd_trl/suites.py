@@ -10,8 +10,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .checks import check_value, nearest
 from .errors import InputError, NotFoundError
-from .loading import load_prompts
+from .limits import LIMITS
+from .rows import FORMATS, load_prompts
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def _pocket(name: str, path: str | None, count: int | None) -> Dataset:
             f"examples/pocket/prompts/heldout.jsonl: --suite_path {name}=FILE."
         )
     dataset = load_prompts(file)
+    if "kind" not in dataset.column_names:
+        raise InputError(f"{file} has no column 'kind', so it is no copy of the pocket prompts. Give one.")
     kind = name.removeprefix("pocket").removeprefix("-")
     kinds = sorted(set(dataset["kind"]))
     if kind and kind not in kinds:
@@ -84,13 +88,21 @@ def load_suite(name: str, path: str | None = None, count: int | None = None) -> 
         of the pocket world and of other data sets the first are taken.
 
     Raises:
-        `FileNotFoundError`: The data set is not here and cannot be fetched.
+        `FileNotFoundError`: No such suite, or the data set is not here and cannot be fetched.
         `ValueError`: No such kind of pocket task, or a copy that lacks the suite's column.
     """
+    count = check_value("num_prompts", count, int | None, LIMITS["num_prompts"])
     if name == "pocket" or name.startswith("pocket-"):
         return _pocket(name, path, count)
     suite = SUITES.get(name)
     if suite is None:
+        if path is None and "/" not in name and not Path(name).exists() and Path(name).suffix not in FORMATS:
+            # No id either, so there is nothing to ask the Hub.
+            known = [*SUITES, "pocket"]
+            raise NotFoundError(
+                f"There is no suite {name!r} and no such file or folder.{nearest(name, known)} Suites: "
+                f"{', '.join(known)}. A data set of the Hub is named owner/name."
+            )
         dataset = load_prompts(path or name)
         return dataset.select(range(min(count or len(dataset), len(dataset))))
     try:

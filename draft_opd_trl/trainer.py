@@ -37,6 +37,7 @@ from .drafters.base import Drafter, in_eval_mode
 from .errors import InputError, NotFoundError
 from .evaluation import measure_acceptance
 from .feed import BatchFeed, EpochSampler
+from .files import check_writable
 from .hub import check_hub_access
 from .hub_trainer import HubTrainer
 from .loading import (
@@ -114,6 +115,12 @@ class DraftOPDTrainer(HubTrainer):
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
         if args.push_to_hub:
             check_hub_access(args.hub_token)
+        check_writable(args.output_dir)
+        if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+            raise InputError(
+                f"eval_strategy is {args.eval_strategy.value!r} and eval_on_start is {args.eval_on_start}, but there "
+                "is no `eval_dataset` (--num_eval_prompts 0). Give one, or set eval_strategy to 'no'."
+            )
         set_seed(args.seed)
         # Data first: what is wrong with it must show before models are loaded.
         tokenizer = load_tokenizer(teacher_model, args, processing_class)
@@ -267,7 +274,7 @@ class DraftOPDTrainer(HubTrainer):
     def source(self) -> RolloutSource:
         """Where texts to train on come from."""
         args = self.args
-        on_policy = args.lmbda > 0 or args.lmbda_end
+        on_policy = args.lmbda > 0 or bool(args.lmbda_end)
         return build_source(
             args,
             self.target,

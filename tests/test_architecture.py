@@ -18,7 +18,16 @@ NAME = "draft_opd_trl"
 
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
-    ("_trl_compat", "errors", "files", "metrics", "metrics.acceptance_length.acceptance_length"),
+    (
+        "_trl_compat",
+        "errors",
+        "files",
+        "redaction",
+        "checks",
+        "limits",
+        "metrics",
+        "metrics.acceptance_length.acceptance_length",
+    ),
     ("records",),
     (
         "sampling",
@@ -33,7 +42,7 @@ LAYERS = (
         "folder_files",
     ),
     ("server", "text_cache"),
-    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config"),
+    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config", "probing"),
     ("drafters",),
     ("speculation", "consistency"),
     (
@@ -48,6 +57,9 @@ LAYERS = (
         "model_card",
         "hub",
         "loading",
+        "reach",
+        "rows",
+        "target_folder",
         "sharding",
         "suites",
     ),

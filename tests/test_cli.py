@@ -2,6 +2,7 @@
 
 import configparser
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from draft_opd_trl import cli
+from draft_opd_trl.errors import InputError
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +36,7 @@ class Arguments(Base):
 
     def __post_init__(self):
         if self.rows < 0:
-            raise ValueError(f"`rows` is {self.rows};\nit must be positive.")
+            raise InputError(f"`rows` is {self.rows};\nit must be positive.")
 
 
 Arguments.__module__ = f"{cli.__package__}.commands.fake"
@@ -113,14 +115,69 @@ def test_misuse_exits_2(fake, capsys):
 def test_bad_input_is_one_line_and_exits_1(fake, capsys):
     error = _error(capsys, 1, "fake", "a.txt", "--lr", "1", "--rows", "-1")
     assert "`rows` is -1; it must be positive." in error
-    assert "No such file" in _error(capsys, 1, "fake", "a.txt", "--config", "nowhere.yaml")
+    assert "nowhere.yaml is not a file here" in _error(capsys, 1, "fake", "a.txt", "--config", "nowhere.yaml")
 
 
 def test_tracebacks_of_bad_input_on_request_and_of_bugs_always(fake):
     with pytest.raises(ValueError, match="must be positive"):
         cli.main(["fake", "a.txt", "--lr", "1", "--rows", "-1", "--traceback"])
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match="a bug") as raised:
         cli.main(["fake", "bug", "--lr", "1"])
+    assert "Please report it" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError, ImportError, FileNotFoundError])
+def test_a_bug_is_never_dressed_up_as_a_mistake(fake, kind):
+    """Whatever Python calls it: only what says that the user can mend it is shown in one line."""
+
+    def run(arguments):
+        raise kind("ours")
+
+    fake.run = run
+    with pytest.raises(kind, match="ours") as raised:
+        cli.main(["fake", "a.txt", "--lr", "1"])
+    assert "fault of draft_opd_trl" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "full", "out/model.bin"), ["out/model.bin", "No space left", "Free some space"]),
+        (PermissionError(errno.EACCES, "no", "out"), ["out: Permission denied", "Change the permissions"]),
+        (OSError(errno.EROFS, "ro", "out"), ["out: Read-only file system", "can be written to"]),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), ["No space left", "Free some space"]),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), ["could not be written", "Free some space"]),
+        (MemoryError(), ["Out of memory", "Lower the batch sizes"]),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_with_a_remedy(fake, capsys, error, words):
+    def run(arguments):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("wrapped by a library") from cause
+
+    fake.run = run
+    told = _error(capsys, 1, "fake", "a.txt", "--lr", "1")
+    assert all(word in told for word in words), told
+
+
+def test_yaml_that_cannot_be_read_is_one_line(fake, capsys, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    for content, word in [
+        ("rows: 3\nlr: [1, 2\nnames: a\n", "line 3 is not YAML"),
+        ("a\tb: \t- 3\n\t-", "is not YAML"),
+        ("", "holds nothing"),
+        ("- rows\n", "holds a list"),
+        ("3: 4\n", "has 3 where the name of an option must stand"),
+        ("env: 3\n", "has an `env` that is no mapping"),
+    ]:
+        file.write_text(content)
+        told = _error(capsys, 1, "fake", "a.txt", "--lr", "1", "--config", str(file))
+        assert f"--config {file}" in told and word in told, told
+    file.write_bytes(b"names: \xe9\n")
+    assert "is not UTF-8" in _error(capsys, 1, "fake", "a.txt", "--lr", "1", "--config", str(file))
+    assert "more than once" in _error(capsys, 2, "fake", "a.txt", "--config", "x.yaml", "--config", "y.yaml")
 
 
 def test_other_ranks_print_nothing(fake, capsys, monkeypatch):

@@ -410,8 +410,8 @@ def test_hard_tokens_only_where_weighted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hinge", 1.0), "Unknown loss 'hinge'; known losses are ce, forward_kl"),
-        (("ce", -1.0), "teacher temperature is -1.0; it must be 0 or positive"),
+        (("hinge", 1.0), "`kind` is .hinge.; it must be one of ce, forward_kl"),
+        (("ce", -1.0), "`temperature` is -1.0; it must be 0, or lie in"),
         (
             ("forward_kl", 0.0),
             "Loss 'forward_kl' compares distributions.*Use one of ce, tv, lk",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import check_value, path
 from ..errors import InputError
 from .options import PairArguments, QuantizationArguments, read_chat_kwargs
 
@@ -40,6 +41,13 @@ class EvaluateArguments(PairArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.suite = check_value("suite", [name for word in self.suite for name in word.split(",")], list[str], path)
+        for name in ("suite", "temperature"):
+            if not getattr(self, name):
+                raise InputError(f"`{name}` is []; give at least one.")
+
 
 ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
@@ -52,7 +60,7 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
 
     from ..acceptance import DEFINITION
     from ..evaluation import evaluate_drafters
-    from ..files import write_atomically
+    from ..files import check_writable, write_atomically
     from ..loading import load_pair
     from ..prompts import tokenize_dataset
     from ..sampling import SamplingParams
@@ -62,15 +70,15 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
 
     if PartialState().num_processes > 1:
         raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
-    names = [name for word in arguments.suite for name in word.split(",")]
+    if arguments.output_dir:
+        check_writable(arguments.output_dir)
+    names = arguments.suite
     paths = _paths(arguments.suite_path, names)
-    suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
-    chat = read_chat_kwargs(arguments.chat_template_kwargs)
+    chat, quantized = read_chat_kwargs(arguments.chat_template_kwargs), quantization.quantization_config()
+    suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
     folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
-    target, drafters, tokenizer = load_pair(
-        folders, arguments.teacher_model_name_or_path, arguments.dtype, quantization.quantization_config()
-    )
+    target, drafters, tokenizer = load_pair(folders, arguments.teacher_model_name_or_path, arguments.dtype, quantized)
     output = Path(arguments.output_dir) if arguments.output_dir else None
     results = []
     for name, suite in suites.items():
@@ -104,9 +112,9 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
 
 def _paths(words: list[str], names: list[str]) -> dict[str, str]:
     paths = dict(word.partition("=")[::2] for word in words)
-    for name, path in paths.items():
-        if not path or name not in names:
-            raise InputError(f"--suite_path {name}{'=' if path else ''}{path} must be name=path of one of {names}.")
+    for name, copy in paths.items():
+        if not copy or name not in names:
+            raise InputError(f"--suite_path {name}{'=' if copy else ''}{copy} must be name=path of one of {names}.")
     return paths
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import check_settings
+from ..limits import LIMITS
+
 
 @dataclass
 class ExportArguments:
@@ -22,6 +25,9 @@ class ExportArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto (as stored), bfloat16, float32."})
     revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
+
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
 
 
 ARGUMENTS = (ExportArguments,)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import check_settings
+from ..limits import LIMITS
+
 
 @dataclass
 class InspectArguments:
@@ -15,6 +18,9 @@ class InspectArguments:
         default=None, metadata={"help": "Its target: path or id, of which the config is read. Judges the fit."}
     )
     revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
+
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
 
 
 ARGUMENTS = (InspectArguments,)

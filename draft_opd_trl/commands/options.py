@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..checks import check_settings, check_value, text
+from ..errors import EnvironmentFault, InputError
+from ..limits import CHAT_KWARGS, LIMITS
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
+
+
+def _text_or_any(value: Any) -> str | None:
+    return text(value) if isinstance(value, str) else None
 
 
 @dataclass
@@ -22,6 +29,10 @@ class PairArguments:
     teacher_model_name_or_path: str = field(
         metadata={"help": "Target: path or id.", "aliases": ["--teacher", "--teacher_model"]}
     )
+
+    def __post_init__(self) -> None:
+        # YAML gives mappings, the command line their text.
+        check_settings(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=_text_or_any)
 
 
 @dataclass
@@ -34,8 +45,22 @@ class QuantizationArguments:
     bnb_4bit_compute_dtype: str = field(default="bfloat16", metadata={"help": "What 4-bit layers compute in."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the constants of 4 bits too."})
 
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
+        check_bits(self.load_in_8bit, self.load_in_4bit)
+
     def quantization_config(self) -> BitsAndBytesConfig | None:
-        """What these options ask for; `None` for a target as it is."""
+        """
+        What these options ask for; `None` for a target as it is.
+
+        Raises:
+            `OSError`: bitsandbytes is not here.
+        """
+        if (self.load_in_8bit or self.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None:
+            raise EnvironmentFault(
+                f"`load_in_{'8bit' if self.load_in_8bit else '4bit'}` is true, but bitsandbytes, which quantises, is "
+                "not installed. Install it with `pip install bitsandbytes`, or leave the option out."
+            )
         from trl import ModelConfig, get_quantization_config
 
         options = {name: getattr(self, name) for name in ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type")}
@@ -60,6 +85,9 @@ class AdapterArguments:
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
 
+    def __post_init__(self) -> None:
+        check_settings(self, LIMITS)
+
     def peft_config(self) -> PeftConfig | None:
         """What these options ask for; `None` without `--use_peft`."""
         from trl import ModelConfig, get_peft_config
@@ -67,14 +95,27 @@ class AdapterArguments:
         return get_peft_config(ModelConfig(lora_task_type=None, **vars(self)))
 
 
-def read_chat_kwargs(text: str) -> dict[str, Any]:
+def check_bits(load_in_8bit: bool, load_in_4bit: bool) -> None:
+    """
+    Raises:
+        `ValueError`: Both.
+    """
+    if load_in_8bit and load_in_4bit:
+        raise InputError("load_in_8bit and load_in_4bit are both true, and a target has one width. Choose one.")
+
+
+def read_chat_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:
     """
     What `--chat_template_kwargs` gives the chat template.
 
     Raises:
-        `ValueError`: It is not JSON.
+        `ValueError` or `TypeError`: It is not JSON, or no mapping that a template takes.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"--chat_template_kwargs {text} is not JSON: {error}.") from error
+        kwargs = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"--chat_template_kwargs {given} is not JSON: {error}. Give a mapping such as "
+            "'{\"enable_thinking\": false}'."
+        ) from error
+    return check_value("chat_template_kwargs", kwargs, dict, CHAT_KWARGS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import DraftOPDConfig
-from .options import PairArguments
+from .options import PairArguments, check_bits
 
 
 @dataclass
@@ -22,21 +22,29 @@ class PlanArguments(PairArguments):
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to nf4 (bitsandbytes)."})
     acceptance_length: float = field(default=1.0, metadata={"help": "τ to assume; 1 gives the most blocks."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.load_in_8bit, self.load_in_4bit)
+
 
 ARGUMENTS = (PlanArguments, DraftOPDConfig)
 
 
 def run(arguments: PlanArguments, config: DraftOPDConfig) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     from ..checkpoints import load_drafter_config
     from ..planning import GIB, find_levers, plan_memory
+    from ..target_folder import HUB, read_target_config
 
-    target = AutoConfig.from_pretrained(arguments.teacher_model_name_or_path)
-    dtype = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
+    loading = config.teacher_model_init_kwargs or {}
+    target = read_target_config(
+        arguments.teacher_model_name_or_path, **{key: loading[key] for key in HUB if key in loading}
+    )
+    dtype = loading.get("dtype", "auto")
     if dtype != "auto":
-        target.dtype = getattr(torch, dtype)
+        target.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if arguments.load_in_8bit or arguments.load_in_4bit:
         target.quantization_config = BitsAndBytesConfig(
             load_in_8bit=arguments.load_in_8bit, load_in_4bit=arguments.load_in_4bit, bnb_4bit_quant_type="nf4"

@@ -57,10 +57,12 @@ def _names(arguments: TraceArguments) -> dict[str, str]:
 
 def run(arguments: TraceArguments) -> dict[str, Any]:
     from dataclasses import asdict
+    from pathlib import Path
 
     import torch
 
     from ..evaluation import measure_acceptance
+    from ..files import check_writable
     from ..loading import load_pair
     from ..prompts import tokenize_dataset
     from ..records import Rollout
@@ -74,6 +76,8 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     names = _names(arguments)
     chat = read_chat_kwargs(arguments.chat_template_kwargs)
     sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
+    if not arguments.terminal:
+        check_writable(Path(arguments.output_file).parent)
     suite = load_suite(arguments.suite, arguments.suite_path, arguments.num_prompts)
     target, drafters, tokenizer = load_pair(
         list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype

@@ -30,7 +30,7 @@ ARGUMENTS = (TrainArguments, QuantizationArguments, AdapterArguments, DraftOPDCo
 def run(
     arguments: TrainArguments, quantization: QuantizationArguments, adapter: AdapterArguments, config: DraftOPDConfig
 ) -> dict[str, Any]:
-    from ..loading import hold_out, load_prompts
+    from ..rows import hold_out, load_prompts
     from ..trainer import DraftOPDTrainer
 
     prompts = load_prompts(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)

@@ -34,12 +34,13 @@ from draft_opd_trl import (
 from draft_opd_trl.batching import BatchMaker, StreamSettings, stream_weights
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.files import write_atomically
-from draft_opd_trl.loading import load_pair, load_prompts
+from draft_opd_trl.loading import load_pair
 from draft_opd_trl.losses import Heads, LossSettings, hard_tokens, stream_loss
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
 from draft_opd_trl.replay import text_blocks
 from draft_opd_trl.report import save_figure
+from draft_opd_trl.rows import load_prompts
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
