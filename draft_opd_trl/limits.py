@@ -112,7 +112,7 @@ LIMITS: dict[str, Rule] = {
     "fsdp_config": _file_or_mapping,
     "accelerator_config": _file_or_mapping,
     # Loading data, processes
-    "dataloader_num_workers": Within(0, 1024),
+    "dataloader_num_workers": Within(0, 128),
     "dataloader_prefetch_factor": Within(1, 1024),
     "dataloader_multiprocessing_context": one_of("fork", "spawn", "forkserver"),
     "ddp_bucket_cap_mb": Within(1, 1_000_000),
