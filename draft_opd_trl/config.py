@@ -343,6 +343,15 @@ class DraftOPDConfig(_BaseConfig):
             raise InputError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
         if self.sample_proposals and self.temperature == 0:
             raise InputError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")
+        if self.use_liger_kernel:
+            raise InputError(
+                "use_liger_kernel=True patches the models that Liger knows, and a drafter is none. Leave it off."
+            )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise InputError(
+                    f"`accelerator_config` sets {name}, but the trainer lays its batches out itself. Leave it out."
+                )
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError(
                 "dataloader_persistent_workers=True keeps workers alive, but dataloader_num_workers=0 starts none. "

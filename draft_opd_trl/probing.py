@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 # PyTorch's own, which take what the limits allow.
 _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+# Fields that are always given, and never the cause.
+_SAYS_NOTHING = ("output_dir", "report_to", "disable_tqdm", "include_for_metrics", "bf16", "use_cpu")
 # Schedules that read evaluations, which are not there before training.
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -56,9 +58,10 @@ def as_input_errors(settings: Any, check: Callable[[], None]) -> None:
         given = {
             field.name: getattr(settings, field.name)
             for field in dataclasses.fields(settings)
-            if (field.name in words or field.name.replace("_", "") in squeezed)
-            and getattr(settings, field.name) != field.default
+            if getattr(settings, field.name) != field.default and field.name not in _SAYS_NOTHING
         }
+        named = [name for name in given if name in words or name.replace("_", "") in squeezed]
+        given = {name: given[name] for name in named or list(given)[:5]}
         values = ", ".join(f"`{name}` is {shown(name, value)}" for name, value in given.items())
         raise InputError(
             f"{values or 'The settings do not go together'}; transformers refuses that: {told.rstrip('.')}. Change "
@@ -85,8 +88,12 @@ def try_optimizer(args: TrainingArguments) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+        parameter = _parameter()
         if args.optim_target_modules is None:
-            kind([_parameter()], **options)
+            optimizer = kind([parameter], **options)
+            for _ in range(3):
+                parameter.grad = torch.ones(1)
+                optimizer.step()
     except ImportError as error:
         raise EnvironmentFault(
             f"`optim` is {name!r}, whose package is not here ({_one_line(error)}). Install it, or choose adamw_torch."
@@ -97,6 +104,11 @@ def try_optimizer(args: TrainingArguments) -> None:
             f"`optim` is {name!r}{given}, which cannot be made ({_one_line(error)}). Correct `optim_args`, "
             "install what it needs, or choose adamw_torch."
         ) from error
+    if not parameter.isfinite().all():
+        raise InputError(
+            f"`optim` is {name!r} with `optim_args` {args.optim_args!r}, whose steps are not finite. Correct "
+            "`optim_args`."
+        )
 
 
 def try_schedule(args: TrainingArguments) -> None:

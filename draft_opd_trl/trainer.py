@@ -116,6 +116,8 @@ class DraftOPDTrainer(HubTrainer):
         if args.push_to_hub:
             check_hub_access(args.hub_token)
         check_writable(args.output_dir)
+        if args.fsdp and args.world_size == 1:
+            raise InputError("fsdp shards over several processes, and there is one. Start with `accelerate launch`.")
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise InputError(
                 f"eval_strategy is {args.eval_strategy.value!r} and eval_on_start is {args.eval_on_start}, but there "

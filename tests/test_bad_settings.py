@@ -127,7 +127,8 @@ ALSO = {
 # What is right by itself, but not with the other settings as they are, or not on every machine.
 NEEDS_MORE = {
     **dict.fromkeys(
-        "bf16 fp16 tf32 load_best_model_at_end dataloader_persistent_workers sample_proposals replay_by_loss".split(),
+        "bf16 fp16 tf32 use_liger_kernel load_best_model_at_end dataloader_persistent_workers sample_proposals "
+        "replay_by_loss".split(),
         {"true"},
     ),
     "accepted_weight": {"0"},
@@ -233,7 +234,12 @@ def test_a_boolean_is_no_number_and_a_number_no_boolean(name):
         ({"dataloader_prefetch_factor": 2}, "`dataloader_prefetch_factor` is 2; transformers refuses that"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers=0 starts none"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "`load_best_model_at_end` is True"),
-        ({"accelerator_config": {"wings": 2}}, "wings"),
+        ({"accelerator_config": {"wings": 2}}, "`accelerator_config` is {'wings': 2}"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`accelerator_config` sets dispatch_batches"),
+        ({"optim": "rmsprop", "optim_args": "alpha=5"}, "whose steps are not finite"),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, "`optim_args` 'momentum=x', which cannot be made"),
+        ({"ddp_backend": "nccl"}, "`ddp_backend` is 'nccl'"),
+        ({"debug": "underflow_overflow"}, "`debug` is 'underflow_overflow'; it cannot be used here"),
         (
             {"metric_for_best_model": "loss", "load_best_model_at_end": True, "save_strategy": "best"},
             "acceptance_length",
