@@ -18,7 +18,7 @@ NAME = "draft_opd_trl"
 
 # "" is the package's own __init__.py, which collects the public names: nothing inside the package imports it.
 LAYERS = (
-    ("_trl_compat", "errors", "files", "metrics", "metrics.acceptance_length.acceptance_length"),
+    ("_trl_compat", "errors", "files", "markdown", "metrics", "metrics.acceptance_length.acceptance_length"),
     ("records",),
     (
         "sampling",
