@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -62,13 +61,25 @@ class HubTrainer(_BaseTrainer):
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
         """Write `README.md` into `output_dir`, from this project's own template."""
-        if not self.is_world_process_zero():
-            return
+        if self.is_world_process_zero():
+            self._card = partial(self._write_card, model_name, dataset_name, tags)
+            self._card(Path(self.args.output_dir), self._adapter)
+
+    @property
+    def _adapter(self) -> str | None:
+        """The adapter's method, where that is what `save_model` writes."""
+        if not isinstance(self.model, PeftModel):
+            return None
+        return str(self.model.active_peft_config.peft_type.value)
+
+    def _write_card(
+        self, model_name: str | None, dataset_name: str | None, tags: Any, folder: Path, adapter: str | None
+    ) -> None:
         args, state = self.args, self.state
         settings = {**args.to_dict(), "world_size": args.world_size, **self._overruled}
         best = args.load_best_model_at_end and not self.is_in_train and state.best_global_step
         write_model_card(
-            Path(args.output_dir) / "README.md",
+            folder / "README.md",
             model_name or self._repo,
             self.drafter,
             self.target.name,
@@ -82,7 +93,14 @@ class HubTrainer(_BaseTrainer):
                 tokens=state.num_input_tokens_seen,
                 dataset_name=dataset_name,
             ),
+            adapter,
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._adapter:  # PEFT has written a card of its own, or its own fields into ours.
+            card = getattr(self, "_card", partial(self._write_card, None, None, None))
+            card(Path(output_dir or self.args.output_dir), self._adapter)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         with push_errors(self._repo):
@@ -148,7 +166,7 @@ class HubTrainer(_BaseTrainer):
         stage = TemporaryDirectory(prefix="_push-", dir=self.args.output_dir)
         drafter = merged(self.model) if isinstance(self.model, PeftModel) else self.drafter
         drafter.save_pretrained(stage.name)
-        shutil.copy(Path(self.args.output_dir) / "README.md", stage.name)
+        self._card(Path(stage.name), None)
         return stage
 
     def _upload(

@@ -8,20 +8,26 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import itertools
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
-from yaml import YAMLError
+from transformers.utils import logging
 
 from .drafters.base import Drafter
 from .files import atomic_file
-from .serving import launch_commands
+from .markdown import cell, code, fence, one_line, plain
+from .serving import launch_commands, serving_faults
 
+
+logger = logging.get_logger(__name__)
 
 CITATION = """@article{draftopd2026,
   title  = {Draft-OPD},
@@ -121,7 +127,7 @@ def _eval_results(evaluation: Evaluation, law: str) -> list[EvalResult]:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form `namespace/name`, and no folder here is called so."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None and not Path(name).exists()
 
 
 def cached_revision(name: str, revision: str | None = None) -> str | None:
@@ -138,8 +144,19 @@ def _shown(name: str) -> str:
 def _link(name: str, revision: str | None = None) -> str:
     """Markdown of a model or data set, with a link if it is on the Hub."""
     if not is_hub_id(name):
-        return f"`{_shown(name)}`"
+        return code(_shown(name))
     return f"[`{name}`](https://huggingface.co/{name}{f'/tree/{revision}' if revision else ''})"
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    """The metadata of a card, of no more than its first 64 KiB."""
+    if not file.is_file():
+        return {}
+    with open(file, "rb") as card:
+        text = card.read(2**16).decode("utf-8", errors="replace")
+    found = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+    data = yaml.safe_load(found[1]) if found else {}
+    return data if isinstance(data, dict) else {}
 
 
 @lru_cache
@@ -147,10 +164,30 @@ def target_licence(name: str, revision: str | None) -> dict[str, str]:
     """The licence fields of a target's own card; empty where there is none or it cannot be read."""
     try:
         file = hf_hub_download(name, "README.md", revision=revision) if is_hub_id(name) else Path(name) / "README.md"
-        data = ModelCard.load(file).data
-    except (OSError, ValueError, YAMLError):
+        data = _front_matter(Path(file))
+    except Exception as error:  # A card is anybody's text: whatever is wrong with it must not end a run.
+        logger.warning(f"The licence of {name} is not known, as its card cannot be read ({type(error).__name__}).")
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: one_line(value)[:200] for key, value in fields.items() if isinstance(value, str) and value.strip()}
+
+
+def _without_password(value: Any) -> Any:
+    return re.sub(r"(\w+://)[^/\s@]*@", r"\1", value) if isinstance(value, str) else value
+
+
+def _setting(value: Any) -> str:
+    """A setting in words, without what may be a secret or is no plain value."""
+    if isinstance(value, dict):
+        hidden = re.compile("auth|key|password|secret|token", flags=re.IGNORECASE)
+        shown = {
+            name: _without_password(one) if isinstance(one, str | bool | int | float) else "…"
+            for name, one in value.items()
+            if not hidden.search(str(name))
+        }
+        value = ", ".join(f"{name}: {one}" for name, one in shown.items())
+    text = str(_without_password(value))
+    return plain(text if len(text) <= 200 else f"{text[:200]}…")
 
 
 def write_model_card(
@@ -161,6 +198,7 @@ def write_model_card(
     target_revision: str | None = None,
     tags: Sequence[str] = TAGS,
     run: TrainingRun | None = None,
+    adapter: str | None = None,
 ) -> None:
     """
     Render `templates/model_card.md`.
@@ -174,12 +212,20 @@ def write_model_card(
         target_revision (`str`, *optional*): Commit of the target that the drafter was trained for.
         tags (`Sequence[str]`, *optional*): Hub tags, beside the kind.
         run ([`TrainingRun`], *optional*): What trained it.
+        adapter (`str`, *optional*): The method, where the folder holds an adapter on the drafter it was trained from.
     """
     licence = target_licence(target_name, target_revision) if target_name else {}
     evaluations = run.evaluations() if run is not None else []
     # The index is about these very weights, so an evaluation of an earlier step does not enter it.
     measured = [pair[-1] for pair in evaluations if pair[-1].step == run.step]
     results = [result for last in measured for result in _eval_results(last, run.law)]
+    served_as = f"{model_name}-whole" if adapter else model_name
+    model_type = drafter._target.config.model_type if drafter._target is not None else None
+    faults = serving_faults(drafter.kind, model_type) if model_type else []
+    refusing = {engine for _, engine, served in faults if served is False}
+    commands = launch_commands(drafter.kind, _shown(target_name or "TARGET"), served_as, drafter.num_draft_tokens)
+    commands = {engine: command for engine, command in commands.items() if engine not in refusing}
+    export = shlex.join(["draft-opd", "export", model_name, "--format", drafter.kind, "--output_dir", served_as])
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -193,18 +239,28 @@ def write_model_card(
         template_path=str(Path(__file__).parent / "templates" / "model_card.md"),
         model_name=model_name,
         drafter=drafter,
+        adapter=adapter,
         start=drafter.config._name_or_path,
         target=_link(target_name, target_revision) if target_name else "its target",
         target_revision=target_revision,
         licence=licence.get("license_name") or licence.get("license"),
         run=run,
         evaluations=evaluations,
-        commands=launch_commands(drafter.kind, _shown(target_name or "TARGET"), model_name, drafter.num_draft_tokens),
+        served_as=served_as,
+        commands=commands,
+        export=export,
+        remarks=[told for told, _, _ in faults],
+        fence=fence(export, *commands.values()),
         versions={
             __package__: importlib.import_module(__package__).__version__,
             **{name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "datasets")},
         },
         link=_link,
+        setting=_setting,
+        plain=plain,
+        code=code,
+        cell=cell,
+        quoted=json.dumps,
         citation=CITATION,
     )
     with atomic_file(file) as part:

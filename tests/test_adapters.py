@@ -1,16 +1,19 @@
 """Adapters on the drafter (PEFT): saved, read back merged, exported as a plain folder; what they may not adapt."""
 
 import copy
+import json
 
 import pytest
 import torch
 from conftest import STOP, tiny_drafter
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
 from draft_opd_trl.commands.options import AdapterArguments, QuantizationArguments
+from draft_opd_trl.errors import InputError
 from draft_opd_trl.loading import add_adapter
 from draft_opd_trl.target import Target
 
@@ -64,6 +67,70 @@ def test_an_adapter_of_a_drafter_without_a_path_says_so(model, tmp_path):
     add_adapter(tiny_drafter("dflash", Target(model)), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not name the drafter it was trained on"):
         load_drafter(str(tmp_path))
+
+
+def _adapted(drafter_folder, tmp_path, init=False, **fields):
+    config = LoraConfig(r=2, target_modules=["q_proj", "fc"], init_lora_weights=init)
+    add_adapter(load_drafter(drafter_folder), config).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return tmp_path / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, name: tensors.pop(name), "Missing: .*fc.lora_B.weight"),
+        (lambda tensors, name: tensors.update({f"x.{name}": tensors.pop(name)}), "Unexpected: .*x.base_model"),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}),
+            "is torch.int8, not torch.float32",
+        ),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name][:, :1].clone()}),
+            "Wrong shape: .*fc.lora_B.weight",
+        ),
+        (lambda tensors, name: tensors.update(more=torch.ones(1)), r"Unexpected: \['more'\]"),
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "not finite in"),
+        (lambda tensors, name: tensors.clear(), "Missing"),
+    ],
+)
+def test_an_adapter_is_read_with_exactly_its_tensors(drafter_folder, tmp_path, change, words):
+    """PEFT would leave what is missing at its start, and so load the base without a word."""
+    file = _adapted(drafter_folder, tmp_path)
+    tensors = load_file(file)
+    change(tensors, "base_model.model.fc.lora_B.weight")
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=words):
+        load_drafter(str(tmp_path))
+
+
+def test_an_untrained_adapter_changes_nothing_and_a_trained_one_must(drafter_folder, tmp_path):
+    _adapted(drafter_folder, tmp_path / "new", init=True)
+    base, merged = load_drafter(drafter_folder), load_drafter(str(tmp_path / "new"))
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in merged.state_dict().items())
+    file = _adapted(drafter_folder, tmp_path / "small")
+    save_file({name: 1e-20 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match="changed no weight of .*, though it is not zero"):
+        load_drafter(str(tmp_path / "small"))
+
+
+def test_the_base_of_an_adapter_is_a_whole_drafter(drafter_folder, tmp_path):
+    _adapted(drafter_folder, tmp_path, base_model_name_or_path=str(tmp_path))
+    with pytest.raises(InputError, match="which is an adapter itself"):
+        load_drafter(str(tmp_path))
+
+
+def test_the_card_beside_an_adapter_is_ours(drafter_folder, model, prompts, tmp_path):
+    texts = Dataset.from_dict({"prompt_ids": prompts})
+    config = LoraConfig(r=2, target_modules=["fc"])
+    options = {"peft_config": config, "rollout_source": "speculation", "max_steps": 1}
+    trainer = make_trainer(drafter_folder, model, texts, tmp_path / "out", **options)
+    trainer.train()
+    trainer.save_model()
+    for file in (tmp_path / "out").rglob("README.md"):
+        text = file.read_text()
+        assert "holds an adapter (LORA)" in text and "draft-opd export" in text and str(tmp_path) not in text
 
 
 def test_what_an_adapter_cannot_reach_is_refused(model):

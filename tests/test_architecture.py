@@ -23,6 +23,7 @@ LAYERS = (
         "errors",
         "files",
         "redaction",
+        "markdown",
         "checks",
         "limits",
         "metrics",

@@ -1,6 +1,7 @@
 """Drafter folders: save → load → same proposals, and every way in which a folder can be wrong, by name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import VOCAB, random_prompts, tiny_drafter, tiny_model
 from safetensors.torch import load_file, save_file
 
 from draft_opd_trl.checkpoints import check_tensors, drafter_folder, load_drafter
+from draft_opd_trl.errors import InputError
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
@@ -94,6 +96,59 @@ def test_a_value_that_is_not_finite_is_named(folder, value):
     _rewrite(folder, lambda tensors: tensors["norm.weight"].__setitem__(3, value))
     with pytest.raises(ValueError, match=r"not finite in \['norm.weight'\]; the checkpoint is damaged"):
         load_drafter(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "words"),
+    [
+        ("hidden_size", '"32"', "hidden_size is '32', but must be a whole number from 1 to 65536"),
+        ("num_hidden_layers", "1000000", "num_hidden_layers is 1000000, but must be"),
+        ("vocab_size", "-1", "vocab_size is -1, but must be"),
+        ("rms_norm_eps", "1e400", "rms_norm_eps is inf, but must be a number above 0"),
+        ("rms_norm_eps", "NaN", "NaN is not a number that JSON knows"),
+        ("rope_parameters", '{"rope_theta": "x"}', "rope_parameters.rope_theta is 'x', but must be a number"),
+        ("tie_word_embeddings", "0", "tie_word_embeddings is 0, but must be true or false"),
+        ("architectures", '"DFlashDraftModel"', "architectures is 'DFlashDraftModel', but must be a list of strings"),
+        ("hidden_act", '"x"', "hidden_act is 'x', which transformers does not know"),
+        ("num_key_value_heads", "3", "make no attention"),
+        ("x", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named_with_its_file(folder, field, text, words):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: "HERE"}).replace('"HERE"', text))
+    with pytest.raises(InputError, match=rf"{re.escape(str(folder / 'config.json'))}.*{re.escape(words)}"):
+        load_drafter(str(folder))
+
+
+def test_sizes_are_compared_with_the_tensors_before_memory_is_taken(folder):
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 2**16, "intermediate_size": 2**20, "num_attention_heads": 2**12, "head_dim": 2**12}
+    (folder / "config.json").write_text(json.dumps({**config, **sizes, "target_hidden_size": 2**16}))
+    with pytest.raises(InputError, match="norm.weight is .32., not .65536."):
+        load_drafter(str(folder))
+
+
+def test_damaged_weights_are_named(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for data in (whole[:-7], b"", b"x" * 99):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{re.escape(str(file))} is damaged or cut short .*Download or save"):
+            load_drafter(str(folder))
+
+
+def test_stray_weights_change_nothing(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, folder / "zzz.safetensors")
+    loaded = load_drafter(str(folder))
+    assert all(torch.equal(value, tensors[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64", torch.int32, 7])
+def test_a_dtype_that_holds_no_weights(folder, dtype):
+    with pytest.raises(InputError, match="none of PyTorch's floating-point types of 16 bits or more"):
+        load_drafter(str(folder), dtype=dtype)
 
 
 def test_several_faults_at_once():

@@ -31,7 +31,6 @@ def variant(request, qwen_target):
         ({"eagle_aux_hidden_state_layer_ids": [2, 2, 3]}, r"\[1, 1, 2\] must name 3 of the layers.*ascending"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3]}, r"\[0, 2\] must name 3"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, r"\[-1, 0, 1\] must name 3"),
-        ({"num_draft_tokens": 0}, "num_draft_tokens 0 leaves no slot"),
         ({"draft_token_ids": [2, 9, 5, 11]}, "d2t and t2d do not hold the same tokens in ascending order"),
     ],
 )
@@ -42,6 +41,12 @@ def test_a_drafter_that_does_not_fit_is_refused(qwen_target, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         LlamaForCausalLMEagle3(config).bind(qwen_target)
     assert "make one with `create_drafter`" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**9, "7", True, 1.5, [7]])
+def test_a_length_that_is_none_is_refused(qwen_target, value):
+    with pytest.raises(ValueError, match="num_draft_tokens is .*, but must be a whole number from 1 to 1023"):
+        create_drafter("eagle3", qwen_target, num_draft_tokens=value)
 
 
 @pytest.mark.parametrize("ids", [[0, 48], [-1, 5], [9, 3]])
@@ -106,7 +111,6 @@ def test_the_written_folder(folder):
         "vocab_size": VOCAB,
         "draft_vocab_size": len(TINY["eagle3"]["draft_token_ids"]),
         "target_hidden_size": 32,
-        "norm_output": False,
         "norm_before_residual": False,
         "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
@@ -114,7 +118,7 @@ def test_the_written_folder(folder):
     }
     assert {name: config.get(name) for name in expected} == expected
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert "draft_token_ids" not in config and "own_embeddings" not in config
+    assert not {"draft_token_ids", "own_embeddings", "norm_output"} & config.keys()
 
 
 def test_every_variant_survives_saving_and_loading(variant, qwen_target, tmp_path):

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_drafter
+from conftest import tiny_drafter, tiny_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from draft_opd_trl.checkpoints import export_drafter
+from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.commands import export as export_command
 from draft_opd_trl.commands import inspect as inspect_command
 from draft_opd_trl.inspection import LOADERS, inspect_drafter
+from draft_opd_trl.loading import add_adapter
+from draft_opd_trl.serving import ENGINES
+from draft_opd_trl.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +192,84 @@ def test_what_only_the_target_tells(kind, make, target_folder):
 def test_a_folder_of_something_else(target_folder):
     with pytest.raises(ValueError, match="none of which is a drafter known here"):
         inspect_drafter(target_folder)
+
+
+# -- engines and targets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "refusing"),
+    [("qwen3", {}), ("llama", {}), ("gemma3", {"dflash": {"SGLang", "vLLM"}, "eagle3": {"vLLM"}})],
+)
+def test_engines_that_refuse_the_target_are_not_promised(kind, family, refusing, tmp_path):
+    target = Target(tiny_model(family))
+    target.model.save_pretrained(tmp_path / "target")
+    tiny_drafter(kind, target).save_pretrained(tmp_path / "drafter")
+    told = inspect_drafter(str(tmp_path / "drafter"), str(tmp_path / "target"))
+    refuse = refusing.get(kind, set())
+    assert {loader for loader, loads in told["loads"].items() if not loads} == refuse
+    assert told["launch"].keys() == {"SGLang", "vLLM"} - refuse
+    assert {engine for fault in told["faults"] for engine in fault["breaks"]} == refuse
+    for engine in refuse:
+        assert any(f"{engine} {ENGINES[engine]} hands no hidden" in fault["fault"] for fault in told["faults"])
+
+
+def test_of_other_targets_it_is_said_that_nothing_is_known(kind, make, target_folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    config = json.loads((Path(target_folder) / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
+    told = inspect_drafter(make(kind), str(other))
+    assert told["loads"] == {"draft_opd_trl": True, "SGLang": None, "vLLM": None, "transformers": True}
+    assert [fault["breaks"] for fault in told["faults"]] == [[], []]
+    assert all("is not known here" in fault["fault"] for fault in told["faults"])
+    assert "SGLang: not known" in inspect_command.show(told)
+
+
+# -- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(kind, make, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    add_adapter(load_drafter(make(kind)), config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_adapter_is_judged_as_one(kind, adapter, tmp_path, target_folder):
+    told = inspect_drafter(adapter, target_folder)
+    assert told["layout"] == "adapter (LORA)" and told["base"] == str(tmp_path) and told["kind"] == kind
+    (fault,) = told["faults"]
+    assert f"`draft-opd export {adapter} --output_dir DIR --format {kind}` writes one" in fault["fault"]
+    assert [loader for loader, loads in told["loads"].items() if loads] == ["draft_opd_trl"]
+    assert told["launch"] == {} and told["config"]["num_draft_tokens"] == 4
+    assert f"trained on {tmp_path}" in inspect_command.show(told)
+    json.dumps(told)
+
+
+def test_an_adapter_whose_drafter_is_gone(kind, adapter, tmp_path):
+    shutil.rmtree(tmp_path)
+    told = inspect_drafter(adapter)
+    assert not any(told["loads"].values()) and told["kind"] is None
+    assert any(
+        f"was trained on the drafter '{tmp_path}', which is not there" in one["fault"] for one in told["faults"]
+    )
+    assert "unknown drafter, adapter (LORA)" in inspect_command.show(told)
+
+
+def test_code_that_is_not_whole(kind, make):
+    folder = make(kind)
+    (Path(folder) / "errors.py").unlink()
+    (fault,) = inspect_drafter(folder)["faults"]
+    assert "the code that AutoModel needs" in fault["fault"] and fault["breaks"] == ["transformers"]
+
+
+def test_a_stray_file_of_weights(kind, make):
+    folder = make(kind)
+    tensors = load_file(f"{folder}/model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, f"{folder}/stray.safetensors")
+    (fault,) = inspect_drafter(folder)["faults"]
+    assert "['stray.safetensors'] are not its weights" in fault["fault"] and fault["breaks"] == ["SGLang", "vLLM"]
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

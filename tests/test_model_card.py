@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 
@@ -11,6 +12,7 @@ from conftest import KINDS, tiny_drafter, tiny_model
 from huggingface_hub import ModelCard
 
 import draft_opd_trl
+from draft_opd_trl.markdown import plain
 from draft_opd_trl.model_card import TrainingRun, target_licence, write_model_card
 from draft_opd_trl.serving import launch_commands
 from draft_opd_trl.target import Target
@@ -57,12 +59,12 @@ def checked(card):
     """Well-formed: no leftovers of the template, whole tables, code that parses."""
     assert not re.search(r"{{|{%|%}|}}|\bNone\b|\n\n\n", card.text), card.text
     for table in re.findall(r"(?:^\|.*\n)+", card.text, flags=re.MULTILINE):
-        assert len({row.count("|") for row in table.splitlines()}) == 1, table
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
         assert re.fullmatch(r"\|(-+\|)+", table.splitlines()[1]), table
     assert len(re.findall(r"^\|---", card.text, flags=re.MULTILINE)) == len(
         re.findall(r"(?:^\|.*\n)+", card.text, re.M)
     )
-    for code in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+    for code in re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.DOTALL | re.MULTILINE):
         ast.parse(code)
     assert card.data.library_name == "transformers"
     return card
@@ -161,6 +163,128 @@ def test_the_licence_is_the_targets_own(card, tmp_path):
     assert "| licence of the target | pocket-1 |" in with_licence.text
     assert (with_licence.data.license, with_licence.data.license_name) == ("other", "pocket-1")
     assert with_licence.data.license_link == "https://example.com/licence"
+
+
+HOSTILE = [
+    "5",
+    "[5]",
+    "{}",
+    "[" * 60_000,
+    "&a [*a, *a]",
+    "2024-99-99",
+    "!!python/object/apply:os.system [exit]",
+    "x" * 100_000,
+    "'\\0'",
+    "[unclosed",
+    "{a: {b: [1, 2]}, ? [x] : y}",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("field", ["tags", "license", "base_model", "model-index", "license_link"])
+def test_nothing_in_a_targets_card_stops_a_run(drafter, tmp_path, field, value):
+    target_licence.cache_clear()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "README.md").write_text(f"---\n{field}: {value}\n---\n# Target")
+    write_model_card(tmp_path / "README.md", "user/mine", drafter, str(tmp_path / "target"))
+    checked(ModelCard.load(tmp_path / "README.md"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe---", b"---\n", b"", b"---\n- a\n---\n", b"---\n\x00: 1\n---\n"])
+def test_nor_does_its_form(drafter, tmp_path, content):
+    target_licence.cache_clear()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "README.md").write_bytes(content)
+    assert target_licence(str(tmp_path / "target"), None) == {}
+    target_licence.cache_clear()
+    (tmp_path / "target" / "README.md").unlink()
+    os.mkfifo(tmp_path / "target" / "README.md")
+    assert target_licence(str(tmp_path / "target"), None) == {}
+
+
+NAMES = [
+    "a|b",
+    "a`b",
+    "``",
+    "<script>alert(1)</script>",
+    "[x](javascript:y)",
+    "a\nb\n# c",
+    "a b'c\"$(id)",
+    "***",
+    "a\n```\nb",
+    "&lt;",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_names_stay_text(drafter, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(drafter.config, "_name_or_path", name)
+    told = run(evaluation(300, 4.0), dataset_name=name)
+    told.recipe = {"lmbda": 1.0, name: name, "chat_template_kwargs": {name: name}}
+    write_model_card(tmp_path / "README.md", name, drafter, name, name, run=told)
+    text = checked(ModelCard.load(tmp_path / "README.md")).text
+    outside = re.sub(r"(?ms)^(`{3,})\w+$.*?^\1$", "", text)  # code blocks
+    outside = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", outside)  # code spans
+    assert "<" not in outside and "](javascript" not in outside.replace("\\]", "")
+    assert [line for line in outside.splitlines() if line.startswith("# ")] == [f"# {plain(name)}"]
+    commands = re.findall(r"(?ms)^(`{3,})bash$\n(.*?)\n\1$", text)
+    assert len(commands) == 2
+    for _, command in commands:
+        assert name in " ".join(shlex.split(command.replace("\\\n", ""))) or json.dumps(name)[1:-1] in command
+
+
+def test_no_secret_is_in_the_settings(card):
+    told = run()
+    told.recipe = {
+        "lmbda": 1.0,
+        "optim": "https://user:hunter2@host/path",
+        "chat_template_kwargs": {
+            "enable_thinking": False,
+            "style": "short",
+            "api_key": "hunter2",
+            "tools": [{"key": "hunter2"}],
+            "url": "http://user:hunter2@host",
+        },
+    }
+    text = card(ID, run=told).text
+    assert "hunter2" not in text
+    assert "| `optim` | https://host/path |" in text
+    assert "| `chat_template_kwargs` | enable_thinking: False, style: short, tools: …, url: http://host |" in text
+
+
+def test_the_card_of_an_adapter_sends_nobody_to_an_engine_with_it(card, drafter, monkeypatch):
+    monkeypatch.setattr(drafter.config, "_name_or_path", "user/base")
+    text = card(ID, adapter="LORA").text
+    export = f"draft-opd export user/mine --format {drafter.kind} --output_dir user/mine-whole"
+    assert "holds an adapter (LORA) on [`user/base`]" in text and f"```bash\n{export}\n```" in text
+    assert 'AutoModel.from_pretrained("user/mine-whole"' in text and 'load_drafter("user/mine")' in text
+    for command in launch_commands(drafter.kind, ID, "user/mine-whole", drafter.num_draft_tokens).values():
+        assert command in text
+    assert "adapter" not in card(ID).text
+
+
+def test_the_card_promises_no_engine_that_refuses_the_target(tmp_path):
+    for kind in KINDS:
+        for family, said in (
+            ("gemma3", "Note: vLLM 0.33.0 hands no hidden states of a gemma3_text target"),
+            ("qwen3", None),
+        ):
+            drafter = tiny_drafter(kind, Target(tiny_model(family)))
+            write_model_card(tmp_path / "README.md", "user/mine", drafter, ID)
+            text = ModelCard.load(tmp_path / "README.md").text
+            assert ("vllm serve" in text) == (said is None), (kind, family)
+            assert ("sglang.launch_server" in text) == (family == "qwen3" or kind == "eagle3"), (kind, family)
+            assert said is None or said in text
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$(touch x)", '"', "a;b", "a\nb", "`id`"])
+def test_commands_are_quoted(name):
+    for kind in KINDS:
+        commands = launch_commands(kind, f"/{name}/target", f"/{name}/drafter", 7)
+        vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
+        assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
+        sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
+        assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,10 @@ class ExportArguments:
     format: str = field(metadata={"help": "dflash or eagle3 (flat), whichever the drafter is; or speculators."})
     target: str | None = field(
         default=None,
-        metadata={"help": "Its target: path or id, of which the config is read. A speculators folder names it."},
+        metadata={
+            "help": "Its target: path or id, of which the config is read; a speculators folder names it, "
+            "and of EAGLE-3 holds its embedding."
+        },
     )
     target_name: str | None = field(
         default=None, metadata={"help": "Id to name the target by, where --target is a local copy."}

@@ -211,8 +211,6 @@ class LlamaForCausalLMEagle3(Drafter):
                 f"target_layer_ids {ids} must name {NUM_TAPS} of the layers 0 … {target.num_layers - 2} in ascending "
                 "order (the last layer's output is normed in some engines and not in others)"
             )
-        if config.num_draft_tokens < 1:
-            faults.append(f"num_draft_tokens {config.num_draft_tokens} leaves no slot to propose")
         if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):
             faults.append("d2t and t2d do not hold the same tokens in ascending order")
         if faults:
