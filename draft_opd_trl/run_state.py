@@ -222,7 +222,7 @@ def settle(output_dir: str | os.PathLike) -> None:
 
 def publish(part: Path, folder: Path) -> None:
     """
-    Give a whole checkpoint its name. One that has it already is deleted, once the new one stands.
+    Give a whole checkpoint its name. One that has it already stays aside, for the caller to delete.
 
     Args:
         part (`Path`): Under `_saving/` beside `folder`, with its manifest.
@@ -233,7 +233,6 @@ def publish(part: Path, folder: Path) -> None:
         os.replace(folder, part.with_name(f"replaced-{uuid.uuid4().hex}"))
     os.replace(part, folder)
     flush(folder.parent, inside=False)
-    shutil.rmtree(part.parent, ignore_errors=True)
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, kept: Collection[Path]) -> None:

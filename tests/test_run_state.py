@@ -173,7 +173,9 @@ def test_what_a_killed_run_left_is_put_right(run):
 def test_a_name_that_is_taken_is_taken_over_whole(run):
     publish(save(run / ASIDE / "checkpoint-10", 10, "new"), run / "checkpoint-10")
     assert (run / "checkpoint-10" / "model.safetensors").read_text() == "new10"
-    assert fault_of(run / "checkpoint-10") is None and not (run / ASIDE).exists()
+    assert fault_of(run / "checkpoint-10") is None
+    settle(run)
+    assert len(checkpoints_in(run)) == 3 and not (run / ASIDE).exists()
 
 
 def test_rotation_counts_whole_ones_by_the_time_they_were_saved(run):
