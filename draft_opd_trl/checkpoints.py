@@ -58,8 +58,8 @@ def drafter_folder(
     except Exception as error:
         why = "it is no id" if isinstance(error, HFValidationError) else " ".join(str(error).split())
         raise NotFoundError(
-            f"The drafter {path_or_id!r} is not a folder here and could not be fetched from the Hub ({why}). Give the path of "
-            "a drafter folder, or an id you can reach."
+            f"The drafter {path_or_id!r} is not a folder here and could not be fetched from the Hub ({why}). Give the "
+            "path of a drafter folder, or an id you can reach."
         ) from error
 
 

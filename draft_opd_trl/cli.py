@@ -28,7 +28,8 @@ from .checks import nearest
 from .errors import InputError, NotFoundError, UserError
 
 
-# Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`.
+# Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have
+# `BARE`: options that may stand without a value, and the value they then have.
 COMMANDS = {
     "train": "draft_opd_trl.commands.train",
     "evaluate": "draft_opd_trl.commands.evaluate",
@@ -144,6 +145,9 @@ class CommandParser(TrlParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        for action in self._actions:
+            if action.dest in getattr(command, "BARE", {}):
+                action.nargs, action.const = "?", command.BARE[action.dest]
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
         self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
@@ -276,8 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", getattr(error, "code", 130))
     except Exception as error:
         told = machine_fault(error)
         if told is None:

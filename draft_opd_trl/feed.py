@@ -17,6 +17,10 @@ from .batching import BatchMaker, ReplayMetrics
 from .records import ReplayBatch, Rollout
 
 
+# Of texts that an optimizer step has been through, all that is read again.
+_KEPT = ("tokens", "prompt_lengths", "lengths")
+
+
 class EpochSampler(RepeatSampler):
     """TRL's sampler, whose order is a function of seed and epoch, so that a resumed run finds the epoch it was in."""
 
@@ -96,14 +100,14 @@ class BatchFeed:
             batch.denominator = weight / self.accelerator.num_processes
 
     def state_dict(self) -> dict:
-        """What a run continues with, at the end of an optimizer step; texts on the CPU."""
+        """What a run continues with, at the end of an optimizer step, as tensors and numbers; texts on the CPU."""
         return {
             "micro_steps": self.micro_steps,
-            "rollouts": [rollout.to("cpu") for rollout in self.rollouts],
+            "rollouts": [{name: getattr(rollout, name).cpu() for name in _KEPT} for rollout in self.rollouts],
             "written_at": self._written_at,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.micro_steps, self._written_at = state["micro_steps"], state["written_at"]
-        self.rollouts = [rollout.to(self.accelerator.device) for rollout in state["rollouts"]]
+        self.rollouts = [Rollout(**texts).to(self.accelerator.device) for texts in state["rollouts"]]
         self._batches = []

@@ -5,7 +5,9 @@ What is written aside is flushed to the disk before it takes its name, and the n
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,6 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from .errors import EnvironmentFault
+
+from .errors import EnvironmentFault, UserError
+
+
+# What a machine refuses; other errors of the system come from names that we made up.
+_REFUSALS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ESTALE EMFILE ENFILE ENOTDIR ENAMETOOLONG".split()
+    if hasattr(errno, name)
+}
 
 
 def _flush(path: Path) -> None:
@@ -26,6 +38,45 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush(folder: str | os.PathLike, inside: bool = True) -> None:
+    """Wait until a folder's list of names is on the disk, and everything in it too unless `inside` is `False`."""
+    for path in Path(folder).rglob("*") if inside else ():
+        _flush(path)
+    _flush(Path(folder))
+
+
+@contextmanager
+def writing(place: str | os.PathLike, kept: str = "Free some space, or write to another disk.") -> Iterator[None]:
+    """
+    What the machine refuses inside, directly or to a library, comes out as one line.
+
+    Args:
+        place (`str` or `os.PathLike`): What is written.
+        kept (`str`, *optional*): What a failure does not cost, and what to do, as sentences.
+
+    Raises:
+        `OSError`: The disk is full, read-only, gone, or belongs to another.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Rust's libraries (safetensors, tokenizers) say the number in their text, and torch says none.
+        if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(said[1])
+        if number in _REFUSALS:
+            reason = os.strerror(number)
+        elif isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+            reason = "a file could not be written to its end"
+        else:
+            raise
+        where = getattr(error, "filename", None)
+        reason += f": {where}" if where and str(where) != str(place) else ""
+        raise EnvironmentFault(f"{place} could not be written ({reason}). {kept}") from error
 
 
 def _aside(path: Path) -> Path:
@@ -91,9 +142,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for path in part.rglob("*"):
-            _flush(path)
-        _flush(part)
+        flush(part)
         os.replace(part, folder)
         _flush(folder.parent)
     finally:

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .drafters.base import Drafter
 from .errors import EnvironmentFault, InputError
 from .model_card import write_model_card
+from .run_state import read_manifest, write_manifest
 
 
 _REMEDIES = {
@@ -77,6 +78,9 @@ def copy_checkpoint(checkpoint: Path, folder: Path) -> None:
         content = json.loads(file.read_text()) if file.is_file() else {}
         if os.path.isabs(content.get(field) or ""):
             file.write_text(json.dumps({**content, field: Path(content[field]).name}, indent=2) + "\n")
+    manifest = read_manifest(folder)
+    if manifest is not None:  # which no longer fits
+        write_manifest(folder, manifest["step"], manifest["settings"])
 
 
 def push_drafter(

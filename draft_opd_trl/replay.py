@@ -359,7 +359,9 @@ class ErrorBuffer:
         return [torch.tensor(row).clamp(min=1e-6) for row in losses]
 
     def state_dict(self) -> dict:
-        return {"entries": list(self.entries.values())}
+        """Plain values only, in the order in which texts leave."""
+        return {"entries": [vars(entry) for entry in self.entries.values()]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.entries = {tuple(entry.tokens): entry for entry in state["entries"]}
+        entries = [_Remembered(**entry) for entry in state["entries"]]
+        self.entries = {tuple(entry.tokens): entry for entry in entries}

@@ -226,6 +226,9 @@ class CachedSource:
     """
     Reads texts from disk, and asks another source only for those that are not there.
 
+    A text that is just written may come with blocks and states, and one from disk does not, which differ in their last
+    bits from those found again. So a run that goes on from a checkpoint writes once more what it wrote after it.
+
     Args:
         source ([`RolloutSource`]): Writes what is missing.
         cache ([`TextCache`]): Keeps it.
@@ -259,6 +262,14 @@ class CachedSource:
             for index, text in zip(missing, written, strict=True):
                 texts[index] = text
         return Rollout.from_ids(prompts, texts, self.pad_token_id, self.device)
+
+    def state_dict(self) -> dict:
+        """What a run that goes on from a checkpoint must know, as plain values."""
+        return {"last_shard": self.cache.last_shard()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if isinstance(self.source, DecodingSource) and self.source.drafter is not None:
+            self.cache.forget_after(state["last_shard"])
 
 
 def build_source(

@@ -19,7 +19,13 @@ from typing import Any
 
 from datasets import Dataset, DatasetInfo, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from datasets.utils import logging
+from pyarrow import ArrowException
 
+from .files import atomic_file, write_atomically, writing
+
+
+logger = logging.get_logger(__name__)
 
 FEATURES = Features(
     {
@@ -43,8 +49,9 @@ class TextCache:
     """
     Completions by prompt and draw, for one combination of settings.
 
-    A shard is written aside and moved into place whole, so whatever instant a writer is killed at, what can be read is
-    whole. Writers never touch each other's shards, so any number of processes may share a folder. A text that two of
+    A shard is written aside, flushed and moved into place whole, so whatever instant a writer is killed at, what can
+    be read is whole. A shard that cannot be read, for whatever reason, is passed over, and its texts are written
+    again. Writers never touch each other's shards, so any number of processes may share a folder. A text that two of
     them wrote at once is there twice, and each reader keeps to the first it saw.
 
     Args:
@@ -56,10 +63,13 @@ class TextCache:
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]) -> None:
         written = json.dumps(settings, indent=2, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(written.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _replace_text(self.folder / "settings.json", written)
-        _replace_text(self.folder / "dataset_info.json", json.dumps(asdict(DatasetInfo(features=FEATURES))))
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "settings.json", written)
+            write_atomically(self.folder / "dataset_info.json", json.dumps(asdict(DatasetInfo(features=FEATURES))))
         self._read: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._forgotten: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, int]] = {}
         # A mapped file holds a file descriptor, so only some stay open.
         self._shard = lru_cache(maxsize=32)(lambda name: Dataset.from_file(str(self.folder / name)))
@@ -79,33 +89,58 @@ class TextCache:
 
     def add(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], draw: int = 0) -> None:
         """Write the texts that are not there yet, as one shard."""
+        keys = [_key(prompt, draw) for prompt in prompts]
+        # What was forgotten is on disk, and is this very text.
+        self._places.update({key: self._forgotten.pop(key) for key in keys if key in self._forgotten})
         rows = {
             key: {"key": key, "prompt_ids": prompt, "completion_ids": completion, "draw": draw}
-            for prompt, completion in zip(prompts, completions, strict=True)
-            if (key := _key(prompt, draw)) not in self._places
+            for key, prompt, completion in zip(keys, prompts, completions, strict=True)
+            if key not in self._places
         }
         if not rows:
             return
         # Names sort by time, so that the earliest of equal texts is the first.
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.arrow"
-        scratch = self.folder / f"{name}.tmp"
-        with ArrowWriter(path=str(scratch), features=FEATURES) as writer:
-            for row in rows.values():
-                writer.write(row)
-            writer.finalize()
-        os.replace(scratch, self.folder / name)
+        file = self.folder / name
+        with writing(file, "What was there before is whole."), atomic_file(file) as part:
+            with ArrowWriter(path=str(part), features=FEATURES) as writer:
+                for row in rows.values():
+                    writer.write(row)
+                writer.finalize()
         self._index_new_shards()
         self._describe()
 
+    def last_shard(self) -> str:
+        """Name of the shard written last, by whomever; empty where there is none."""
+        return max(self._names(), default="")
+
+    def forget_after(self, name: str) -> None:
+        """Texts that came after a shard ([`last_shard`]) count as missing, each until it is added again."""
+        self._index_new_shards()
+        self._forgotten = {key: place for key, place in self._places.items() if place[0] > name}
+        self._places = {key: place for key, place in self._places.items() if key not in self._forgotten}
+
     def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*.arrow"))
+        return sorted(path.name for path in self.folder.glob("*.arrow") if path.name not in self._unreadable)
 
     def _index_new_shards(self) -> None:
         for name in self._names():
-            if name not in self._read:
-                for row, key in enumerate(self._shard(name)["key"]):
+            if name in self._read:
+                continue
+            try:
+                keys = self._shard(name)["key"][:]
+            except (ArrowException, OSError, KeyError) as error:
+                told = " ".join(str(error).split())[:200]
+                logger.warning(
+                    f"{self.folder / name} cannot be read ({told}) and is passed over; its texts are written again. "
+                    "It may be deleted."
+                )
+                self._unreadable.add(name)
+                continue
+            for row, key in enumerate(keys):
+                if key not in self._forgotten:
                     self._places.setdefault(key, (name, row))
-                self._read.add(name)
+            self._read.add(name)
 
     def _describe(self) -> None:
         """Keep `state.json`, the list of shards by which `datasets.load_from_disk` opens the folder."""
@@ -114,15 +149,10 @@ class TextCache:
         while (names := self._names()) != listed:
             state = {"_data_files": [{"filename": name} for name in names], **_STATE}
             state["_fingerprint"] = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
-            _replace_text(self.folder / "state.json", json.dumps(state, indent=2))
+            with writing(self.folder):
+                write_atomically(self.folder / "state.json", json.dumps(state, indent=2))
             listed = names
 
 
 def _key(prompt: Sequence[int], draw: int) -> str:
     return hashlib.sha256(f"{draw}:{','.join(map(str, prompt))}".encode()).hexdigest()[:32]
-
-
-def _replace_text(file: Path, text: str) -> None:
-    scratch = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)

@@ -6,7 +6,6 @@ Knows no masks, no tensor maths and no drafter names.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,12 +33,11 @@ from .callbacks import AcceptanceProgressCallback, TraceCallback
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
-from .errors import InputError, NotFoundError
+from .errors import InputError
 from .evaluation import measure_acceptance
 from .feed import BatchFeed, EpochSampler
 from .files import check_writable
 from .hub import check_hub_access
-from .hub_trainer import HubTrainer
 from .loading import (
     add_adapter,
     check_dataset_size,
@@ -56,6 +54,7 @@ from .planning import announce_plan
 from .prompts import tokenize_dataset
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
+from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
 from .sampling import SamplingParams
 from .sharding import check_parallelism, gathered, shard
@@ -64,7 +63,7 @@ from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
 
 
-class DraftOPDTrainer(HubTrainer):
+class DraftOPDTrainer(ResumingTrainer):
     """
     Trainer for Draft-OPD (arXiv 2605.29343): on-policy distillation of a speculative-decoding drafter.
 
@@ -326,13 +325,10 @@ class DraftOPDTrainer(HubTrainer):
         if self.args.replay_buffer_size:
             self._metrics["replay/buffer"].append(len(self.error_buffer))
 
-    def train(self, *args: Any, **kwargs: Any):
-        """[`~transformers.Trainer.train`], once it has been said how much memory a step will take."""
-        if self.train_dataset is not None and self.accelerator.is_main_process:
-            self._announce_plan()
-        return super().train(*args, **kwargs)
-
-    def _announce_plan(self) -> None:
+    def _before_training(self) -> None:
+        """Say how much memory a step will take."""
+        if self.train_dataset is None or not self.accelerator.is_main_process:
+            return
         args, drafter = self.args, self.drafter
         options: dict[str, Any] = {"drafter_dtype": drafter.dtype, "make_optimizer": self._optimizer_class}
         if args.bf16 or args.fp16:
@@ -433,7 +429,7 @@ class DraftOPDTrainer(HubTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # -- logging and checkpoints ----------------------------------------------------------------------------------
+    # -- logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -452,35 +448,6 @@ class DraftOPDTrainer(HubTrainer):
         sampling = self.speculation_settings().sampling
         with self._drafter_as_served(), self.target.uneven_forwards():
             return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)
-
-    def _state_file(self, folder: str) -> Path:
-        return Path(folder) / f"draft_opd_state_{self.accelerator.process_index}.pt"
-
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        os.makedirs(folder, exist_ok=True)
-        state = {
-            "feed": self.feed.state_dict(),
-            "error_buffer": self.error_buffer.state_dict(),
-        }
-        file = self._state_file(folder)
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
-        # Of all that the Trainer loads, this is what it loads under every backend.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = self._state_file(checkpoint)
-        if not file.is_file():
-            raise NotFoundError(
-                f"{file} is missing, so the run cannot continue as it was (texts in use, error buffer). "
-                "Resume from another checkpoint, or start a new run from this drafter."
-            )
-        state = torch.load(file, weights_only=False)
-        self.feed.load_state_dict(state["feed"])
-        self.error_buffer.load_state_dict(state["error_buffer"])
 
 
 def _tokenize(

@@ -53,6 +53,16 @@ ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
 
 def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
+    try:
+        return _measured(arguments, quantization)
+    except KeyboardInterrupt as error:
+        kept = "Nothing was kept; give --output_dir to go on from where it stops."
+        if arguments.output_dir:
+            kept = f"The texts that ended are in {arguments.output_dir}: the same command goes on from there."
+        raise KeyboardInterrupt(f"interrupted. {kept}") from error
+
+
+def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     import json
     from pathlib import Path
 

@@ -2,7 +2,8 @@
 
 Prompts are an id on the Hub, a folder written by `save_to_disk`, or a local .json / .jsonl file with a `prompt` column
 (text or messages); with `--rollout_source dataset` also `completion`. On several GPUs:
-`accelerate launch -m draft_opd_trl.cli train ...`.
+`accelerate launch -m draft_opd_trl.cli train ...`. After Ctrl-C or a kill, the same command goes on with
+`--resume_from_checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ class TrainArguments(PairArguments):
 
 
 ARGUMENTS = (TrainArguments, QuantizationArguments, AdapterArguments, DraftOPDConfig)
+BARE = {"resume_from_checkpoint": "true"}
 
 
 def run(
     arguments: TrainArguments, quantization: QuantizationArguments, adapter: AdapterArguments, config: DraftOPDConfig
 ) -> dict[str, Any]:
+        from ..resuming import where_to_start
     from ..rows import hold_out, load_prompts
+    from ..run_state import logged_before_training
     from ..trainer import DraftOPDTrainer
 
+    # Before anything expensive.
+    checkpoint = where_to_start(config)
     prompts = load_prompts(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
     prompts, held_out = hold_out(prompts, arguments.num_eval_prompts, config.seed)
     trainer = DraftOPDTrainer(
@@ -46,8 +52,9 @@ def run(
     )
     result: dict[str, Any] = {"output_dir": config.output_dir}
     if held_out is not None:
-        result["before"] = trainer.evaluate()
-    result["train"] = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
+        before = checkpoint and logged_before_training(checkpoint, "eval_acceptance_length")
+        result["before"] = before or trainer.evaluate()
+    result["train"] = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model()
     if held_out is not None:
         result["after"] = trainer.evaluate()
