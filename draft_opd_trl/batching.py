@@ -220,9 +220,17 @@ class BatchMaker:
         num_draft_tokens = self.drafter.num_draft_tokens
         metrics = ReplayMetrics(accepted_by_slot=[0] * num_draft_tokens, valid_by_slot=[0] * num_draft_tokens)
         with self.target.uneven_forwards():
-            return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
+            made = [self._batch(rollout, step, fresh, metrics) for rollout in rollouts]
+        if self.buffer is not None:
+            # Only now, so that a step draws from earlier ones, into however many micro-steps its texts are split.
+            for rollout, (_, blocks) in zip(rollouts, made, strict=True):
+                self.buffer.add(rollout, blocks)
+        return [batch for batch, _ in made], metrics
 
-    def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
+    def _batch(
+        self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics
+    ) -> tuple[ReplayBatch, DraftBlocks]:
+        """The batch of one micro-step, and all blocks drafted on its new texts."""
         num_new = len(rollout)
         fresh = fresh and self.anchors == "exposed"
         generators = [
@@ -250,8 +258,6 @@ class BatchMaker:
                 grid = grid_of(drawn_rows, drawn_anchors, len(texts))
                 drawn_blocks = draft_at(self.drafter, state, texts, *grid, coupling)
                 chosen_blocks = [*chosen_blocks, drawn_blocks]
-            if self.buffer is not None and len(blocks):
-                self.buffer.add(rollout, blocks)
             on_policy = torch.cat(
                 [
                     torch.full((len(part),), index > 0, device=features.device)
@@ -276,7 +282,7 @@ class BatchMaker:
             )
         metrics.blocks += len(batch.blocks)
         metrics.supervised += int(((batch.accepted_weights > 0) | (batch.rejected_weights > 0)).sum())
-        return batch
+        return batch, blocks
 
     def _with_remembered(
         self, rollout: Rollout, generators: list[torch.Generator]
@@ -284,7 +290,7 @@ class BatchMaker:
         """New texts with those drawn from the buffer under them, and rows and anchors of the latter `(N,)`."""
         parts = [Rollout(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
         rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
-        if self.buffer is not None and len(self.buffer):
+        if self.buffer is not None and len(self.buffer) and self.replay_ratio:
             whole, fraction = divmod(self.replay_ratio, 1)
             for generator in generators:
                 wanted = int(whole) + int(torch.rand((), generator=generator) < fraction)

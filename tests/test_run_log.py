@@ -85,6 +85,7 @@ RUN = {
     "rejected_weight": 0.5,
     "lmbda": 0.5,
     "replay_buffer_size": 64,
+    "replay_ratio": 0.5,
     "optim": "sgd",
     "max_steps": 6,
     "shuffle_dataset": False,
@@ -138,9 +139,9 @@ def test_no_figure_depends_on_the_logging_window(drafter_folder, model, texts, t
 
 def test_acceptance_over_a_window_is_committed_over_verifications(drafter_folder, model, texts, tmp_path):
     """Of texts replayed by a drafter that does not move: what one replay of all of them says."""
-    options = {"learning_rate": 0.0, "max_steps": 3, "shuffle_dataset": False}
+    options = {"learning_rate": 0.0, "max_steps": 3, "shuffle_dataset": False, "num_anchors": 100}
     once = make_trainer(drafter_folder, model, texts, tmp_path / "a", per_device_train_batch_size=12, **options)
-    apart = make_trainer(drafter_folder, model, texts, tmp_path / "b", **options, logging_steps=3)
+    apart = make_trainer(drafter_folder, model, texts, tmp_path / "b", logging_steps=3, **options)
     whole, window = logs_of(once)[0], logs_of(apart)[0]
     names = [name for name in whole if name.startswith(("acceptance/", "loss/"))]
     assert len(names) > 3
