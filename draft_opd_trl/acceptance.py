@@ -6,7 +6,7 @@ Counts and nothing else. It does not know models, decoding or training state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,11 @@ class AcceptanceReport:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def select(self, texts: Sequence[int]) -> AcceptanceReport:
+        """These texts, in this order; times stay those of all."""
+        parts = ([part[text] for text in texts] for part in (self.completions, self.accepted, self.stopped))
+        return replace(self, **dict(zip(("completions", "accepted", "stopped"), parts, strict=True)))
 
     @cached_property
     def _blocks(self) -> dict[str, torch.Tensor]:

@@ -7,9 +7,7 @@ verification exposed, the drafter's own proposals) in one path, so that the two 
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +19,7 @@ from .limits import LIMITS
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
 from .sampling import SamplingParams
+from .stopwatch import Stopwatch
 from .target import Target
 from .vocabulary import to_draft_ids
 
@@ -141,7 +140,7 @@ def make_batch(
 
 @dataclass
 class ReplayMetrics:
-    """Sums over one optimizer step on one rank; ratios are taken after they are added over ranks."""
+    """What one optimizer step met on one rank, counted."""
 
     committed: int = 0
     verifications: int = 0
@@ -152,32 +151,18 @@ class ReplayMetrics:
     outside_vocab: int = 0
     accepted_by_slot: list[int] = field(default_factory=list)
     valid_by_slot: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def counts(self) -> list[int]:
-        """What is added over ranks, flat."""
-        totals = [self.committed, self.verifications, self.errors, self.blocks, self.supervised]
-        totals += [self.text_tokens, self.outside_vocab]
-        return [*totals, *self.accepted_by_slot, *self.valid_by_slot]
-
-    def with_counts(self, counts: list[float]) -> ReplayMetrics:
-        """The same with [`counts`] replaced by their sums over ranks."""
-        slots = len(self.accepted_by_slot)
-        return ReplayMetrics(*counts[:7], counts[7 : 7 + slots], counts[7 + slots :], self.seconds)
-
-    def logs(self) -> dict[str, float]:
-        """Names and values for the Trainer's log; acceptance only where texts were replayed on-policy."""
-        logged = {"replay/blocks": self.blocks, "replay/supervised_tokens": self.supervised}
-        logged.update({f"time/{name}": seconds for name, seconds in self.seconds.items()})
-        if self.text_tokens:
-            logged["replay/outside_vocab"] = self.outside_vocab / self.text_tokens
-        if self.verifications:
-            logged["acceptance/length"] = self.committed / self.verifications
-            logged["replay/error_share"] = self.errors / self.verifications
-            shares = zip(self.accepted_by_slot, self.valid_by_slot, strict=True)
-            for slot, (accepted, valid) in enumerate(shares, start=1):
-                logged[f"acceptance/slot_{slot}"] = accepted / max(valid, 1)
-        return logged
+    def figures(self) -> dict[str, tuple[int, int | None]]:
+        """By name, a part and its whole; without one, what is counted a step. Of a whole of 0 there is no figure."""
+        slots = enumerate(zip(self.accepted_by_slot, self.valid_by_slot, strict=True), start=1)
+        return {
+            "replay/blocks": (self.blocks, None),
+            "replay/supervised_tokens": (self.supervised, None),
+            "replay/outside_vocab": (self.outside_vocab, self.text_tokens),
+            "acceptance/length": (self.committed, self.verifications),
+            "replay/error_share": (self.errors, self.verifications),
+            **{f"acceptance/slot_{slot}": counts for slot, counts in slots},
+        }
 
 
 class BatchMaker:
@@ -200,6 +185,8 @@ class BatchMaker:
             proposals by default.
         anchors (`str`): Where on-policy blocks start: `exposed`, at the anchors verification of the current drafter
             has, or `random`, at as many others (an ablation). Proposals are the drafter's in both.
+        stopwatch ([`Stopwatch`], *optional*): Takes the times of the target's pass over the texts (`target_text`), of
+            finding and choosing blocks (`replay`) and of what the target says of them (`scoring`).
     """
 
     def __init__(
@@ -215,11 +202,13 @@ class BatchMaker:
         replay_ratio: float = 0.0,
         proposals: SamplingParams | None = None,
         anchors: str = "exposed",
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.target, self.drafter, self.streams = target, drafter, streams
         self.lmbda, self.num_anchors, self.num_chains, self.seed = lmbda, num_anchors, num_chains, seed
         self.buffer, self.replay_ratio = buffer, replay_ratio
         self.proposals, self.anchors = proposals, anchors
+        self.stopwatch = stopwatch or Stopwatch(target.device)
 
     def __call__(
         self, rollouts: list[Rollout], step: int, fresh: bool = False
@@ -236,9 +225,17 @@ class BatchMaker:
         num_draft_tokens = self.drafter.num_draft_tokens
         metrics = ReplayMetrics(accepted_by_slot=[0] * num_draft_tokens, valid_by_slot=[0] * num_draft_tokens)
         with self.target.uneven_forwards():
-            return [self._batch(rollout, step, fresh, metrics) for rollout in rollouts], metrics
+            made = [self._batch(rollout, step, fresh, metrics) for rollout in rollouts]
+        if self.buffer is not None:
+            # Only now, so that a step draws from earlier ones, into however many micro-steps its texts are split.
+            for rollout, (_, blocks) in zip(rollouts, made, strict=True):
+                self.buffer.add(rollout, blocks)
+        return [batch for batch, _ in made], metrics
 
-    def _batch(self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics) -> ReplayBatch:
+    def _batch(
+        self, rollout: Rollout, step: int, fresh: bool, metrics: ReplayMetrics
+    ) -> tuple[ReplayBatch, DraftBlocks]:
+        """The batch of one micro-step, and all blocks drafted on its new texts."""
         num_new = len(rollout)
         fresh = fresh and self.anchors == "exposed"
         generators = [
@@ -249,45 +246,48 @@ class BatchMaker:
         needs_scores = self.streams.rejected_weight > 0
         keeps_states = fresh and rollout.block_states is not None and not len(drawn_rows)
         cache = self.target.new_cache(*texts.tokens.shape) if needs_scores and not keeps_states else None
-        clock = time.perf_counter()
-        features, states = self.target.forward_text(texts.tokens, self.drafter.target_layer_ids, cache)
-        metrics.seconds["target_text"] += time.perf_counter() - clock
+        with self.stopwatch.measure("target_text"):
+            features, states = self.target.forward_text(texts.tokens, self.drafter.target_layer_ids, cache)
 
-        clock = time.perf_counter()
-        on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
-        new_features = features[:num_new, : rollout.tokens.shape[1]]
-        coupling = self._coupling(texts, states, step)
-        blocks, kept_states = self._drafted_blocks(rollout, fresh, new_features, on_policy_rows, coupling, generators)
-        self._count(rollout, blocks, on_policy_rows, metrics)
-        chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
-        if len(drawn_rows):
-            state = read_text(self.drafter, texts, features)
-            grid = grid_of(drawn_rows, drawn_anchors, len(texts))
-            drawn_blocks = draft_at(self.drafter, state, texts, *grid, coupling)
-            chosen_blocks = [*chosen_blocks, drawn_blocks]
-        if self.buffer is not None and len(blocks):
-            self.buffer.add(rollout, blocks)
-        on_policy = torch.cat(
-            [torch.full((len(part),), index > 0, device=features.device) for index, part in enumerate(chosen_blocks)]
-        )
-        metrics.seconds["replay"] += time.perf_counter() - clock
+        with self.stopwatch.measure("replay"):
+            on_policy_rows = [bool(torch.rand((), generator=generator) < self.lmbda) for generator in generators]
+            new_features = features[:num_new, : rollout.tokens.shape[1]]
+            coupling = self._coupling(texts, states, step)
+            blocks, kept_states = self._drafted_blocks(
+                rollout, fresh, new_features, on_policy_rows, coupling, generators
+            )
+            self._count(rollout, blocks, on_policy_rows, metrics)
+            chosen, chosen_blocks = self._choose(rollout, blocks, generators, on_policy_rows)
+            if len(drawn_rows):
+                state = read_text(self.drafter, texts, features)
+                grid = grid_of(drawn_rows, drawn_anchors, len(texts))
+                drawn_blocks = draft_at(self.drafter, state, texts, *grid, coupling)
+                chosen_blocks = [*chosen_blocks, drawn_blocks]
+            on_policy = torch.cat(
+                [
+                    torch.full((len(part),), index > 0, device=features.device)
+                    for index, part in enumerate(chosen_blocks)
+                ]
+            )
 
-        clock = time.perf_counter()
-        batch = make_batch(
-            self.target,
-            texts,
-            DraftBlocks.cat(chosen_blocks),
-            on_policy,
-            self.streams,
-            features,
-            states,
-            cache,
-            self._kept_states(kept_states[chosen], len(chosen_blocks[0])) if needs_scores and keeps_states else None,
-        )
-        metrics.seconds["scoring"] += time.perf_counter() - clock
+        with self.stopwatch.measure("scoring"):
+            kept = None
+            if needs_scores and keeps_states:
+                kept = self._kept_states(kept_states[chosen], len(chosen_blocks[0]))
+            batch = make_batch(
+                self.target,
+                texts,
+                DraftBlocks.cat(chosen_blocks),
+                on_policy,
+                self.streams,
+                features,
+                states,
+                cache,
+                kept,
+            )
         metrics.blocks += len(batch.blocks)
         metrics.supervised += int(((batch.accepted_weights > 0) | (batch.rejected_weights > 0)).sum())
-        return batch
+        return batch, blocks
 
     def _with_remembered(
         self, rollout: Rollout, generators: list[torch.Generator]
@@ -295,7 +295,7 @@ class BatchMaker:
         """New texts with those drawn from the buffer under them, and rows and anchors of the latter `(N,)`."""
         parts = [Rollout(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
         rows, anchors = [rollout.lengths[:0]], [rollout.lengths[:0]]
-        if self.buffer is not None and len(self.buffer):
+        if self.buffer is not None and len(self.buffer) and self.replay_ratio:
             whole, fraction = divmod(self.replay_ratio, 1)
             for generator in generators:
                 wanted = int(whole) + int(torch.rand((), generator=generator) < fraction)

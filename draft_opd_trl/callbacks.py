@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
-from transformers import TrainerCallback
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, rewrite_logs
+from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_callback import ProgressCallback
 
+from .errors import InputError
 from .traces import Trace
 from .viewer import marked_text, print_traces
 
@@ -50,6 +55,40 @@ class FirstEvaluationCallback(TrainerCallback):
         # The history of a resumed run may hold one.
         if not any(log["step"] == 0 for log in state.log_history):
             state.log_history[:0] = self.logs
+
+
+def open_in_run_folder(callbacks: Sequence[TrainerCallback], args: TrainingArguments) -> None:
+    """
+    Have TensorBoard write where `train()` would, from the first log on.
+
+    The Trainer's callback settles its folder when training begins, and what is logged before goes to `./runs`: an
+    evaluation before training would be a run of its own there, and share no plot with the one after.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(args.output_dir, default_logdir())
+
+
+def not_finite(what: str, step: int, args: TrainingArguments) -> InputError:
+    """The error that ends a run whose numbers broke."""
+    return InputError(
+        f"{what} at step {step}, with learning_rate {args.learning_rate:g} and max_grad_norm {args.max_grad_norm:g}: "
+        f"what follows would train nothing. Nothing of this step was saved; checkpoints in {args.output_dir} are from "
+        "before. Start from one with a lower learning_rate, a longer warmup or a smaller max_grad_norm, and check "
+        "that drafter and target are finite in their dtype."
+    )
+
+
+class FiniteWeightsCallback(TrainerCallback):
+    """Ends a run at the step that made a weight NaN or infinite, before anything is logged, saved or decoded."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        # The largest magnitude: it cannot overflow, and one number is fetched for all.
+        largest = torch.nn.utils.get_total_norm([weight for weight in weights if weight.numel()], float("inf"))
+        if not torch.isfinite(largest):
+            raise not_finite("A weight of the drafter is not finite", state.global_step, args)
 
 
 class TraceCallback(TrainerCallback):

@@ -21,47 +21,17 @@ from .drafters.base import Drafter
 from .report import save_report
 from .results import ResultsFile
 from .speculation import SpeculationSettings, speculate
+from .stopwatch import Stopwatch
 from .target import Target
-
-
-class _Stopwatch:
-    """Adds up the time that calls take; on CUDA by events, so that nothing waits for the measurement."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def timed(self, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            if self._on_cuda:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                output = function(*args, **kwargs)
-                end.record()
-                self._events.append((begin, end))
-                return output
-            start = time.perf_counter()
-            output = function(*args, **kwargs)
-            self._seconds += time.perf_counter() - start
-            return output
-
-        return call
-
-    def read(self) -> float:
-        """Seconds since the last reading; the device must have come to the end of the calls."""
-        seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        self._seconds, self._events = 0.0, []
-        return seconds
 
 
 class _Timed:
     """A target or a drafter, some of whose methods are timed. Speculation itself knows no clock."""
 
-    def __init__(self, subject: Any, stopwatch: _Stopwatch, methods: Sequence[str]) -> None:
+    def __init__(self, subject: Any, stopwatch: Stopwatch, phase: str, methods: Sequence[str]) -> None:
         self._subject = subject
         for name in methods:
-            setattr(self, name, stopwatch.timed(getattr(subject, name)))
+            setattr(self, name, stopwatch.timed(phase, getattr(subject, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._subject, name)
@@ -89,9 +59,9 @@ def measure_acceptance(
         on_text (`Callable`, *optional*): Called as soon as a text has ended, as `on_text(prompt, report)`, with the
             report of this text alone. Its seconds are those since the text that ended before.
     """
-    drafting, verifying = _Stopwatch(target.device), _Stopwatch(target.device)
-    timed_target = _Timed(target, verifying, ("forward_cached", "logits"))
-    timed_drafter = None if drafter is None else _Timed(drafter, drafting, ("propose", "extend"))
+    stopwatch = Stopwatch(target.device)
+    timed_target = _Timed(target, stopwatch, "verify", ("forward_cached", "logits"))
+    timed_drafter = None if drafter is None else _Timed(drafter, stopwatch, "draft", ("propose", "extend"))
     num_draft_tokens = 0 if drafter is None else drafter.num_draft_tokens
     reports: list[AcceptanceReport] = [None] * len(prompts)
     start = last = time.perf_counter()
@@ -100,7 +70,8 @@ def measure_acceptance(
         nonlocal last
         now = time.perf_counter()
         stopped = completion[-1] in settings.stop_token_ids
-        times = (now - last, drafting.read(), verifying.read())
+        spent = stopwatch.read()
+        times = (now - last, spent.get("draft", 0.0), spent.get("verify", 0.0))
         reports[prompt] = AcceptanceReport(num_draft_tokens, [completion], [accepted], [stopped], *times)
         if on_text is not None:
             on_text(prompt, reports[prompt])

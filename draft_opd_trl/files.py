@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .errors import EnvironmentFault
-
 from .errors import EnvironmentFault, UserError
 
 

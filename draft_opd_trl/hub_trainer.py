@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
 from peft import PeftModel
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -54,16 +54,56 @@ class HubTrainer(_BaseTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(FirstEvaluationCallback())
         self._overruled = _overruled(self.optimizer, self.lr_scheduler)
+        self._saved: tuple[Path, int] | None = None
 
     @property
     def _repo(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
-        """Write `README.md` into `output_dir`, from this project's own template."""
+    @property
+    def law(self) -> str:
+        """How evaluation decodes, in words."""
+        return f"temperature {self.args.temperature:g}{' with drawn proposals' if self.args.sample_proposals else ''}"
+
+    @property
+    def weights_step(self) -> int:
+        """Optimizer steps that the drafter as it stands has seen: fewer than the run's where its best was loaded."""
+        best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
+        return best or self.state.global_step
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """[`~transformers.Trainer.train`]."""
+        self._saved = None
+        return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the drafter, and beside it the card of the run so far.
+
+        Args:
+            output_dir (`str`, *optional*): Folder; the run's own by default.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:  # which is a checkpoint, or a push that writes its card itself
+            self._saved = Path(output_dir or self.args.output_dir), self.weights_step
+            self.renew_card()
+
+    def renew_card(self) -> None:
+        """Render the card of the folder saved last anew, if these weights are the ones it holds."""
+        if self._saved is not None and self._saved[1] == self.weights_step:
+            self.create_model_card(folder=self._saved[0])
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Any = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Write `README.md` into `folder`, by default `output_dir`, from this project's own template."""
         if self.is_world_process_zero():
             self._card = partial(self._write_card, model_name, dataset_name, tags)
-            self._card(Path(self.args.output_dir), self._adapter)
+            self._card(folder or Path(self.args.output_dir), self._adapter)
 
     @property
     def _adapter(self) -> str | None:
@@ -77,7 +117,6 @@ class HubTrainer(_BaseTrainer):
     ) -> None:
         args, state = self.args, self.state
         settings = {**args.to_dict(), "world_size": args.world_size, **self._overruled}
-        best = args.load_best_model_at_end and not self.is_in_train and state.best_global_step
         write_model_card(
             folder / "README.md",
             model_name or self._repo,
@@ -86,10 +125,10 @@ class HubTrainer(_BaseTrainer):
             self.target_revision,
             [*TAGS, *([tags] if isinstance(tags, str) else tags or [])],
             TrainingRun(
-                step=best or state.global_step,
+                step=self.weights_step,
                 history=state.log_history,
                 recipe={name: settings[name] for name in RECIPE if settings[name] is not None},
-                law=f"temperature {args.temperature:g}{' with drawn proposals' if args.sample_proposals else ''}",
+                law=self.law,
                 tokens=state.num_input_tokens_seen,
                 dataset_name=dataset_name,
             ),

@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Evaluation:
         prompts (`int`): How many.
         acceptance_length (`float`): τ.
         by_slot (`list[float]`): Share of blocks whose first k proposals were all accepted.
+        interval (`list[float]`): 95 % interval of τ; empty where none was logged.
+        change (`list[float]`): τ − τ before training, paired by prompt, and its interval; empty where there is none.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Evaluation:
     prompts: int
     acceptance_length: float
     by_slot: list[float]
+    interval: list[float] = field(default_factory=list)
+    change: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -94,6 +98,7 @@ def _read(log: dict[str, Any]) -> list[Evaluation]:
     for match in filter(None, (re.fullmatch(r"(\w+)_acceptance_length", key) for key in log)):
         prefix = match[1]
         slots = (f"{prefix}_acceptance_slot_{k}" for k in itertools.count(1))
+        change = f"{match[0]}_change"
         evaluations.append(
             Evaluation(
                 name=prefix.removeprefix("eval").strip("_"),
@@ -101,6 +106,8 @@ def _read(log: dict[str, Any]) -> list[Evaluation]:
                 prompts=log[f"{prefix}_prompts"],
                 acceptance_length=round(log[match[0]], 4),
                 by_slot=[round(log[slot], 4) for slot in itertools.takewhile(log.__contains__, slots)],
+                interval=[log[key] for key in (f"{match[0]}_low", f"{match[0]}_high") if key in log],
+                change=[log[key] for key in (f"{change}{end}" for end in ("", "_low", "_high")) if key in log],
             )
         )
     return evaluations

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .before_after import BeforeAfter
 from .config import DraftOPDConfig
 from .errors import Interrupted, UserError
 from .feed import BatchFeed
@@ -80,6 +81,7 @@ class ResumingTrainer(HubTrainer):
 
     feed: BatchFeed
     error_buffer: ErrorBuffer
+    measured: BeforeAfter
     source: RolloutSource
     _aside: Path | None = None
 
@@ -126,7 +128,7 @@ class ResumingTrainer(HubTrainer):
     def _remembering(self) -> dict[str, Any]:
         """What holds more of a run than its settings say, by name."""
         cached = {"source": self.source} if isinstance(self.source, CachedSource) else {}
-        return {"feed": self.feed, "error_buffer": self.error_buffer, **cached}
+        return {"feed": self.feed, "error_buffer": self.error_buffer, "measured": self.measured, **cached}
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ from .target import Target
 from .text_cache import TextCache
 
 
-# Takes a metric's name and value.
-Log = Callable[[str, float], None]
+# Takes a metric's name, and how many of how many: who logs adds them up before dividing.
+Log = Callable[[str, int, int], None]
 # A server many of whose texts are wrong serves something else; one of many may be an odd tokenisation.
 MAX_DROPPED = 0.2
 # Texts of a server before it is judged, and those it is judged by: enough to tell another law, too few for the last
@@ -106,7 +106,7 @@ class ServerSource:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         fallback ([`DecodingSource`]): The target alone, for texts that were dropped.
         keep (`Callable`): Called as `keep(prompts, completions, draw)` with texts as they arrive.
-        log (`Callable`): Takes a metric's name and value.
+        log (`Callable`): Takes a metric's name, and how many of how many.
         progress (`bool`): Show a progress bar.
     """
 
@@ -161,7 +161,7 @@ class ServerSource:
                     "asked for again."
                 ) from error
         dropped = [index for index in range(len(rows)) if index not in texts]
-        self.log("rollout/dropped", len(dropped) / len(rows))
+        self.log("rollout/dropped", len(dropped), len(rows))
         if dropped:
             written = self.fallback.write([rows[index] for index in dropped], draw).completions()
             texts |= dict(zip(dropped, written, strict=True))
@@ -232,7 +232,7 @@ class CachedSource:
     Args:
         source ([`RolloutSource`]): Writes what is missing.
         cache ([`TextCache`]): Keeps it.
-        log (`Callable`): Takes a metric's name and value.
+        log (`Callable`): Takes a metric's name, and how many of how many.
         pad_token_id (`int`), device (`torch.device`): For texts that are read.
     """
 
@@ -252,7 +252,7 @@ class CachedSource:
         prompts = _prompts(rows)
         texts = self.cache.find(prompts, draw)
         missing = [index for index, text in enumerate(texts) if text is None]
-        self.log("rollout/cached", 1 - len(missing) / len(rows))
+        self.log("rollout/cached", len(rows) - len(missing), len(rows))
         if missing:
             rollout = self.source.write([rows[index] for index in missing], draw)
             written = rollout.completions()
@@ -289,7 +289,7 @@ def build_source(
         target ([`Target`]), drafter ([`Drafter`]): Bound to each other.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         settings ([`SpeculationSettings`]): Law and lengths.
-        log (`Callable`): Takes a metric's name and value.
+        log (`Callable`): Takes a metric's name, and how many of how many.
         progress (`bool`, *optional*, defaults to `False`): Show progress of slow sources.
     """
     if args.rollout_source == "dataset":

@@ -201,13 +201,6 @@ def _differing(checkpoint: Path, settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before[name]} there, {now[name]} here" for name in names)
 
 
-def logged_before_training(checkpoint: str | os.PathLike, metric: str) -> dict[str, float] | None:
-    """The evaluation made before the first step, if the run's history holds one that measured `metric`."""
-    history = json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8")).get("log_history", [])
-    found = next((log for log in history if log.get("step") == 0 and metric in log), None)
-    return None if found is None else {name: value for name, value in found.items() if name not in ("step", "epoch")}
-
-
 # -- names ------------------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,6 @@ Knows no masks, no tensor maths and no drafter names.
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -28,8 +26,9 @@ from ._trl_compat import (
     identity,
 )
 from .acceptance import AcceptanceReport, join_reports
-from .batching import BatchMaker, ReplayMetrics, StreamSettings
-from .callbacks import AcceptanceProgressCallback, TraceCallback
+from .batching import BatchMaker, StreamSettings
+from .before_after import BeforeAfter
+from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
@@ -56,6 +55,7 @@ from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
 from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
+from .run_log import RunLog
 from .sampling import SamplingParams
 from .sharding import check_parallelism, gathered, shard
 from .speculation import SpeculationSettings
@@ -171,6 +171,10 @@ class DraftOPDTrainer(ResumingTrainer):
             self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
         self.remove_callback(PrinterCallback)
         self.add_callback(TraceCallback(self.example_traces, self.callback_handler.callbacks))
+        self.add_callback(FiniteWeightsCallback())
+        # A loss that is not finite ends the run; the filter would wait for the device at every micro-step to hide it.
+        args.logging_nan_inf_filter = False
+        open_in_run_folder(self.callback_handler.callbacks, args)
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
             sampling = self.speculation_settings().sampling
@@ -204,6 +208,8 @@ class DraftOPDTrainer(ResumingTrainer):
             drafter.sft_decay if args.sft_decay is None else args.sft_decay,
             args.whole_blocks,
         )
+        self.run_log = RunLog(self.accelerator, drafter.num_draft_tokens)
+        self._measure = self.run_log.stopwatch.measure
         batch_maker = BatchMaker(
             self.target,
             drafter,
@@ -216,6 +222,7 @@ class DraftOPDTrainer(ResumingTrainer):
             args.replay_ratio,
             self.speculation_settings().sampling if args.sample_proposals else None,
             args.anchors,
+            self.run_log.stopwatch,
         )
         self.feed = BatchFeed(
             self._write_texts,
@@ -226,8 +233,7 @@ class DraftOPDTrainer(ResumingTrainer):
             args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
-        self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.measured = BeforeAfter()
         self.last_acceptance_length: float | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -282,48 +288,36 @@ class DraftOPDTrainer(ResumingTrainer):
             self.drafter,
             self.processing_class,
             self.speculation_settings(keep_states=args.rejected_weight > 0 and on_policy),
-            lambda name, value: self._metrics[name].append(value),
+            self.run_log.add,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
         )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
-        start = time.perf_counter()
         if self.args.lmbda_end is not None:
             done = self.state.global_step / max(self.state.max_steps - 1, 1)
             self.feed.make_batches.lmbda = self.args.lmbda + done * (self.args.lmbda_end - self.args.lmbda)
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
-        with self._drafter_as_served():
+        with self._measure("prepare"), self._drafter_as_served():
             batch, met = self.feed.next(generation_batch, self.state.global_step)
         if met is not None:
-            self._log_replay(met)
-        self._seconds["prepare"] += time.perf_counter() - start
+            for name, counts in met.figures().items():
+                self.run_log.add(name, *counts)
+            if self.args.replay_buffer_size:
+                self.run_log.add("replay/buffer", len(self.error_buffer))
         return batch
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
-        start = time.perf_counter()
         draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0
-        with self.target.uneven_forwards():
+        with self._measure("rollout"), self.target.uneven_forwards():
             rollout = self.source.write(rows, draw)
-        self._metrics["time/rollout"].append(time.perf_counter() - start)
-        lengths = self.accelerator.gather(rollout.completion_lengths).float()
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths).sum())
-        self._metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        for name in ("mean", "min", "max"):
-            self._metrics[f"completions/{name}_length"].append(getattr(lengths, name)().item())
+        lengths = rollout.completion_lengths
+        for name, count in (("mean", lengths.sum()), ("min", lengths.min()), ("max", lengths.max())):
+            self.run_log.add(f"completions/{name}_length", int(count), len(rollout))
         ends = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)
         clipped = ~torch.isin(ends, torch.tensor(self.stop_token_ids, device=ends.device))
-        self._metrics["completions/clipped_ratio"].append(self.accelerator.gather(clipped).float().mean().item())
+        self.run_log.add("completions/clipped_ratio", int(clipped.sum()), len(rollout))
+        self.run_log.add("num_tokens", int(rollout.lengths.sum()))
         return rollout
-
-    def _log_replay(self, local: ReplayMetrics) -> None:
-        counts = torch.tensor(local.counts(), device=self.accelerator.device, dtype=torch.long)
-        totals = local.with_counts(self.accelerator.reduce(counts, "sum").tolist())
-        if totals.verifications:
-            self.last_acceptance_length = totals.committed / totals.verifications
-        for name, value in totals.logs().items():
-            self._metrics[name].append(value)
-        if self.args.replay_buffer_size:
-            self._metrics["replay/buffer"].append(len(self.error_buffer))
 
     def _before_training(self) -> None:
         """Say how much memory a step will take."""
@@ -340,16 +334,16 @@ class DraftOPDTrainer(ResumingTrainer):
 
     def compute_loss(self, model, inputs: ReplayBatch, return_outputs: bool = False, num_items_in_batch: Any = None):
         """Two-stream loss over the global denominator; `num_items_in_batch` of the Trainer is not used."""
-        start = time.perf_counter()
         unwrapped = self.accelerator.unwrap_model(model)
-        parts = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs)
-        for name in ("accepted_loss", "rejected_loss"):
-            if name == "accepted_loss" or inputs.draft_states is not None:
-                mean = self.accelerator.reduce(parts[name] / inputs.denominator.clamp(min=1e-8), "mean")
-                self._metrics[f"loss/{name.removesuffix('_loss')}"].append(mean)
+        with self._measure("forward"):
+            parts = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs)
+        # The denominator is the whole step's, on every micro-step.
+        weight = inputs.denominator / self.args.gradient_accumulation_steps
+        self.run_log.add("loss/accepted", parts["accepted_loss"], weight)
+        if inputs.draft_states is not None:
+            self.run_log.add("loss/rejected", parts["rejected_loss"], weight)
         if self.args.replay_by_loss:
             self.error_buffer.note(inputs.tokens, inputs.lengths, inputs.blocks, parts["block_losses"])
-        self._seconds["forward"] += time.perf_counter() - start
         return (parts["loss"], None) if return_outputs else parts["loss"]
 
     def _compute_loss(self, model: Drafter | PeftModel, inputs: ReplayBatch) -> dict[str, torch.Tensor]:
@@ -361,31 +355,40 @@ class DraftOPDTrainer(ResumingTrainer):
             return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        start = time.perf_counter()
-        output = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["step"] += time.perf_counter() - start
+        with self._measure("step"):
+            output = super().training_step(model, inputs, num_items_in_batch)
         if self.feed.micro_steps % self.args.gradient_accumulation_steps == 0:
-            spent = self._seconds
-            self._metrics["step_time"].append(spent["step"])
-            self._metrics["time/forward"].append(spent["forward"])
-            self._metrics["time/backward"].append(spent["step"] - spent["prepare"] - spent["forward"])
-            self._seconds = defaultdict(float)
+            self._end_step()
         return output
+
+    def _end_step(self) -> None:
+        """Before the optimizer moves: what the step's gradients come from, over all ranks."""
+        totals = self.run_log.end_step()
+        self.state.num_input_tokens_seen += int(totals.get("num_tokens", (0, 0))[0])
+        if "acceptance/length" in totals:
+            committed, verifications = totals["acceptance/length"]
+            self.last_acceptance_length = committed / verifications
+        for name in ("loss/accepted", "loss/rejected"):
+            if name in totals and not math.isfinite(totals[name][0]):
+                raise not_finite(f"{name} is {totals[name][0]}", self.state.global_step + 1, self.args)
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport | None:
-        """This rank's share of `eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively; `None` of none."""
+    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
+        """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together; on every rank."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = list(dataset["prompt_ids"])[rank::world]
+        prompts = list(dataset["prompt_ids"])
+        share = prompts[rank::world]
         generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1000003 * rank)
+        reports = []
         with self._drafter_as_served(), self.target.uneven_forwards():
-            if not prompts:
-                return None
-            return measure_acceptance(
-                self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
-            )
+            if share:
+                settings = self.speculation_settings()
+                reports.append(measure_acceptance(self.target, self.drafter, share, settings, generator, progress))
+        dealt = [text for first in range(world) for text in range(first, len(prompts), world)]
+        order = sorted(range(len(dealt)), key=dealt.__getitem__)
+        return join_reports(gather_object(reports), at_once=True).select(order)
 
     def evaluate(
         self,
@@ -404,7 +407,9 @@ class DraftOPDTrainer(ResumingTrainer):
         Returns:
             `dict` of all of [`AcceptanceReport.metrics`]: `eval_acceptance_length` with `_low` and `_high` (95 % over
             prompts), `eval_acceptance_slot_<k>`, `eval_acceptance_length_from_<position>`,
-            `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput.
+            `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput. Where the same prompts were
+            evaluated before the first step, also `eval_acceptance_length_change` with `_low` and `_high`: the
+            difference of τ, paired by prompt.
 
         Raises:
             `ValueError`: There is no evaluation data set.
@@ -421,24 +426,35 @@ class DraftOPDTrainer(ResumingTrainer):
             dataset = self._tokenize(dataset, "eval_dataset")
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
-        metrics = join_reports(gather_object([] if report is None else [report]), at_once=True).metrics(
-            metric_key_prefix
-        )
-        with in_eval_mode(self.model):
-            self.log(metrics)
+        self.measured.note(metric_key_prefix, dataset["prompt_ids"], report, self.weights_step)
+        metrics = report.metrics(metric_key_prefix)
+        change = self.measured.change(metric_key_prefix)
+        if change is not None:
+            ends = {"": "mean", "_low": "low", "_high": "high"}
+            tau = f"{metric_key_prefix}_acceptance_length_change"
+            metrics |= {tau + end: change[key] for end, key in ends.items()}
+        self.log(metrics)
+        self.state.log_history[-1]["step"] = self.weights_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.renew_card()
         return metrics
 
     # -- logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            for name, values in self._metrics.items():
-                finite = [value for value in map(float, values) if not math.isnan(value)]
-                if finite:
-                    logs[name] = sum(finite) / len(finite)
-            self._metrics.clear()
+        """Beside the loss of a logging window, or at the end of training, all that was counted in the window."""
+        if "loss" in logs or "train_loss" in logs:
+            logs.update(self.window_figures("loss" in logs))
         super().log(logs, start_time)
+
+    def window_figures(self, with_loss: bool = True) -> dict[str, float]:
+        """What the steps since the last call came to, by name (see the documentation's list of metrics)."""
+        figures = self.run_log.take()
+        if figures:
+            figures["num_tokens"] = self.state.num_input_tokens_seen
+        streams = [figures[name] for name in ("loss/accepted", "loss/rejected") if name in figures]
+        # The Trainer's own is a mean over steps whose denominators differ.
+        return {**figures, "loss": sum(streams)} if streams and with_loss else figures
 
     def example_traces(self) -> list[Trace]:
         """A few of the texts in use, as this drafter would speed them up now by its argmax."""

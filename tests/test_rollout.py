@@ -83,13 +83,13 @@ class Counting:
         return self.source.write(rows, draw)
 
 
-def cached(folder, source, log=lambda name, value: None):
+def cached(folder, source, log=lambda *logged: None):
     return CachedSource(source, TextCache(folder, {}), log, 9, torch.device("cpu"))
 
 
 def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
     inner, logged = Counting(sources()["speculation"]), []
-    source = cached(tmp_path, inner, lambda name, value: logged.append((name, value)))
+    source = cached(tmp_path, inner, lambda *counts: logged.append(counts))
     first = source.write(ROWS[:1])
     assert first.blocks is not None and first.block_states is not None  # untouched on the way
     both = source.write(ROWS)
@@ -99,7 +99,7 @@ def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
     assert source.write(ROWS[::-1]).completions() == both.completions()[::-1]
     source.write(ROWS[:1], draw=1)
     assert inner.asked == [([[1, 2]], 0), ([[5]], 0), ([[1, 2]], 1)]
-    assert logged == [("rollout/cached", share) for share in (0.0, 0.5, 1.0, 0.0)]
+    assert logged == [("rollout/cached", *counts) for counts in ((0, 1), (1, 2), (2, 2), (0, 1))]
 
 
 # A server that serves the target, or something like it.
@@ -133,7 +133,7 @@ def serving(target, change=lambda prompt, ids: ids, sampling=SETTINGS.sampling, 
     return CompletionsServer(answer, TOKENIZER, **options)
 
 
-def source_of(url, target, keep=lambda *kept: None, log=lambda name, value: None, sampling=SETTINGS.sampling):
+def source_of(url, target, keep=lambda *kept: None, log=lambda *logged: None, sampling=SETTINGS.sampling):
     settings = SpeculationSettings(20, STOPS, sampling)
     client = CompletionsClient(
         url, sampling, 20, STOPS, lambda ids: _faithful_text(TOKENIZER, ids), max_retries=1, concurrency=2
@@ -153,12 +153,13 @@ def own_texts(target, prompts):
     "shape", [{}, {"returns_ids": False}, {"takes_ids": False}], ids=["ids", "ids in, text out", "text"]
 )
 def test_a_server_writes_the_targets_text(target, shape):
-    logged = {}
+    logged = []
     with serving(target, **shape) as server:
-        texts = source_of(server.url, target, log=logged.__setitem__).write(rows_of(LETTERS)).completions()
+        source = source_of(server.url, target, log=lambda *counts: logged.append(counts))
+        texts = source.write(rows_of(LETTERS)).completions()
     assert texts == own_texts(target, LETTERS)
     assert {text[-1] for text in texts} > set(STOPS)
-    assert logged == {"rollout/dropped": 0.0}
+    assert logged == [("rollout/dropped", 0, len(LETTERS))]
 
 
 @pytest.mark.parametrize(
@@ -173,12 +174,13 @@ def test_a_server_writes_the_targets_text(target, shape):
 def test_wrong_texts_are_dropped_counted_and_written_by_the_target(target, wrong):
     whole = own_texts(target, LETTERS)
     bad = [prompt for prompt, text in zip(LETTERS, whole, strict=True) if len(text) == 20][:2]
-    logged, kept = {}, []
+    logged, kept = [], []
     with serving(target, lambda prompt, ids: wrong(ids) if prompt in bad else ids) as server:
-        source = source_of(server.url, target, lambda prompts, *_: kept.extend(prompts), logged.__setitem__)
+        keep, log = (lambda prompts, *_: kept.extend(prompts)), (lambda *counts: logged.append(counts))
+        source = source_of(server.url, target, keep, log)
         texts = source.write(rows_of(LETTERS)).completions()
     assert texts == whole
-    assert logged == {"rollout/dropped": 0.1}
+    assert logged == [("rollout/dropped", len(bad), len(LETTERS))]
     assert sorted(kept) == sorted(prompt for prompt in LETTERS if prompt not in bad)
 
 

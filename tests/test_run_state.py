@@ -17,7 +17,6 @@ from draft_opd_trl.run_state import (
     find_checkpoint,
     first_checkpoint,
     load_state,
-    logged_before_training,
     newest_whole_checkpoint,
     publish,
     rotate,
@@ -190,12 +189,6 @@ def test_rotation_counts_whole_ones_by_the_time_they_were_saved(run):
     rotate(run, 1, {run / "checkpoint-2", run / "checkpoint-10"})
     assert len(checkpoints_in(run)) == 3
     assert not (run / ASIDE).exists()
-
-
-def test_the_evaluation_before_training_is_in_the_history(run):
-    found = logged_before_training(run / "checkpoint-10", "eval_acceptance_length")
-    assert found == {"eval_acceptance_length": 2.5}
-    assert logged_before_training(run / "checkpoint-10", "eval_other") is None
 
 
 def test_state_is_tensors_and_plain_values(tmp_path):

@@ -203,9 +203,10 @@ def test_transformers_serve_writes_what_the_target_writes(transformers_serve, te
         lambda ids: _faithful_text(tokenizer, ids),
         concurrency=4,
     )
-    alone, logged = DecodingSource(Target(model), None, settings, 0), {}
-    texts = ServerSource(client, tokenizer, alone, lambda *kept: None, logged.__setitem__).write(rows)
-    assert client.takes_ids is False and logged == {"rollout/dropped": 0.0}
+    alone, logged = DecodingSource(Target(model), None, settings, 0), []
+    source = ServerSource(client, tokenizer, alone, lambda *kept: None, lambda *counts: logged.append(counts))
+    texts = source.write(rows)
+    assert client.takes_ids is False and logged == [("rollout/dropped", 0, len(rows))]
     if temperature == 0:
         assert texts.completions() == alone.write(rows).completions()
     else:

@@ -9,6 +9,7 @@ Prompts are an id on the Hub, a folder written by `save_to_disk`, or a local .js
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import DraftOPDConfig
@@ -32,9 +33,9 @@ BARE = {"resume_from_checkpoint": "true"}
 def run(
     arguments: TrainArguments, quantization: QuantizationArguments, adapter: AdapterArguments, config: DraftOPDConfig
 ) -> dict[str, Any]:
-        from ..resuming import where_to_start
+    from ..before_after import results_of, write_results
+    from ..resuming import where_to_start
     from ..rows import hold_out, load_prompts
-    from ..run_state import logged_before_training
     from ..trainer import DraftOPDTrainer
 
     # Before anything expensive.
@@ -50,22 +51,33 @@ def run(
         peft_config=adapter.peft_config(),
         quantization_config=quantization.quantization_config(),
     )
+    # A resumed run remembers what was measured before its first step.
+    if held_out is not None and checkpoint is None:
+        trainer.evaluate()
     result: dict[str, Any] = {"output_dir": config.output_dir}
-    if held_out is not None:
-        before = checkpoint and logged_before_training(checkpoint, "eval_acceptance_length")
-        result["before"] = before or trainer.evaluate()
     result["train"] = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model()
     if held_out is not None:
-        result["after"] = trainer.evaluate()
+        trainer.evaluate()
+        called = _names(arguments.model_name_or_path, config.output_dir)
+        result |= results_of(trainer.measured, "eval", called, trainer.law)
+        if trainer.is_world_process_zero():
+            write_results(result, Path(config.output_dir))
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
     return result
 
 
+def _names(start: str, output: str) -> tuple[str, str]:
+    """What a table calls the drafter that was given and the one that was trained."""
+    given, trained = Path(start).absolute().name, Path(output).absolute().name
+    return ("start" if given == trained else given), trained
+
+
 def show(result: dict[str, Any]) -> str:
     lines = [f"drafter written to {result['output_dir']}"]
-    if "before" in result:
-        before, after = (result[when]["eval_acceptance_length"] for when in ("before", "after"))
-        lines.append(f"acceptance length: {before:.3f} before, {after:.3f} after")
+    if "table" in result:
+        lines += ["", f"{result['prompts']} held-out prompts, {result['law']}", "", result["table"]]
+        if result["before"] is None:
+            lines += ["", "Not measured before training on these prompts, so there is no change to tell."]
     return "\n".join(lines)

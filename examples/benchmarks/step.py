@@ -106,10 +106,10 @@ class Arm:
         end = time.perf_counter()
         self.seconds["optimizer"] += end - middle
         trainer.state.global_step += 1
-        for name, values in trainer._metrics.items():
-            self.seconds[name.removeprefix("time/")] += sum(values)
-        self.blocks += trainer._metrics["replay/blocks"]
-        trainer._metrics.clear()
+        figures = trainer.window_figures()
+        for name, value in figures.items():
+            self.seconds[name.removeprefix("time/")] += value
+        self.blocks.append(figures["replay/blocks"])
         return end - start
 
     def parts(self, steps: int) -> dict[str, float]:
