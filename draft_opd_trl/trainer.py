@@ -50,7 +50,7 @@ from .loading import (
 from .losses import Heads, LossSettings, batch_loss
 from .model_card import cached_revision
 from .planning import announce_plan
-from .prompts import tokenize_dataset
+from .prompts import check_fit, tokenize_dataset, warn_of_open_ends
 from .records import ReplayBatch, Rollout
 from .replay import ErrorBuffer
 from .resuming import ResumingTrainer
@@ -76,7 +76,8 @@ class DraftOPDTrainer(ResumingTrainer):
             Configuration.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Prompts: a `prompt` column, plain or conversational, or `prompt_ids`. With `rollout_source="dataset"`
-            also `completion` or `completion_ids`. Needed to train, not to evaluate.
+            also `completion` or `completion_ids`. Or whole conversations in `messages`. Needed to train, not to
+            evaluate.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Prompts that [`evaluate`] decodes.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -142,6 +143,7 @@ class DraftOPDTrainer(ResumingTrainer):
             self.target_revision = cached_revision(teacher_model, revision)
         self.drafter: Drafter = drafter.bind(self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
+        self._check_fit(train_dataset, eval_dataset, args)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
         model = drafter
         if peft_config is not None:
@@ -237,6 +239,17 @@ class DraftOPDTrainer(ResumingTrainer):
         self.last_acceptance_length: float | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------
+
+    def _check_fit(
+        self, train: Dataset | None, evaluation: Dataset | dict[str, Dataset] | None, args: DraftOPDConfig
+    ) -> None:
+        """Tokenised texts must fit the target, and its own texts must end as it ends them."""
+        parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+        given = {name: part for name, part in {"train_dataset": train, **parts}.items() if part is not None}
+        sizes = (self.target.vocab_size, self.target.context_length, args.max_completion_length)
+        check_fit(given, *sizes, self.drafter.num_draft_tokens)
+        if train is not None and args.rollout_source == "dataset":
+            warn_of_open_ends(train, self.stop_token_ids, args.max_completion_length, "train_dataset")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -424,6 +437,7 @@ class DraftOPDTrainer(ResumingTrainer):
             return metrics
         if "prompt_ids" not in dataset.column_names:
             dataset = self._tokenize(dataset, "eval_dataset")
+            self._check_fit(None, dataset, self.args)
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
         self.measured.note(metric_key_prefix, dataset["prompt_ids"], report, self.weights_step)

@@ -32,6 +32,7 @@ LAYERS = (
     ("records",),
     (
         "sampling",
+        "chat_template",
         "prompts",
         "losses",
         "verification",

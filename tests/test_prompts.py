@@ -1,9 +1,20 @@
-"""Data-set rows to token ids: plain and conversational, thinking on and off, limits, and every error."""
+"""Data-set rows to token ids: plain and conversational, thinking on and off, tools, limits, and every error."""
+
+import json
+import logging
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
-from draft_opd_trl.prompts import check_columns, completion_ids, prompt_ids, tokenize_dataset
+from draft_opd_trl.prompts import (
+    check_columns,
+    check_fit,
+    completion_ids,
+    prompt_ids,
+    tokenize_dataset,
+    warn_of_open_ends,
+)
 
 
 # The tiny tokenizer: <|end|> 0, <|user|> 1, <|assistant|> 2, <|system|> 3, <|nothink|> 4, then a = 5, b = 6, c = 7 …
@@ -40,7 +51,8 @@ def test_messages_without_a_template(tokenizer):
 
 
 def test_completions(tokenizer):
-    assert completion_ids("ab", "ca", tokenizer) == [7, 5]
+    # Plain text gets the stop token, once.
+    assert completion_ids("ab", "ca", tokenizer) == completion_ids("ab", "ca<|end|>", tokenizer) == [7, 5, 0]
     # What the template writes after the prompt, stop token included.
     assert completion_ids(USER, ANSWER, tokenizer) == [7, 0]
 
@@ -71,7 +83,7 @@ def test_dataset_with_completions(tokenizer):
     rows = Dataset.from_dict({"prompt": ["ab"], "completion": ["c"]})
     assert tokenize_dataset(rows, tokenizer, 8, needs_completions=True)[0] == {
         "prompt_ids": [5, 6],
-        "completion_ids": [7],
+        "completion_ids": [7, 0],
     }
     assert tokenize_dataset(rows, tokenizer, 8)[0] == {"prompt_ids": [5, 6]}
 
@@ -112,7 +124,10 @@ def test_unknown_columns():
 def test_missing_completions():
     rows = Dataset.from_dict({"prompt": ["a"]})
     check_columns(rows, False, "train_dataset")
-    with pytest.raises(ValueError, match="rollout_source='dataset' reads texts.*'completion_ids'. Add one, or use"):
+    with pytest.raises(
+        ValueError,
+        match="rollout_source='dataset' reads texts.*'completion_ids' or 'messages'. Add",
+    ):
         check_columns(rows, True, "train_dataset")
 
 
@@ -120,3 +135,174 @@ def test_a_stream_is_refused():
     stream = Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()
     with pytest.raises(TypeError, match="is a IterableDataset; prompts must be a `datasets.Dataset`"):
         check_columns(stream, False, "train_dataset")
+
+
+# -- whole conversations -------------------------------------------------------------------------------------------
+
+CONVERSATION = [*USER, *ANSWER, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What was warned of, as one text."""
+    logging.getLogger("draft_opd_trl").addHandler(caplog.handler)
+    yield lambda: " ".join(record.getMessage() for record in caplog.records)
+    logging.getLogger("draft_opd_trl").removeHandler(caplog.handler)
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused(tokenizer):
+    rows = Dataset.from_dict({"prompt": [USER, CONVERSATION]})
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The prompt ends with an assistant's turn .'e'"):
+        tokenize_dataset(rows, tokenizer, None)
+    # Nor does renaming lead around it: 'messages' is its own column.
+    with pytest.raises(ValueError, match="'messages' .whole conversations, answers included"):
+        check_columns(rows.rename_column("prompt", "conversation"), False, "train_dataset")
+
+
+def test_the_last_answer_of_a_conversation_is_dropped_where_the_target_writes(tokenizer, warnings):
+    rows = Dataset.from_dict({"messages": [CONVERSATION, USER]})
+    got = tokenize_dataset(rows, tokenizer, None)
+    assert got["prompt_ids"][:] == [[1, 5, 6, 0, 2, 7, 0, 1, 8, 0, 2], [1, 5, 6, 0, 2]]
+    assert "1 of 2 conversations end with an answer" in warnings()
+
+
+def test_every_answer_of_a_conversation_teaches_where_it_is_the_targets(tokenizer, warnings):
+    rows = Dataset.from_dict({"messages": [CONVERSATION, [*USER, *ANSWER]]})
+    got = tokenize_dataset(rows, tokenizer, None, needs_completions=True)
+    assert got[:] == {
+        "prompt_ids": [[1, 5, 6, 0, 2], [1, 5, 6, 0, 2, 7, 0, 1, 8, 0, 2], [1, 5, 6, 0, 2]],
+        "completion_ids": [[7, 0], [9, 0], [7, 0]],
+    }
+    assert "each answer of an assistant is a row: 3 of 2 conversations" in warnings()
+    with pytest.raises(ValueError, match="Row 0 of `train_dataset`: The conversation has no answer"):
+        tokenize_dataset(Dataset.from_dict({"messages": [USER]}), tokenizer, None, needs_completions=True)
+
+
+def test_a_text_that_is_there_twice_is_refused(tokenizer):
+    rows = Dataset.from_dict({"prompt": ["ab"], "messages": [CONVERSATION]})
+    with pytest.raises(ValueError, match="has the column 'messages' beside .'prompt'.*remove_columns"):
+        tokenize_dataset(rows, tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    "completion", [USER, [*ANSWER, *USER, *ANSWER], [{"role": "tool", "content": "a"}]], ids=["user", "many", "tool"]
+)
+def test_a_completion_in_messages_is_one_answer(tokenizer, completion):
+    with pytest.raises(ValueError, match="is one message of the assistant after messages"):
+        completion_ids(USER, completion, tokenizer)
+    with pytest.raises(ValueError, match="after a prompt of type str"):
+        completion_ids("ab", ANSWER, tokenizer)
+
+
+def test_parts_of_text_are_text_and_others_are_refused(tokenizer):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert prompt_ids([{"role": "user", "content": parts}], tokenizer) == prompt_ids(USER, tokenizer)
+    for content in ([*parts, {"type": "image", "url": "x"}], None, 3, ["ab"], [{"type": "text", "text": None}]):
+        with pytest.raises(ValueError, match="of role 'user' has the content .* must be text, or a list of parts"):
+            prompt_ids([{"role": "user", "content": content}], tokenizer)
+
+
+def test_what_arrow_fills_in_is_not_said(tokenizer):
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if 'name' in message %}z{% endif %}{{ message['content'] }}{% endfor %}"
+    )
+    rows = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "a", "name": "b"}]]
+    assert tokenize_dataset(Dataset.from_dict({"prompt": rows}), tokenizer, None)["prompt_ids"][:] == [[5], [30, 5]]
+
+
+def test_roles_that_the_template_does_not_know(tokenizer):
+    """Written by none, or refused by the template itself: with the row, and in one line."""
+    rows = Dataset.from_dict({"prompt": [USER, [{"role": "human", "content": "a"}]]})
+    tokenizer.chat_template = "{% for turn in messages if turn['role'] == 'user' %}{{ turn['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The chat template writes nothing of .* 'human'"):
+        tokenize_dataset(rows, tokenizer, None)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="Row 0 of .*refuses a conversation of the roles user: roles must alternate"):
+        tokenize_dataset(rows, tokenizer, None)
+
+
+# -- tools and switches of single rows -----------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+WITH_TOOLS = (
+    "{% if tools %}{% for tool in tools %}<|system|>{{ tool['function']['name'] }}<|end|>{% endfor %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["schemas", "json"])
+def test_tools_are_written(tokenizer, tools):
+    tokenizer.chat_template = WITH_TOOLS + tokenizer.chat_template
+    rows = Dataset.from_list([{"prompt": USER, "completion": ANSWER, "tools": tools}])
+    got = tokenize_dataset(rows, tokenizer, None, needs_completions=True)[0]
+    assert got == {"prompt_ids": [3, 5, 8, 8, 0, 1, 5, 6, 0, 2], "completion_ids": [7, 0]}
+
+
+def test_tools_that_would_be_lost_are_refused(tokenizer):
+    rows = Dataset.from_list([{"prompt": USER, "tools": [TOOL]}])
+    with pytest.raises(ValueError, match="Row 0 of .*writes nothing of `tools`.*or remove the column"):
+        tokenize_dataset(rows, tokenizer, None)
+    with pytest.raises(ValueError, match="`tools` stand beside a prompt of plain text"):
+        prompt_ids("ab", tokenizer, tools=[TOOL])
+    with pytest.raises(ValueError, match="`tools` is '.add', which is not JSON"):
+        prompt_ids(USER, tokenizer, tools="[add")
+    with pytest.raises(TypeError, match="must be a list of JSON schemas"):
+        prompt_ids(USER, tokenizer, tools=["add"])
+
+
+def test_a_row_has_switches_of_its_own(tokenizer):
+    rows = Dataset.from_list(
+        [{"prompt": USER, "chat_template_kwargs": {"enable_thinking": value}} for value in (None, False)]
+    )
+    assert tokenize_dataset(rows, tokenizer, None)["prompt_ids"][:] == [[1, 5, 6, 0, 2], [1, 5, 6, 0, 2, 4]]
+
+
+# -- where texts begin and end -------------------------------------------------------------------------------------
+
+
+def test_plain_completions_end_with_a_stop_token(tokenizer, warnings):
+    rows = Dataset.from_dict({"prompt": ["ab", "c"], "completion": ["c", "d"]})
+    got = tokenize_dataset(rows, tokenizer, None, needs_completions=True)
+    assert got["completion_ids"][:] == [[7, 0], [8, 0]]
+    assert "2 completions are plain text, and each is ended with a stop token" in warnings()
+
+
+def test_plain_completions_after_messages_end_as_the_template_ends(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|nothink|> <|end|>")
+    assert completion_ids(USER, "c", tokenizer) == [7, 4]
+    assert completion_ids("ab", "c", tokenizer) == [7, 0]
+
+
+def test_the_first_token_of_a_text_is_not_written_twice(tokenizer):
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|system|> $A", None, [("<|system|>", 3)])
+    assert tokenizer("ab")["input_ids"] == [3, 5, 6]
+    assert prompt_ids("ab", tokenizer) == prompt_ids("<|system|>ab", tokenizer) == [3, 5, 6]
+
+
+def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <|end|>", None, [("<|end|>", 0)])
+    with pytest.raises(ValueError, match="puts '<|end|>' behind a prompt"):
+        prompt_ids("ab", tokenizer)
+
+
+def test_open_ends_are_warned_of(warnings):
+    rows = Dataset.from_dict({"completion_ids": [[5, 0, 6], [5, 6], [5, 6, 7]]})
+    warn_of_open_ends(rows, [0, 9], 3, "train_dataset")
+    assert "1 of 3 completions hold none of the target's stop tokens [0, 9]" in warnings()
+
+
+@pytest.mark.parametrize("ids", [[1.0, 2.5], [-1, 3], ["a", "b"], "ab"], ids=["float", "negative", "text", "string"])
+@pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
+def test_ids_that_are_none(tokenizer, ids, column):
+    rows = {"prompt_ids": [1], "completion_ids": [2], column: ids}
+    with pytest.raises(TypeError, match=f"Row 0 of `train_dataset`: `{column}` is .*integers from 0 up"):
+        tokenize_dataset(Dataset.from_list([rows]), tokenizer, None, needs_completions=True)
+
+
+def test_what_does_not_fit_the_target():
+    rows = Dataset.from_dict({"prompt_ids": [[1, 2], [3]], "completion_ids": [[4], [5, 47]]})
+    check_fit({"train_dataset": rows}, 48, 16, 10, 4)
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset` has the token id 47 in `completion_ids`.*at 46"):
+        check_fit({"train_dataset": rows}, 47, None, 10, 4)
+    with pytest.raises(ValueError, match="needs 17 positions .2 of its longest prompt, 11 of a completion, 4 of"):
+        check_fit({"eval_dataset": rows}, 48, 16, 11, 4)
