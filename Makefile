@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test test-serving quality style
+.PHONY: help venv quickstart test test-serving soak quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -25,6 +25,7 @@ help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
 	@echo "make test         run the tests"
 	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, on a CPU (downloads some 600 MB once)"
+	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
 	@echo "make quality      check style; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
@@ -49,6 +50,10 @@ test: .venv/installed
 # Not part of the tests: each engine gets an environment of its own in ~/.cache/draft_opd_trl/serving.
 test-serving: .venv/installed
 	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 .venv/bin/python -m pytest -q -rs -s tests/serving/check_engines.py
+
+# One thread a process, as it starts one for each core. Its last line is JSON.
+soak: .venv/installed
+	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python examples/soak/soak.py
 
 quality: .venv/installed
 	.venv/bin/ruff check .

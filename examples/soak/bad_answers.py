@@ -51,7 +51,7 @@ def _change_ids(ids: list[int], way: str, draws: Random, others: list[list[int]]
         return [*ids[:place], single[way], *ids[place + 1 :]]
     if way == "a token":
         return [*ids[:place], (ids[place] + draws.randrange(1, 1000)) % 1024, *ids[place + 1 :]]
-    return {"too long": ids * 10, "too short": ids[: len(ids) // 2], "empty": []}.get(way, draws.choice(others))
+    return {"longer": ids * 10, "shorter": ids[: len(ids) // 2], "empty": []}.get(way, draws.choice(others))
 
 
 def _changed(body: dict, way: tuple[str, Any], draws: Random, others: list[list[int]]) -> dict:

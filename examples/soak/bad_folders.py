@@ -87,16 +87,15 @@ def _change_tensors(file: Path, draws: Random) -> str:
     name = draws.choice(sorted(tensors))
     way = draws.choice(("missing", "renamed", "extra", "int8", "nan", "wider", "transposed", "empty"))
     tensor = tensors.pop(name)
+    oblong = tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1]
     changed = {
         "renamed": {f"{name}x": tensor},
         "extra": {name: tensor, "stray.weight": tensor.clone()},
         "int8": {name: tensor.to(torch.int8)},
         "nan": {name: torch.full_like(tensor, float("nan"))},
         "wider": {name: torch.cat([tensor, tensor])},
-        "transposed": {
-            name: tensor.T.contiguous() if tensor.dim() == 2 and len(set(tensor.shape)) == 2 else tensor[1:]
-        },
-        "empty": {name: tensor[:0]},
+        "transposed": {name: tensor.T.contiguous() if oblong else tensor[1:].clone()},
+        "empty": {name: tensor[:0].clone()},
     }
     save_file({**tensors, **changed.get(way, {})}, file, metadata={"format": "pt"})
     return f"{file.name}: {name} {way}"

@@ -1,4 +1,4 @@
-"""Data files whose rows, or one of whose rows, cannot be trained on; and harmless odd ones that must come out right."""
+"""Data files of which a row or the whole cannot be trained on; and odd but harmless rows that must come out right."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ JUNK: tuple[Any, ...] = (
     [{"role": 1}],
 )
 BAD_PROMPTS = (
+    [{"role": 1}],
     *(value for value in JUNK if value != ""),
     "",
     [{"role": "user"}],

@@ -19,8 +19,9 @@ from datasets import Dataset
 from verdicts import Input
 from world import POCKET, folder_of, world
 
-from draft_opd_trl import LOSSES, DraftOPDConfig, DraftOPDTrainer, cli
+from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, cli
 from draft_opd_trl.errors import InputError
+from draft_opd_trl.losses import LOSSES
 
 
 # Below, above and at what each field may be; [low, high), where None is unbounded. Types come from the annotations.
@@ -134,7 +135,7 @@ def _configured(scratch: str, given: dict[str, Any]) -> Input:
         DraftOPDConfig(**{"output_dir": scratch, "report_to": "none", **given})
         return f"accepted {_given(given)}"
 
-    return Input("settings", f"DraftOPDConfig({_given(given)})", act, [*given, *map(str, given.values())])
+    return Input("settings", f"DraftOPDConfig({_given(given)})", act, [*given, *map(str, given.values())], quick=True)
 
 
 def _run_command(words: list[str], run: bool, expected: str) -> str | None:
@@ -175,7 +176,8 @@ def _option(scratch: str, draws: Random) -> Input:
     name = draws.choice([name for name in NAMES if name not in TEXTS])
     value = draws.choice(BAD_TEXT[_textual(name)])
     words = [*_train_words(scratch), f"--{name}={value}"]
-    return Input("command line", " ".join(words), lambda: _run_command(words, False, words[-1]), [name])
+    shown = f"draft-opd train ... {words[-1]}"
+    return Input("command line", shown, lambda: _run_command(words, False, f"--{name}={value}"), [name], quick=True)
 
 
 YAML = ["{name}: {value}", "{name}: [{value}", "- {name}", "{name}", "{name}: {value}\n  x: 1", "{name}: !!python/x 1"]
@@ -191,7 +193,7 @@ def _file(scratch: str, draws: Random) -> Input:
         file.write_text(text)
         return _run_command([*_train_words(scratch), "--config", str(file)], False, text)
 
-    return Input("YAML", repr(text), act, [name, str(file)])
+    return Input("YAML", repr(text), act, [name, str(file)], quick=True)
 
 
 def _train(scratch: str, given: dict[str, Any]) -> str | None:
@@ -224,7 +226,7 @@ def _combination(scratch: str, draws: Random, train: bool) -> Input:
         return _train(f"{scratch}/{draws.randrange(2**32)}", given) if train else _accepted(scratch, given)
 
     shown = f"{'training' if train else 'DraftOPDConfig'}({_given(given)})"
-    return Input("combinations", shown, act, [*given, "completion_ids", "server"])
+    return Input("combinations", shown, act, [*given, "completion_ids", "server"], quick=not train)
 
 
 def _accepted(scratch: str, given: dict[str, Any]) -> None:

@@ -32,7 +32,9 @@ SOURCES = {
     rows: 0.08,
     answers: 0.04,
 }
+# Seconds a process has: for one input, or for a batch of quick ones, which are tried one by one if it runs late.
 LIMIT = 10.0
+BATCH = 8
 MEMORY = 4 * 2**30
 FIRST = 20
 
@@ -45,6 +47,39 @@ def _mixed(scratch: str, seed: int, count: int) -> Iterator[Input]:
     sources = {source: source(scratch, Random(draws.randrange(2**32))) for source in SOURCES}
     for source in order:
         yield next(sources[source])
+
+
+def _batches(cases: Iterator[Input]) -> Iterator[list[Input]]:
+    """Quick inputs together, every other one alone: a fork costs more than most of the former."""
+    quick: list[Input] = []
+    for case in cases:
+        if not case.quick:
+            yield [case]
+            continue
+        quick.append(case)
+        if len(quick) == BATCH:
+            yield quick
+            quick = []
+    if quick:
+        yield quick
+
+
+def _verdicts(batch: list[Input]) -> list[Verdict]:
+    return [verdict_of(case) for case in batch]
+
+
+def _judged(cases: Iterator[Input], until: float, workers: int) -> Iterator[tuple[Input, Verdict]]:
+    """Inputs and what became of them."""
+    again: list[Input] = []
+    for batches in (_batches(cases), ([case] for case in again)):
+        for batch, told in forked(_verdicts, batches, until, workers, LIMIT, MEMORY):
+            if not isinstance(told, Died):
+                yield from zip(batch, told, strict=True)
+            elif len(batch) > 1:
+                again += batch
+            else:
+                what = f"no end after {LIMIT:.0f} s" if told == HUNG else str(told)
+                yield batch[0], Verdict(HANG if told == HUNG else UNCLEAR, what, what)
 
 
 def _tell(report: Callable[[str], None], bad: dict[str, list[tuple[Input, Verdict]]]) -> None:
@@ -84,11 +119,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as scratch:
         cases = _mixed(scratch, seed, count)
         with tqdm(total=count, desc="inputs", unit="input") as bar:
-            for case, verdict in forked(verdict_of, cases, until, workers, LIMIT, MEMORY):
-                if isinstance(verdict, Died):
-                    hung = verdict == HUNG
-                    what = f"no end after {LIMIT:.0f} s" if hung else str(verdict)
-                    verdict = Verdict(HANG if hung else UNCLEAR, what, what)
+            for case, verdict in _judged(cases, until, workers):
                 kinds[verdict.kind] += 1
                 by_source[case.kind][verdict.kind] += 1
                 if verdict.kind in (UNCLEAR, HANG, WRONG):

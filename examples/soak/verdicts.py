@@ -1,4 +1,4 @@
-"""What becomes of a bad input: the right result, a clear error, an unclear one, a hang, or a wrong result in silence."""
+"""What becomes of a bad input: right result, clear error, unclear error, hang, or a wrong result in silence."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ class Input:
         shown (`str`): The input in words that let anyone try it again.
         act (`Callable`): Uses it; returns `None` where the result is right, else what is wrong with it.
         words (`Sequence[str]`): A clear error holds one of them: the value, or the name of a field or file.
+        quick (`bool`, *optional*, defaults to `False`): It may share a process with others, and be tried again.
     """
 
     kind: str
     shown: str
     act: Callable[[], str | None]
     words: Sequence[str]
+    quick: bool = False
 
 
 @dataclass
@@ -65,4 +67,4 @@ def verdict_of(case: Input) -> Verdict:
         return Verdict(CLEAR, told[:SHOWN])
     except BaseException as error:
         return Verdict(UNCLEAR, f"{type(error).__name__}: {error}"[:SHOWN], _place(error))
-    return Verdict(RIGHT) if wrong is None else Verdict(WRONG, wrong[:SHOWN], wrong[:60])
+    return Verdict(RIGHT) if wrong is None else Verdict(WRONG, wrong[:SHOWN], wrong[:60].split("=")[0])
