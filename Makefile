@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test test-serving test-newest constraints quality style
+.PHONY: help venv quickstart test test-serving test-newest constraints soak quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -28,6 +28,7 @@ help:
 	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, on a CPU (downloads some 600 MB once)"
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
+	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
 	@echo "make quality      check style; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
@@ -70,6 +71,10 @@ constraints: test-newest
 # Not part of the tests: each engine gets an environment of its own in ~/.cache/draft_opd_trl/serving.
 test-serving: .venv/installed
 	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 .venv/bin/python -m pytest -q -rs -s tests/serving/check_engines.py
+
+# One thread a process, as it starts one for each core. Its last line is JSON.
+soak: .venv/installed
+	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python examples/soak/soak.py
 
 quality: .venv/installed
 	.venv/bin/ruff check .

@@ -1,0 +1,97 @@
+"""`make soak`, on a scale at which it takes seconds: every part runs, and counts a broken promise as broken."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+SOAK = ROOT / "examples" / "soak"
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    monkeypatch.syspath_prepend(str(SOAK))
+
+
+@pytest.mark.parametrize("part", ["texts", "inputs", "kills"])
+def test_each_part_runs_and_counts(part):
+    command = [sys.executable, str(SOAK / "soak.py"), "--only", part, "--scale", "0.002", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["seconds"] > 0
+    if part == "texts":
+        assert result["texts"] >= 20 and result["texts_changed"] == 0
+    elif part == "inputs":
+        told = (result[name] for name in ("inputs_right", "inputs_clear", "unclear", "hangs", "silently_wrong"))
+        assert result["inputs"] >= 20 and sum(told) == result["inputs"]
+    else:
+        assert result["kills"] >= result["kills_equal"] >= 0 and result["kills"] >= 2
+        assert result["disk_full"] >= result["disk_full_equal"] >= 0 and result["disk_full"] >= 2
+
+
+def test_what_is_not_as_promised_is_named(soak):
+    from soak import broken_promises
+
+    kept = {"kills": 3, "kills_equal": 3, "unclear": 0, "texts_changed": 0}
+    assert broken_promises(kept) == []
+    assert broken_promises({**kept, "kills_equal": 2}) == ["kills_equal is 2, not 3"]
+    assert broken_promises({**kept, "unclear": 1}) == ["unclear is 1, not 0"]
+
+
+def test_a_case_that_hangs_or_dies_harms_no_other(soak):
+    import os
+    import signal
+
+    from forked import HANG, forked
+
+    def act(case):
+        if case == "hang":
+            time.sleep(60)
+        if case == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return case.upper()
+
+    told = dict(forked(act, ["a", "hang", "die", "b"], time.monotonic() + 20, at_once=2, limit=1.0))
+    assert told == {"a": "A", "hang": HANG, "die": "died with SIGKILL", "b": "B"}
+    assert list(forked(act, ["a"], until=0.0)) == []
+
+
+def test_verdicts(soak):
+    from verdicts import CLEAR, RIGHT, UNCLEAR, WRONG, Input, verdict_of
+
+    from draft_opd_trl.errors import InputError
+
+    def kind(result, words=("depth",)):
+        def act():
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return verdict_of(Input("test", "it", act, words)).kind
+
+    assert kind(None) == RIGHT
+    assert kind("accepted") == WRONG
+    assert kind(InputError("`depth` is -1; it must be positive.")) == CLEAR
+    assert kind(InputError("it must be positive")) == UNCLEAR
+    assert kind(InputError("`depth` is -1;\nit must be positive.")) == UNCLEAR
+    assert kind(ValueError("`depth` is -1; it must be positive.")) == UNCLEAR
+
+
+def test_no_listed_value_is_the_default_of_its_field(soak):
+    """What the harness holds for wrong must not be what the package ships."""
+    import dataclasses
+
+    from bad_settings import EDGES, NAMES, bad_values
+
+    from draft_opd_trl import DraftOPDConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(DraftOPDConfig)}
+    assert set(EDGES) | set(NAMES) <= set(defaults)
+    for name in NAMES:
+        assert not any(type(value) is type(defaults[name]) and value == defaults[name] for value in bad_values(name))
