@@ -27,9 +27,13 @@ TRAINER = {
     "_get_dataloader",
     "_get_output_dir",
     "_get_train_sampler",
+    "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_load_scaler",
     "_prepare_inputs",
     "_push_from_checkpoint",
+    "_save",
     "_save_checkpoint",
     "_set_signature_columns_if_needed",
 }
@@ -38,11 +42,20 @@ PARSER = {"_parse_dataclass_field", "set_defaults_with_config", "parse_args_and_
 # Modules that are nobody's public API, and what is taken from them.
 MODULES = {
     "datasets.arrow_writer": {"ArrowWriter"},
+    "datasets.utils": {"logging"},
+    "transformers.activations": {"ACT2FN"},
     "transformers.convert_slow_tokenizer": {"bytes_to_unicode"},
     "transformers.cache_utils": {"Cache", "CacheLayerMixin"},
+    "transformers.debug_utils": {"DebugOption"},
+    "transformers.integrations.integration_utils": {
+        "INTEGRATION_TO_CALLBACK",
+        "default_logdir",
+        "get_available_reporting_integrations",
+    },
     "transformers.trainer": {"TRAINING_ARGS_NAME"},
     "transformers.trainer_callback": {"PrinterCallback", "ProgressCallback"},
-    "transformers.trainer_utils": {"HubStrategy"},
+    "transformers.trainer_pt_utils": {"AcceleratorConfig"},
+    "transformers.trainer_utils": {"HubStrategy", "SchedulerType", "TrainOutput"},
     "transformers.utils.hub": {"PushInProgress"},
 }
 # Their top level, and what they document as modules to import from.

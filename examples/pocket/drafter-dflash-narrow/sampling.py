@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InputError
+from .checks import check_settings
+from .limits import LIMITS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SamplingParams:
             Keep the smallest set of most likely tokens whose mass reaches `top_p`, after the temperature.
 
     Raises:
-        `ValueError`: A setting is outside its range.
+        `ValueError` or `TypeError`: A setting is outside its range, or of the wrong type.
     """
 
     temperature: float = 0.0
@@ -34,12 +35,7 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or positive.")
-        if self.top_k < 0:
-            raise InputError(f"`top_k` is {self.top_k}; it must be 0 (keep all) or positive.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"`top_p` is {self.top_p}; it must lie in (0, 1].")
+        check_settings(self, LIMITS)
 
     @property
     def greedy(self) -> bool:

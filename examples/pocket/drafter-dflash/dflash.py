@@ -235,6 +235,7 @@ class DFlashDraftModel(Drafter):
         context_hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> SimpleNamespace:
@@ -245,11 +246,13 @@ class DFlashDraftModel(Drafter):
             noise_embeds (`torch.Tensor` of shape `(1, block_size, H)`): Embedded anchor and mask tokens.
             context_hidden_states (`torch.Tensor` of shape `(1, C, F)`): Features of newly committed positions.
             position_ids (`torch.LongTensor` of shape `(1, C + block_size)`): Positions of both.
-            past_key_values ([`~transformers.Cache`]): Holds context and block of earlier calls, cropped by the caller.
+            cache ([`~transformers.Cache`]): Holds context and block of earlier calls, cropped by the caller;
+                `past_key_values` before transformers 5.24.
 
         Returns:
             An object with `last_hidden_state` of shape `(1, block_size, H)`.
         """
+        cache = past_key_values if cache is None else cache
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         hidden = noise_embeds.to(context.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
@@ -259,7 +262,7 @@ class DFlashDraftModel(Drafter):
 
             def attend(normed, index=index, layer=layer):
                 keys, values = layer.self_attn.keys_values(torch.cat([context, normed], dim=1), (cos, sin))
-                keys, values = past_key_values.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+                keys, values = cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
                 return keys.transpose(1, 2), values.transpose(1, 2), None
 
             hidden = layer(hidden, rotary, attend)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import PositionCache, visible
+from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
 from .records import DraftBlocks, pack_rows
 
@@ -33,7 +33,8 @@ class Target:
 
     Raises:
         `ValueError`: The attention implementation cannot take the masks of ragged speculation, the layer types are
-            unknown, head or embedding is quantised, or the head post-processes its logits in a way not handled here.
+            unknown, RoPE depends on how long the texts of a batch are, head or embedding is quantised, or the head
+            post-processes its logits in a way not handled here.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -42,6 +43,7 @@ class Target:
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
+        self._cache_argument = cache_argument(self.decoder.forward)
         self._check_whole_weights()
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.head.weight.shape[0]
@@ -49,6 +51,7 @@ class Target:
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._sharded = False
         self._check_attention()
+        self._check_rope()
         self._check_head()
 
     @property
@@ -68,6 +71,15 @@ class Target:
         """The head's weight `(V, H)`, if logits are states times it and nothing more."""
         plain = type(self.head) is torch.nn.Linear and self.head.bias is None and self._softcap is None
         return self.head.weight if plain else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the target knows, as far as its RoPE is stretched; `None` if it does not say."""
+        known = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if known is not None and rope.get("rope_type") in ("linear", "yarn"):
+            known = max(known, int(rope.get("original_max_position_embeddings", known) * rope["factor"]))
+        return known
 
     @property
     def name(self) -> str:
@@ -118,6 +130,18 @@ class Target:
         self._hybrid = per_type and "sliding_attention" in types
         self._sliding = self._hybrid or not per_type
         self._window = getattr(self.config, "sliding_window", None) if self._sliding else None
+
+    def _check_rope(self) -> None:
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        # One for all layers, or one a layer type.
+        parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+        changing = {kind for part in parts if (kind := part.get("rope_type")) in ("dynamic", "longrope")}
+        if changing:
+            raise InputError(
+                f"The target's RoPE is of type {' and '.join(sorted(changing))}, whose frequencies depend on the "
+                "longest text of a batch. Keys in the cache keep the old ones, so speculation would change texts, and "
+                "replay would not be speculation. Use a target whose rope_type is default, linear, llama3 or yarn."
+            )
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -186,9 +210,13 @@ class Target:
             return {"full_attention": full, "sliding_attention": windowed}
         return full if windowed is None else windowed
 
-    def _run(self, layer_ids: Sequence[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(
+        self, layer_ids: Sequence[int], cache: PositionCache | None = None, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._sharded:
             self._count_running(1)
+        if cache is not None:
+            inputs[self._cache_argument] = cache
         tapped = [index + 1 for index in layer_ids]
         output = self.decoder(output_hidden_states=tapped or False, **inputs)
         features = [output.hidden_states[index] for index in tapped]
@@ -248,7 +276,7 @@ class Target:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=masks,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
 
@@ -334,7 +362,7 @@ class Target:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._masks(mask(None), mask(self._window) if self._window else None),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return states[rows, columns]

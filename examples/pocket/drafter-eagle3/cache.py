@@ -7,12 +7,19 @@ them). Holds keys, values and visibility. It does not know what the tokens mean.
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .errors import InputError
+
+
+def cache_argument(forward: Callable) -> str:
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def visible(

@@ -29,3 +29,17 @@ class ExistsError(UserError, FileExistsError):
 
 class EnvironmentFault(UserError, OSError):
     """The machine or the network refused: disk, permissions, Hub."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """
+    Stopped by a signal, in good order.
+
+    Args:
+        message (`str`): How to go on, in one line.
+        code (`int`): What the command line exits with: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

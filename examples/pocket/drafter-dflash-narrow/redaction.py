@@ -1,0 +1,85 @@
+"""What must not be printed, logged or saved: tokens and passwords, wherever they stand in settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+
+_SECRET = ("token", "password", "passwd", "secret", "api_key", "apikey", "authorization", "credentials")
+LONGEST = 80
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of that name holds something only its owner may read; `stop_token_ids` and the like do not."""
+    name = name.lower().replace("-", "_")
+    return any(name == word or name.endswith(f"_{word}") for word in _SECRET)
+
+
+def redact_url(url: str) -> str:
+    """An address without the user and password that may stand in it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.rpartition("@")[2]
+    if "@" not in parts.netloc:
+        # Without `//` there is no host, and anything may be a password.
+        return url if parts.netloc else url.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """
+    A copy that may be shown: secrets by name (`<TOKEN>`), addresses without passwords, and what JSON cannot hold (a
+    dtype, a quantisation config) as plain values.
+
+    Args:
+        value: A setting, or a mapping of settings, at any depth.
+        name (`str`, *optional*): Of the setting.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        # `token: true` asks for the token that is stored, and is none.
+        return value
+    if is_secret(name):
+        return f"<{name.upper()}>"
+    if isinstance(value, Mapping):
+        return {str(key): without_secrets(entry, str(key)) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [without_secrets(entry) for entry in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return redact_url(value) if "://" in value else value
+    if hasattr(value, "to_dict"):
+        return without_secrets(value.to_dict())
+    return str(value).removeprefix("torch.")
+
+
+def drop_secrets(value: Any) -> Any:
+    """A copy of a mapping, at any depth, without the entries that are secret; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: drop_secrets(entry) for key, entry in value.items() if not is_secret(str(key))}
+
+
+def shown(name: str, value: Any) -> str:
+    """A setting as an error shows it: on one line, not too long, and without what is secret."""
+    if is_secret(name):
+        return "a secret that is not shown"
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Mapping | list | tuple | set):
+        try:
+            value = without_secrets(value)
+        except RecursionError:
+            return f"a {type(value).__name__}"
+    elif isinstance(value, str) and (name.endswith("url") or "://" in value):
+        value = redact_url(value)
+    try:
+        words = repr(value)
+    except Exception:  # what was given may be anything
+        return f"a {type(value).__name__}"
+    words = " ".join(words.split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
