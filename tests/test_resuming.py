@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, speculate
 from draft_opd_trl.cli import CommandParser
+from draft_opd_trl.commands import evaluate as evaluate_command
 from draft_opd_trl.commands import train as command
 from draft_opd_trl.errors import EnvironmentFault, ExistsError, InputError, Interrupted, NotFoundError
 from draft_opd_trl.run_state import ASIDE, MANIFEST, checkpoints_in, fault_of, newest_whole_checkpoint, write_manifest
@@ -237,9 +238,13 @@ def test_a_new_run_in_the_folder_of_another_says_so(world, whole, tmp_path):
 @pytest.mark.parametrize("save_total_limit", [1, 2])
 def test_the_best_one_stays_and_is_found_by_its_name(world, tmp_path, monkeypatch, save_total_limit):
     lengths = iter([1.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        DraftOPDTrainer, "evaluate", lambda self, *rest, **more: {"eval_acceptance_length": next(lengths)}
-    )
+
+    def evaluate(self, *rest, **more):
+        metrics = {"eval_acceptance_length": next(lengths)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(DraftOPDTrainer, "evaluate", evaluate)
     trainer = build(
         world,
         tmp_path,
@@ -407,6 +412,7 @@ def test_a_strangers_checkpoint_runs_nothing(world, whole, tmp_path, name):
     write_manifest(folder, 2, {})
     trainer = build(world, tmp_path / "out")
     if name == "scaler.pt":  # read where there is one, which CPUs lack
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
         with pytest.raises(InputError, match="could run code"):
             trainer._load_scaler(str(folder))
     elif name == "training_args.bin":  # not read
@@ -478,6 +484,17 @@ def test_the_evaluation_before_training_is_not_repeated(world, tmp_path, monkeyp
         assert second["before"][name] == first["before"][name]
         assert second["after"][name] == first["after"][name]
     assert "acceptance length" in command.show(second)
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_command, "_measured", interrupt)
+    for folder, told in (("results", "in results: the same command goes on"), (None, "give --output_dir to go on")):
+        arguments = evaluate_command.EvaluateArguments("drafter", "target", ["pocket"], output_dir=folder)
+        with pytest.raises(KeyboardInterrupt, match=told):
+            evaluate_command.run(arguments, command.QuantizationArguments())
 
 
 def test_every_file_of_a_checkpoint_is_in_its_manifest(whole):
