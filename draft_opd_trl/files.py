@@ -68,7 +68,7 @@ def writing(place: str | os.PathLike, kept: str = "Free some space, or write to 
             number = int(said[1])
         if number in _REFUSALS:
             reason = os.strerror(number)
-        elif isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        elif isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|iostream error", str(error)):
             reason = "a file could not be written to its end"
         else:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +133,8 @@ class ResumingTrainer(HubTrainer):
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with writing(output_dir or self.args.output_dir):
+        # Inside a checkpoint it is the checkpoint that could not be written.
+        with nullcontext() if self._aside else writing(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of disk: what is saved is whole, and what goes on is the very same run."""
 
+import gc
 import json
 import os
 import resource
@@ -21,10 +22,20 @@ from transformers import TrainerCallback
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, speculate
 from draft_opd_trl.cli import CommandParser
+from draft_opd_trl.commands import evaluate as evaluate_command
 from draft_opd_trl.commands import train as command
 from draft_opd_trl.errors import EnvironmentFault, ExistsError, InputError, Interrupted, NotFoundError
 from draft_opd_trl.run_state import ASIDE, MANIFEST, checkpoints_in, fault_of, newest_whole_checkpoint, write_manifest
 from draft_opd_trl.target import Target
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """The Trainer collects garbage when it starts, among all that the libraries hold: longer than these runs take."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +159,11 @@ def start_from(folder, output_dir, *names):
         shutil.copytree(folder / name, output_dir / name)
 
 
+def contents_of(checkpoint):
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    return [files[name] for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "draft_opd_state_0.pt")]
+
+
 @pytest.mark.parametrize("overwritten", [False, True], ids=["new", "overwritten"])
 def test_killed_at_every_step_of_a_save_it_resumes_to_the_same_bits(world, whole, other, tmp_path, overwritten):
     """A run that goes on from step 1 dies inside the save of step 2, where there may be one of that name already."""
@@ -169,12 +185,12 @@ def test_killed_at_every_step_of_a_save_it_resumes_to_the_same_bits(world, whole
 
     def finish(output_dir):
         trainer.args.output_dir = str(output_dir)
-        # What is there is one run's or the other's, and never both.
         found = newest_whole_checkpoint(output_dir)
         if found.name == "checkpoint-2" and overwritten:
-            contents = [(parent / "checkpoint-2" / MANIFEST).read_text() for parent in (folder, other)]
-            assert (found / MANIFEST).read_text() in contents
-            if (found / MANIFEST).read_text() == contents[1]:
+            # It is the one run's or the other's, and never both.
+            contents = [contents_of(parent / "checkpoint-2") for parent in (folder, other)]
+            assert contents_of(found) in contents
+            if contents_of(found) == contents[1]:
                 found = found.with_name("checkpoint-1")
         trainer.train(resume_from_checkpoint=str(found) if overwritten else True)
         assert_same(weights(trainer), wanted)
@@ -222,9 +238,13 @@ def test_a_new_run_in_the_folder_of_another_says_so(world, whole, tmp_path):
 @pytest.mark.parametrize("save_total_limit", [1, 2])
 def test_the_best_one_stays_and_is_found_by_its_name(world, tmp_path, monkeypatch, save_total_limit):
     lengths = iter([1.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        DraftOPDTrainer, "evaluate", lambda self, *rest, **more: {"eval_acceptance_length": next(lengths)}
-    )
+
+    def evaluate(self, *rest, **more):
+        metrics = {"eval_acceptance_length": next(lengths)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(DraftOPDTrainer, "evaluate", evaluate)
     trainer = build(
         world,
         tmp_path,
@@ -392,6 +412,7 @@ def test_a_strangers_checkpoint_runs_nothing(world, whole, tmp_path, name):
     write_manifest(folder, 2, {})
     trainer = build(world, tmp_path / "out")
     if name == "scaler.pt":  # read where there is one, which CPUs lack
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
         with pytest.raises(InputError, match="could run code"):
             trainer._load_scaler(str(folder))
     elif name == "training_args.bin":  # not read
@@ -463,6 +484,17 @@ def test_the_evaluation_before_training_is_not_repeated(world, tmp_path, monkeyp
         assert second["before"][name] == first["before"][name]
         assert second["after"][name] == first["after"][name]
     assert "acceptance length" in command.show(second)
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_command, "_measured", interrupt)
+    for folder, told in (("results", "in results: the same command goes on"), (None, "give --output_dir to go on")):
+        arguments = evaluate_command.EvaluateArguments("drafter", "target", ["pocket"], output_dir=folder)
+        with pytest.raises(KeyboardInterrupt, match=told):
+            evaluate_command.run(arguments, command.QuantizationArguments())
 
 
 def test_every_file_of_a_checkpoint_is_in_its_manifest(whole):

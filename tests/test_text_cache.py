@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from datasets import load_from_disk
 
+from draft_opd_trl.errors import EnvironmentFault
 from draft_opd_trl.text_cache import TextCache
 
 
@@ -53,6 +56,64 @@ def test_what_others_write_is_seen(tmp_path):
     second._places.clear()
     second.add([[5]], [[7]])
     assert TextCache(tmp_path, SETTINGS).find([[5]]) == [[6]]
+
+
+@pytest.mark.parametrize("size", [0, 100, -8])
+def test_a_shard_that_cannot_be_read_is_passed_over_and_written_again(tmp_path, monkeypatch, size):
+    told = []
+    monkeypatch.setattr("draft_opd_trl.text_cache.logger.warning", told.append)
+    cache = TextCache(tmp_path, SETTINGS)
+    for number in range(3):
+        cache.add([[number]], [[number] * 200])
+    broken = sorted(cache.folder.glob("*.arrow"))[1]
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2 if size < 0 else size])
+    again = TextCache(tmp_path, SETTINGS)
+    assert again.find([[0], [1], [2]]) == [[0] * 200, None, [2] * 200]
+    assert len(told) == 1 and str(broken) in told[0] and "written again" in told[0]
+    again.add([[1]], [[1] * 200])
+    assert again.find([[1]]) == [[1] * 200]
+    assert len(load_from_disk(str(again.folder))) == 3
+
+
+def test_what_is_forgotten_is_written_once_more_and_kept_once(tmp_path):
+    cache = TextCache(tmp_path, SETTINGS)
+    assert cache.last_shard() == ""
+    cache.add([[1]], [[2]])
+    last = cache.last_shard()
+    cache.add([[3]], [[4]])
+    again = TextCache(tmp_path, SETTINGS)
+    again.forget_after(last)
+    assert again.find([[1], [3]]) == [[2], None]
+    again.add([[3]], [[4]])
+    assert again.find([[1], [3]]) == [[2], [4]]
+    assert len(load_from_disk(str(cache.folder))) == 2
+    again.forget_after("")
+    assert again.find([[1], [3]]) == [None, None]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(tmp_path):
+    cache = TextCache(tmp_path, SETTINGS)
+    cache.add([[1]], [[2]])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match=r"\.arrow could not be written \(File too large"):
+            cache.add([[3]], [[4] * 2000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path for path in cache.folder.iterdir() if path.name.endswith(".part")] == []
+    assert TextCache(tmp_path, SETTINGS).find([[1], [3]]) == [[2], None]
+
+
+def test_shards_are_flushed_before_they_take_their_name(tmp_path, monkeypatch):
+    cache = TextCache(tmp_path, SETTINGS)
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append("sync") or sync(handle))
+    monkeypatch.setattr(os, "replace", lambda one, other: done.append(Path(other).suffix) or replace(one, other))
+    cache.add([[1]], [[2]])
+    assert done == ["sync", ".arrow", "sync", "sync", ".json", "sync"]
 
 
 def test_datasets_opens_the_folder(tmp_path):
