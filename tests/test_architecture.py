@@ -55,6 +55,7 @@ LAYERS = (
     ("batching", "rehearsal"),
     ("traces", "viewer", "callbacks"),
     ("feed", "hub_trainer", "planning"),
+    ("evaluating_trainer",),
     ("trainer",),
     ("commands",),
     ("cli",),
