@@ -6,14 +6,12 @@ Knows no masks, no tensor maths and no drafter names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader, Sampler
@@ -25,15 +23,13 @@ from ._trl_compat import (
     disable_dropout_in_model,
     identity,
 )
-from .acceptance import AcceptanceReport, join_reports
 from .batching import BatchMaker, StreamSettings
-from .before_after import BeforeAfter
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
-from .drafters.base import Drafter, in_eval_mode
+from .drafters.base import Drafter
 from .errors import InputError
-from .evaluation import measure_acceptance
+from .evaluating_trainer import EvaluatingTrainer
 from .feed import BatchFeed, EpochSampler
 from .files import check_writable
 from .hub import check_hub_access
@@ -57,13 +53,13 @@ from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
 from .run_log import RunLog
 from .sampling import SamplingParams
-from .sharding import check_parallelism, gathered, shard
+from .sharding import check_parallelism, shard
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
 
 
-class DraftOPDTrainer(ResumingTrainer):
+class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     """
     Trainer for Draft-OPD (arXiv 2605.29343): on-policy distillation of a speculative-decoding drafter.
 
@@ -190,12 +186,6 @@ class DraftOPDTrainer(ResumingTrainer):
         if not getattr(self.target.model, "hf_device_map", None):
             self.target.to(self.accelerator.device)
 
-    @contextmanager
-    def _drafter_as_served(self) -> Iterator[None]:
-        """Eval mode and whole weights, on all ranks at once."""
-        with in_eval_mode(self.model), gathered(self.model):
-            yield
-
     def _prepare_rooms(self) -> None:
         args, drafter = self.args, self.drafter
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
@@ -235,7 +225,6 @@ class DraftOPDTrainer(ResumingTrainer):
             args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
-        self.measured = BeforeAfter()
         self.last_acceptance_length: float | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -384,74 +373,6 @@ class DraftOPDTrainer(ResumingTrainer):
         for name in ("loss/accepted", "loss/rejected"):
             if name in totals and not math.isfinite(totals[name][0]):
                 raise not_finite(f"{name} is {totals[name][0]}", self.state.global_step + 1, self.args)
-
-    # -- evaluation ---------------------------------------------------------------------------------------------
-
-    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
-        """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together; on every rank."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = list(dataset["prompt_ids"])
-        share = prompts[rank::world]
-        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1000003 * rank)
-        reports = []
-        with self._drafter_as_served(), self.target.uneven_forwards():
-            if share:
-                settings = self.speculation_settings()
-                reports.append(measure_acceptance(self.target, self.drafter, share, settings, generator, progress))
-        dealt = [text for first in range(world) for text in range(first, len(prompts), world)]
-        order = sorted(range(len(dealt)), key=dealt.__getitem__)
-        return join_reports(gather_object(reports), at_once=True).select(order)
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Acceptance length by real speculative decoding.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*): Prompts; the trainer's own by default.
-            ignore_keys: Unused; kept for the Trainer's signature.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
-
-        Returns:
-            `dict` of all of [`AcceptanceReport.metrics`]: `eval_acceptance_length` with `_low` and `_high` (95 % over
-            prompts), `eval_acceptance_slot_<k>`, `eval_acceptance_length_from_<position>`,
-            `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput. Where the same prompts were
-            evaluated before the first step, also `eval_acceptance_length_change` with `_low` and `_high`: the
-            difference of τ, paired by prompt.
-
-        Raises:
-            `ValueError`: There is no evaluation data set.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise InputError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
-        if isinstance(dataset, dict):
-            metrics: dict[str, float] = {}
-            for key, part in dataset.items():
-                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}"))
-            return metrics
-        if "prompt_ids" not in dataset.column_names:
-            dataset = self._tokenize(dataset, "eval_dataset")
-            self._check_fit(None, dataset, self.args)
-        show = self.accelerator.is_main_process and not self.args.disable_tqdm
-        report = self.measure(dataset, "Evaluating" if show else None)
-        self.measured.note(metric_key_prefix, dataset["prompt_ids"], report, self.weights_step)
-        metrics = report.metrics(metric_key_prefix)
-        change = self.measured.change(metric_key_prefix)
-        if change is not None:
-            ends = {"": "mean", "_low": "low", "_high": "high"}
-            tau = f"{metric_key_prefix}_acceptance_length_change"
-            metrics |= {tau + end: change[key] for end, key in ends.items()}
-        self.log(metrics)
-        self.state.log_history[-1]["step"] = self.weights_step
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.renew_card()
-        return metrics
 
     # -- logging ----------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ LAYERS = (
     ("batching", "rehearsal"),
     ("traces", "viewer", "callbacks"),
     ("feed", "hub_trainer", "planning"),
-    ("resuming",),
+    ("resuming", "evaluating_trainer"),
     ("trainer",),
     ("commands",),
     ("cli",),

@@ -64,7 +64,7 @@ def cases(world):
     for kind in DRAFTERS:
         found[f"{kind}-dataset"] = case_of(world, kind, eval_prompts=5)
         found[f"{kind}-speculation"] = case_of(
-            world, kind, options={"rollout_source": "speculation", "replay_buffer_size": 8}
+            world, kind, options={"rollout_source": "speculation", "replay_buffer_size": 64}
         )
         found[f"{kind}-bare"] = case_of(world, kind, "bare", {"shuffle_dataset": False}, eval_prompts=1)
     drawn = {"temperature": 0.8, "sample_proposals": True, "lmbda": 0.5, "gradient_accumulation_steps": 2}
@@ -115,18 +115,18 @@ def assert_same_training(world, alone, folder, found):
             assert not torch.equal(value, start[key]), (name, key)
             torch.testing.assert_close(value, one[key], atol=1e-6, rtol=1e-4)
         for ours, theirs in zip(expected[name]["logs"], ranks[0]["logs"], strict=True):
-            own = (
-                "time",
-                "rollout/",
-                "replay/buffer",
-                "grad_norm",
-            )  # rank 0's, and what DDP averages in another order
+            assert theirs.keys() == ours.keys()
+            # Rank 0's, and what DDP averages in another order.
+            own = ["time", "grad_norm"]
+            if ours["step"] > ROWS // BATCH:
+                # In the second epoch a rank meets texts that another one wrote: they are not its own to find.
+                own += ["rollout/", "replay/buffer"]
             same = [key for key in ours if not any(part in key for part in own)]
             assert {key: theirs[key] for key in same} == pytest.approx({key: ours[key] for key in same}, rel=1e-3)
         for when in ("before", "after"):
-            if expected[name][when]:
-                for key in ("eval_acceptance_length", "eval_acceptance_slot_1", "eval_prompts"):
-                    assert {rank[when][key] for rank in ranks} == {expected[name][when][key]}, (name, key)
+            for key, value in (expected[name][when] or {}).items():
+                if not any(part in key for part in ("seconds", "runtime", "per_second")):
+                    assert [rank[when][key] for rank in ranks] == pytest.approx([value] * len(ranks)), (name, key)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
