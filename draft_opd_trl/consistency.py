@@ -5,15 +5,15 @@ breaks that without any error, so text from outside is held against the target. 
 
 A text is judged by likelihood ratios, Π q(y_t) / p(y_t): how much better another law q explains its tokens than the
 target's own law p does. Where p is true, the expectation of that product is at most 1, whatever the length of the text
-and whatever q. So (Markov) it exceeds 1 / α with a probability of at most α, with no normal approximation, and a running
-product may be looked at after every text. `q` is the target's law made cooler or warmer, as another model's text looks
-too warm, and greedy text too cool:
+and whatever q. So (Markov) it exceeds 1 / α with a probability of at most α, with no normal approximation, and a
+running product may be looked at after every text. q is the target's law made cooler or warmer, as another model's text
+looks too warm, and greedy text too cool:
 
 - **temperature > 0**: p is known exactly, and q ∝ p^a with `POWERS` a. This is the exponential martingale of
   Σ (log p(y_t) + H_t), the distance of a text's log-probability from its expectation.
 - **temperature 0**: the target's text is its argmax, up to the last bits of other kernels. If two logits differ by
-  `gap`, noise swaps them with a probability of at most exp(−(gap / σ)² / 2) / 2, which stands for p, and the argmax has
-  p = 1. σ is what a bf16 server explains (`KERNEL_NOISE`). q is the softmax at `TEMPERATURES`.
+  `gap`, noise swaps them with a probability of at most exp(−(gap / σ)² / 2) / 2, which stands for p, and the argmax
+  has p = 1. σ is what a bf16 server explains (`KERNEL_NOISE`). q is the softmax at `TEMPERATURES`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .sampling import SamplingParams, probabilities
 from .target import Target
 
 
-# σ of the difference of two logits between kernels, in parts of the largest logit: a step of bf16's 8 bits. Servers run
-# bf16 whatever the dtype here. Measured on the pocket target, fp32 against bf16: 0.6 of it.
+# σ of the difference of two logits between kernels, in parts of the largest logit: a step of bf16's 8 bits. Servers
+# run bf16, whatever the dtype here. Measured on the pocket target, fp32 against bf16: 0.6 of it.
 KERNEL_NOISE = 2.0**-8
 # Gaps up to so many σ are called ties where texts are described.
 NEAR_TIE = 3.0
@@ -81,6 +81,9 @@ class TextFit:
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> TextFit:
+        return TextFit(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @classmethod
     def cat(cls, parts: list[TextFit]) -> TextFit:
@@ -187,9 +190,9 @@ class Watch:
     """
     A running test (CUSUM) over likelihood ratios, which notices a change whenever it comes.
 
-    For each other law a level rises by a text's log-ratio, and starts again where it falls below 0. While the texts are
-    the target's, it takes `ALARM_ODDS` texts on average, or more, until a level reaches log(`ALARM_ODDS` · laws). Once they
-    are not, it takes that divided by the mean ratio of a text.
+    For each other law a level rises by a text's log-ratio, and starts again where it falls below 0. While the texts
+    are the target's, it takes `ALARM_ODDS` texts on average, or more, until a level reaches log(`ALARM_ODDS` · laws).
+    Once they are not, it takes that divided by the mean ratio of a text.
 
     Args:
         num_laws (`int`): Ratios a text has.
@@ -243,7 +246,7 @@ def describe(fit: TextFit, sampling: SamplingParams) -> str:
     else:
         found += f" (its own text: {-entropy / count:.3f}, {z:+.0f} standard deviations away)"
         found += f", {agreement:.1%} of the tokens greedy"
-    return f"over {count:.0f} tokens of {len(fit)} texts, {found}"
+    return f"{count:.0f} tokens of {len(fit)} texts: {found}"
 
 
 def describe_misfit(fit: TextFit, sampling: SamplingParams) -> str | None:
@@ -251,7 +254,7 @@ def describe_misfit(fit: TextFit, sampling: SamplingParams) -> str | None:
     if fit.pooled().is_targets(ALARM_ODDS):
         return None
     return (
-        f"The texts do not look like the target's own at temperature={sampling.temperature}: "
+        f"The texts do not look like the target's own at temperature={sampling.temperature}: over "
         f"{describe(fit, sampling)}. Replay would then find errors that verification would not. Set "
         "`temperature`, `top_k` and `top_p` to what the texts were written with, check that this very target wrote "
         "them with this chat template (thinking on or off), or let it write them: rollout_source='speculation'."

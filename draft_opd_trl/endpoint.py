@@ -1,8 +1,8 @@
 """An HTTP address that takes JSON and answers within bounds, whatever stands behind it.
 
 A server is somebody else's program, so nothing it does is without a limit: the seconds of an answer are counted from
-the first byte sent to the last received, its bytes by what the caller says it can need, the pauses it asks for are cut,
-and what is sent goes to the address given and to no other. Knows nothing of completions.
+the first byte sent to the last received, its bytes by what the caller says it can need, the pauses it asks for are
+cut, and what is sent goes to the address given and to no other. Knows nothing of completions.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from conftest import tiny_tokenizer
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, Target, server, stop_token_ids
+from draft_opd_trl import SamplingParams, SpeculationSettings, Target, endpoint, server, stop_token_ids
 from draft_opd_trl.consistency import describe_misfit, text_fit
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.rollout import DecodingSource, ServerSource, _faithful_text
@@ -35,7 +35,7 @@ PROMPTS = [[5 + number, 6] for number in range(12)]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(server, "INTERVAL", 0.05)
-    monkeypatch.setattr(server, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
 
 
 def echo(prompt):
