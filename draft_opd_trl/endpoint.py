@@ -188,9 +188,9 @@ class Endpoint:
                 )
             if answer.length and len(received) <= limit:
                 raise IncompleteRead(received, answer.length)
-            pause, location = answer.getheader("Retry-After", ""), answer.getheader("Location")
-            # A date is not heeded.
-            return Response(answer.status, received[:limit], float(pause) if pause.isdecimal() else 0.0, location)
+        pause, location = answer.getheader("Retry-After", ""), answer.getheader("Location")
+        # A date is not heeded.
+        return Response(answer.status, received[:limit], float(pause) if pause.isdecimal() else 0.0, location)
 
     @contextmanager
     def _connection(self) -> Iterator[HTTPConnection]:
@@ -214,13 +214,14 @@ class Endpoint:
                 connection = HTTPConnection(self._host, self._port)
                 connection.sock = sock
                 yield connection
-        except (OSError, HTTPException) as error:
-            if late.is_set():
-                raise TimeoutError(f"timed out, no whole answer within {self.timeout:g} s") from error
-            raise
+        except (OSError, HTTPException):
+            if not late.is_set():
+                raise
         finally:
             timer.cancel()
             self._sockets.discard(sock)
+        if late.is_set():  # an answer without a length then ends as if it were whole
+            raise TimeoutError(f"timed out, no whole answer within {self.timeout:g} s")
 
 
 def _hang_up(sock: socket.socket) -> None:
