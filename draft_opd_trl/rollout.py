@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .config import DraftOPDConfig
-from .consistency import TextFit, describe_misfit, likeliest_next, text_fit
+from .consistency import ShareWatch, TextFit, Watch, describe, likeliest_next, text_fit
 from .drafters.base import Drafter
+from .endpoint import ServerError
 from .records import Rollout
-from .server import Answer, CompletionsClient, ServerError
+from .server import Answer, CompletionsClient
 from .speculation import SpeculationSettings, speculate
 from .target import Target
 from .text_cache import TextCache
@@ -28,11 +30,13 @@ from .text_cache import TextCache
 
 # Takes a metric's name, and how many of how many: who logs adds them up before dividing.
 Log = Callable[[str, int, int], None]
-# A server many of whose texts are wrong serves something else; one of many may be an odd tokenisation.
-MAX_DROPPED = 0.2
-# Texts of a server before it is judged, and those it is judged by: enough to tell another law, too few for the last
-# bits of another kernel to add up.
-MIN_JUDGED, MAX_JUDGED = 16, 64
+# What is wrong with a text of a server, as messages say it.
+STRANGE = "not what the target writes"
+# Shares of texts that are wrong: what happens at worst with a right server (kernels of other noise than we know; odd
+# tokenisations), and what is to be noticed.
+STRANGERS, UNUSABLE = (0.05, 0.3), (0.2, 0.6)
+# Texts that the message about a server describes.
+NUM_DESCRIBED = 64
 
 
 class RolloutSource(Protocol):
@@ -97,15 +101,16 @@ class ServerSource:
     """
     A server writes, and the target reads every text once before it is trusted.
 
-    Where the server returns no token ids, its text is tokenised again, and must have as many tokens as the server
-    counted. A text that ends neither in a stop token nor at its limit, or that the target would not have written
-    ([`TextFit`]), is dropped like one of another count, and the target writes it in this process.
+    A text is dropped, and written by the target in this process, if its shape is wrong or if the target would not have
+    written it ([`TextFit`]). What each text says of the server adds up in running tests ([`Watch`]): over the ratios
+    of the texts that were not dropped, which a slight fault shifts, and over the shares of those that were.
 
     Args:
         client ([`CompletionsClient`]): Asks the server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         fallback ([`DecodingSource`]): The target alone, for texts that were dropped.
-        keep (`Callable`): Called as `keep(prompts, completions, draw)` with texts as they arrive.
+        keep (`Callable`): Called as `keep(prompts, completions, draw)` with texts on which the verdict is given. While
+            a test is in doubt, texts wait.
         log (`Callable`): Takes a metric's name, and how many of how many.
         progress (`bool`): Show a progress bar.
     """
@@ -122,21 +127,23 @@ class ServerSource:
         self.client, self.tokenizer, self.fallback = client, tokenizer, fallback
         self.target, self.settings = fallback.target, fallback.settings
         self.keep, self.log, self.progress = keep, log, progress
-        self.judged = self.dropped = 0
-        self.fits: list[TextFit] = []
+        self.num_judged = 0
+        self.faults: Counter[str] = Counter()
+        self.law: Watch | None = None
+        self.strangers, self.unusable = ShareWatch(*STRANGERS), ShareWatch(*UNUSABLE)
+        self.latest: deque[TextFit] = deque(maxlen=NUM_DESCRIBED)
 
     def write(self, rows: list[dict], draw: int = 0) -> Rollout:
         """
         See [`RolloutSource`].
 
         Raises:
-            `ServerError`: The server failed for good.
-            `RuntimeError`: A fifth of its texts had to be dropped, or they follow another law than the target's.
+            `ServerError`: The server failed for good, or its texts are not the target's.
         """
         prompts = _prompts(rows)
         seeds = [seed_of(self.fallback.seed, draw, prompt) for prompt in prompts]
         texts: dict[int, list[int]] = {}
-        held: list[int] = []  # arrived, but the server has not been judged yet
+        held: list[int] = []  # arrived, but a running test is in doubt
 
         def keep_held() -> None:
             self.keep([prompts[index] for index in held], [texts[index] for index in held], draw)
@@ -145,21 +152,24 @@ class ServerSource:
         with tqdm(total=len(rows), desc="Server", disable=not self.progress, leave=False) as bar:
             try:
                 for group in self.client.stream(prompts, seeds):
-                    accepted = self._accepted(prompts, {i: answer for i, answer in group if answer is not None})
-                    self._judge(len(group), len(group) - len(accepted))
+                    accepted = self._accepted(prompts, dict(group))
                     texts |= accepted
                     held += accepted
-                    if self.judged >= MIN_JUDGED:
+                    self._check_server()
+                    if all(watch.calm for watch in self._watches()):
                         keep_held()
                     bar.update(len(group))
                     tokens = sum(map(len, texts.values()))
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+            except _WrongServerError:
+                raise
             except ServerError as error:
                 keep_held()
                 raise ServerError(
                     f"{error} {len(texts)} of {len(rows)} texts had arrived; they are in the text cache and are not "
                     "asked for again."
                 ) from error
+        keep_held()
         dropped = [index for index in range(len(rows)) if index not in texts]
         self.log("rollout/dropped", len(dropped), len(rows))
         if dropped:
@@ -168,58 +178,108 @@ class ServerSource:
         completions = [texts[index] for index in range(len(rows))]
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
 
-    def _accepted(self, prompts: list[list[int]], answers: dict[int, Answer]) -> dict[int, list[int]]:
-        """Completions that agree with what the server counted and with the target."""
-        completions = {i: self._tokens(answer) for i, answer in answers.items()}
-        open_ends = [i for i, answer in answers.items() if self._lacks_stop(answer, completions[i])]
-        if open_ends:
-            texts = self._rollout([prompts[i] for i in open_ends], [completions[i] for i in open_ends])
-            likeliest = likeliest_next(self.target, texts, list(self.settings.stop_token_ids))
-            for i, guess in zip(open_ends, likeliest, strict=True):
-                told = answers[i].stop_token_id
-                completions[i] = [*completions[i], guess if told is None else told]
-        whole = [i for i, completion in completions.items() if self._is_whole(answers[i], completion)]
-        if not whole:
-            return {}
-        texts = self._rollout([prompts[i] for i in whole], [completions[i] for i in whole])
-        fit = text_fit(self.target, texts, self.settings.sampling)
-        fits = fit.is_targets(self.settings.sampling)
-        if sum(len(part) for part in self.fits) < MAX_JUDGED:
-            self.fits.append(fit.select(fits))
-        return {i: completions[i] for i, kept in zip(whole, fits.tolist(), strict=True) if kept}
+    def _accepted(self, prompts: list[list[int]], answers: dict[int, Answer | None]) -> dict[int, list[int]]:
+        """Completions that may be trained on. Every answer counts, for the server or against it."""
+        completions = {i: self._tokens(answer) for i, answer in answers.items() if answer is not None}
+        faults = {i: "a prompt that no text tells" for i, answer in answers.items() if answer is None}
+
+        def find_faults(of: Callable[[Answer, list[int]], str | None]) -> None:
+            found = {i: of(answers[i], ids) for i, ids in completions.items() if i not in faults}
+            faults.update({i: fault for i, fault in found.items() if fault is not None})
+
+        # Before the target reads anything: an id outside its vocabulary ends the process on a GPU.
+        find_faults(self._unreadable)
+        self._add_stops(prompts, answers, {i: ids for i, ids in completions.items() if i not in faults})
+        find_faults(self._fault)
+        whole = [i for i in completions if i not in faults]
+        ratios = {}
+        if whole:
+            fit = text_fit(
+                self.target,
+                self._rollout([prompts[i] for i in whole], [completions[i] for i in whole]),
+                self.settings.sampling,
+            )
+            self.latest.extend(fit[index : index + 1] for index in range(len(fit)))
+            ratios = dict(zip(whole, fit.ratios.tolist(), strict=True))
+            faults |= {i: STRANGE for i, own in zip(whole, fit.is_targets().tolist(), strict=True) if not own}
+        for i in answers:
+            self._count(faults.get(i), ratios.get(i))
+        return {i: completions[i] for i in whole if i not in faults}
 
     def _tokens(self, answer: Answer) -> list[int]:
         if answer.token_ids is not None:
             return list(answer.token_ids)
         return self.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
 
-    def _lacks_stop(self, answer: Answer, completion: list[int]) -> bool:
-        """Engines leave the stop token out of the text, and some out of the token ids."""
-        return answer.stopped and not (completion and completion[-1] in self.settings.stop_token_ids)
+    def _unreadable(self, answer: Answer, completion: list[int]) -> str | None:
+        """Why the target cannot read a completion."""
+        if len(completion) > self.settings.max_new_tokens:
+            return "longer than asked"
+        ids = completion if answer.stop_token_id is None else [*completion, answer.stop_token_id]
+        if not all(0 <= token < self.target.vocab_size for token in ids):
+            return "of ids outside the target's vocabulary"
+        return None
 
-    def _is_whole(self, answer: Answer, completion: list[int]) -> bool:
+    def _add_stops(
+        self, prompts: list[list[int]], answers: dict[int, Answer], completions: dict[int, list[int]]
+    ) -> None:
+        """Engines leave the stop token out of the text, and some out of the token ids."""
         stops = self.settings.stop_token_ids
-        counted = answer.token_ids is not None or answer.num_tokens in (None, len(completion))
-        ended = len(completion) == self.settings.max_new_tokens or any(token in stops for token in completion[-1:])
-        return counted and ended and until_stop(completion, stops) == completion
+        open_ends = [i for i, ids in completions.items() if answers[i].stopped and not (ids and ids[-1] in stops)]
+        if open_ends:
+            texts = self._rollout([prompts[i] for i in open_ends], [completions[i] for i in open_ends])
+            for i, guess in zip(open_ends, likeliest_next(self.target, texts, list(stops)), strict=True):
+                told = answers[i].stop_token_id
+                completions[i].append(guess if told is None else told)
+
+    def _fault(self, answer: Answer, completion: list[int]) -> str | None:
+        """What is wrong with the shape of a completion, its stop token included."""
+        stops = self.settings.stop_token_ids
+        if answer.token_ids is None and answer.num_tokens not in (None, len(completion)):
+            return "of other tokens than the server counted"
+        if len(completion) > self.settings.max_new_tokens:
+            return "longer than asked"
+        if until_stop(completion, stops) != completion:
+            return "going on after a stop token"
+        if len(completion) < self.settings.max_new_tokens and completion[-1:] not in [[stop] for stop in stops]:
+            return "ending neither in a stop token nor at the limit"
+        return None
 
     def _rollout(self, prompts: list[list[int]], completions: list[list[int]]) -> Rollout:
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
 
-    def _judge(self, count: int, dropped: int) -> None:
-        self.judged += count
-        self.dropped += dropped
-        if self.judged < MIN_JUDGED:
+    def _watches(self) -> list[Watch]:
+        return [self.strangers, self.unusable, *([] if self.law is None else [self.law])]
+
+    def _count(self, fault: str | None, ratios: list[float] | None) -> None:
+        """What one text says of the server. A dropped text counts as such and no more, as one may be an accident."""
+        self.num_judged += 1
+        self.unusable.count(fault is not None and ratios is None)
+        if ratios is not None:
+            self.strangers.count(fault is not None)
+        if fault is not None:
+            self.faults[fault] += 1
+        elif ratios is not None:
+            self.law = self.law or Watch(len(ratios))
+            self.law.add(ratios)
+
+    def _check_server(self) -> None:
+        if not any(watch.alarmed for watch in self._watches()):
             return
-        if self.dropped > MAX_DROPPED * self.judged:
-            raise RuntimeError(
-                f"{self.dropped} of {self.judged} texts of {self.client.url} had to be dropped: they are not what the "
-                f"target writes with {self.settings.sampling}. Check that it serves this very target (model, "
-                "revision, quantisation), and prefer a server that takes and returns token ids (vLLM, SGLang)."
-            )
-        misfit = describe_misfit(TextFit.cat(self.fits), self.settings.sampling)
-        if misfit is not None:
-            raise RuntimeError(f"{self.client.url}: {misfit}")
+        sampling, dropped = self.settings.sampling, self.faults.total()
+        said = f" The target reads {describe(TextFit.cat(list(self.latest)), sampling)}." if self.latest else ""
+        why = ", ".join(f"{count} {fault}" for fault, count in self.faults.most_common())
+        raise _WrongServerError(
+            f"The texts of {self.client.url} are not what the target writes with {sampling}.{said} Of "
+            f"{self.num_judged} texts so far, {dropped} had to be dropped{f' ({why})' if why else ''}. Check that it "
+            "serves this very target (model, revision, quantisation) and heeds the sampling settings, and prefer a "
+            "server that takes and returns token ids (vLLM, SGLang). Texts from before the doubt are in the text "
+            "cache; delete it if you want none of this server's texts."
+        )
+
+
+class _WrongServerError(ServerError):
+    """Texts that are not the target's: they are not to be kept."""
 
 
 class CachedSource:

@@ -2,7 +2,7 @@
 
 It speaks two dialects, and finds out which the server understands with its first request: prompts as token ids (vLLM,
 SGLang, which then return token ids too), or prompts as text (`transformers serve`). Knows no models and does not judge
-what it gets.
+what it gets, beyond its shape.
 """
 
 from __future__ import annotations
@@ -13,25 +13,17 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from urllib3 import PoolManager, Retry, Timeout
-from urllib3.exceptions import HTTPError
-
-from .errors import UserError
+from .endpoint import Endpoint, Response, ServerError, printable
 from .sampling import SamplingParams
 
 
 # Answers are handed on at least this often, in seconds.
 INTERVAL = 2.0
-# First pause before a repetition, in seconds; it doubles, and as much is added by chance.
-BACKOFF = 0.5
-# Worth a repetition: busy, restarting, or failed in a way that may pass.
-PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
+# Bytes an answer may have: for its frame, for a token of the completion (the longest are 128 characters, and its id
+# comes beside it), and for a token of the prompt, whose ids vLLM sends back. JSON may take 6 bytes for a character.
+FRAME_BYTES, TOKEN_BYTES, PROMPT_TOKEN_BYTES = 65536, 1024, 16
 # What a server says to a request it does not understand.
 REFUSED = (400, 422)
-
-
-class ServerError(UserError, RuntimeError):
-    """A server that does not answer, or not as asked."""
 
 
 @dataclass
@@ -59,7 +51,8 @@ class CompletionsClient:
     Asks a server to complete prompts.
 
     Args:
-        url (`str`): Such as `http://localhost:8000`, with or without `/v1`.
+        url (`str`): Such as `http://localhost:8000`, with or without `/v1`. A name and password in it
+            (`https://name:password@host`) are sent as basic authentication, and left out of every message.
         sampling ([`SamplingParams`]): The law to ask for.
         max_new_tokens (`int`): Longest completion, stop token included.
         stop_token_ids (`Sequence[int]`): Tokens that end a text.
@@ -67,9 +60,14 @@ class CompletionsClient:
             there is one. Only for servers that take no ids.
         model (`str`, *optional*): Model to ask for; servers of one model need no name.
         token (`str`, *optional*): Sent as bearer token.
-        timeout (`float`, *optional*, defaults to `600.0`): Seconds an answer may take.
+        timeout (`float`, *optional*, defaults to `600.0`): Seconds an answer may take, from the first byte sent to the
+            last received.
         concurrency (`int`, *optional*, defaults to `64`): Requests under way at once.
         max_retries (`int`, *optional*, defaults to `5`): Repetitions of a failed request, with exponential back-off.
+            A pause is never longer than a minute or `timeout`.
+
+    Raises:
+        `ValueError`: No such address, or credentials that no request can carry.
     """
 
     def __init__(
@@ -85,26 +83,12 @@ class CompletionsClient:
         concurrency: int = 64,
         max_retries: int = 5,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        self.endpoint = Endpoint(url, "/v1/completions", token, timeout, max_retries)
+        self.url = self.endpoint.url
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.stop_token_ids, self.to_text = list(stop_token_ids), to_text
         self.model, self.concurrency = model, concurrency
         self.takes_ids: bool | None = None
-        retry = Retry(
-            total=max_retries,
-            backoff_factor=BACKOFF,
-            backoff_jitter=BACKOFF,
-            status_forcelist=PASSING_STATUSES,
-            allowed_methods=None,
-            raise_on_status=False,  # the last answer says more than "too many errors"
-        )
-        self._pool = PoolManager(
-            maxsize=concurrency,
-            block=True,
-            timeout=Timeout(connect=min(10.0, timeout), read=timeout),
-            retries=retry,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-        )
 
     def stream(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
@@ -123,6 +107,7 @@ class CompletionsClient:
         Raises:
             `ServerError`: A request failed for good. All that arrived has been yielded before.
         """
+        self.endpoint.start()
         if self.takes_ids is None:
             self.takes_ids = self._find_dialect(prompts)
         pool = ThreadPoolExecutor(self.concurrency)
@@ -144,24 +129,27 @@ class CompletionsClient:
                     yield [(futures[future], future.result()) for future in done.difference(failed)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            if pending:  # left early, by an interrupt or a verdict: nobody waits for what is under way
+                self.endpoint.stop()
         if failure is not None:
             raise failure
 
     def _find_dialect(self, prompts: Sequence[Sequence[int]]) -> bool:
         """Whether the server takes token ids."""
-        by_ids = self._post(self._body_of_ids(prompts[0], 0) | {"max_tokens": 1})
+        by_ids = self._post(self._body_of_ids(prompts[0], 0) | {"max_tokens": 1}, len(prompts[0]))
         if by_ids.status not in REFUSED:
-            self._check(by_ids)
+            self.endpoint.check(by_ids)
             return True
         text = next((text for text in map(self.to_text, prompts) if text is not None), "")
-        by_text = self._post(self._body_of_text(text, 0) | {"max_tokens": 1})
+        by_text = self._post(self._body_of_text(text, 0) | {"max_tokens": 1}, len(prompts[0]))
         if by_text.status in REFUSED:
+            ids_said, text_said = self.endpoint.excerpt(by_ids), self.endpoint.excerpt(by_text)
             raise ServerError(
-                f"{self.url} takes a prompt neither as token ids (status {by_ids.status}: {_excerpt(by_ids)}) nor as "
-                f"text (status {by_text.status}: {_excerpt(by_text)}). Check `server_model`, and that the server's "
-                "context is as long as prompt and completion together."
+                f"{self.url} takes a prompt neither as token ids (status {by_ids.status}: {ids_said}) nor as text "
+                f"(status {by_text.status}: {text_said}). Check `server_model`, and that the server's context is as "
+                "long as prompt and completion together."
             )
-        self._check(by_text)
+        self.endpoint.check(by_text)
         return False
 
     def _complete(self, prompt: Sequence[int], seed: int) -> Answer | None:
@@ -172,9 +160,16 @@ class CompletionsClient:
             if text is None:
                 return None
             body = self._body_of_text(text, seed)
-        response = self._post(body)
-        self._check(response)
-        return _read_answer(response.json())
+        response = self._post(body, len(prompt))
+        self.endpoint.check(response)
+        try:
+            return read_answer(response.data)
+        except (ValueError, RecursionError) as error:
+            raise ServerError(
+                f"{self.url} sent an answer that is no completion: "
+                f"{self.endpoint.show(str(error) or type(error).__name__)}. It began with: "
+                f"{self.endpoint.excerpt(response)!r}. Check that this is an OpenAI-compatible completions server."
+            ) from error
 
     def _body(self, seed: int) -> dict[str, Any]:
         body = {"max_tokens": self.max_new_tokens, "temperature": self.sampling.temperature}
@@ -207,31 +202,46 @@ class CompletionsClient:
         }
         return self._body(seed) | {"prompt": text, "generation_config": json.dumps(config)}
 
-    def _post(self, body: dict[str, Any]):
-        try:
-            return self._pool.request("POST", self.url, json=body)
-        except HTTPError as error:
-            raise ServerError(
-                f"{self.url} did not answer: {error}. Check that the server runs and `server_url` is right; raise "
-                "`server_timeout` if it is only slow."
-            ) from error
-
-    def _check(self, response) -> None:
-        if response.status != 200:
-            raise ServerError(f"{self.url} answered with status {response.status}: {_excerpt(response)}")
+    def _post(self, body: dict[str, Any], prompt_length: int) -> Response:
+        return self.endpoint.post(
+            body, FRAME_BYTES + TOKEN_BYTES * self.max_new_tokens + PROMPT_TOKEN_BYTES * prompt_length
+        )
 
 
-def _excerpt(response) -> str:
-    return response.data[:500].decode(errors="replace")
+def read_answer(data: bytes) -> Answer:
+    """
+    The completion in a server's answer.
 
+    Args:
+        data (`bytes`): As it came.
 
-def _read_answer(body: dict[str, Any]) -> Answer:
-    choice = body["choices"][0]
+    Raises:
+        `ValueError`: It is no JSON, lacks a field or has one of another type; the message says which.
+    """
+    body = json.loads(data)
+
+    def need(value: Any, name: str, *types: type) -> Any:
+        # By exact type: true is an int to Python, and is no token.
+        if type(value) not in types:
+            raise ValueError(f"{name} is {printable(repr(value), 60)}")
+        return value
+
+    choices = need(need(body, "the answer", dict).get("choices"), "choices", list)
+    if not choices:
+        raise ValueError("choices is empty")
+    choice = need(choices[0], "choices[0]", dict)
+    text = need(choice.get("text"), "choices[0].text", str)
+    token_ids = need(choice.get("token_ids"), "choices[0].token_ids", list, type(None))
+    for token in token_ids or []:
+        need(token, "a token of choices[0].token_ids", int)
+    if token_ids is None and not text.isascii():
+        text.encode()  # half a surrogate pair is no text
+    usage = need(body.get("usage"), "usage", dict, type(None)) or {}
     matched = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's name, SGLang's name
     return Answer(
-        text=choice["text"],
-        token_ids=choice.get("token_ids"),
-        stopped=choice["finish_reason"] == "stop",
-        stop_token_id=matched if isinstance(matched, int) else None,
-        num_tokens=(body.get("usage") or {}).get("completion_tokens"),
+        text=text,
+        token_ids=token_ids,
+        stopped=need(choice.get("finish_reason"), "choices[0].finish_reason", str, type(None)) == "stop",
+        stop_token_id=matched if type(matched) is int else None,
+        num_tokens=need(usage.get("completion_tokens"), "usage.completion_tokens", int, type(None)),
     )

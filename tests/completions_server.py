@@ -1,5 +1,6 @@
 """A completions server for tests: in vLLM's shapes, or knowing text only, and failing on demand."""
 
+import gzip
 import json
 import socket
 import threading
@@ -16,17 +17,29 @@ class CompletionsServer:
         tokenizer: For text.
         takes_ids, returns_ids, takes_text (`bool`): Whether it understands token ids, gives them, understands text.
         faults (`list`): What goes wrong with the first requests after the probe, one each: a status, "reset", "cut"
-            (dies in the middle of an answer) or "slow".
+            (dies in the middle of an answer), "slow", "drip" (a byte now and then, for ever), "huge" (no end),
+            "packed" (compressed), `bytes` (the answer as it is), or a dict of headers, sent with status 429 or, where
+            there is a `Location`, 307.
         dies_after (`int`, *optional*): Answers given before every further connection is reset.
+        too_long (`bool`): Heeds no `max_tokens`.
     """
 
     def __init__(
-        self, answer, tokenizer, takes_ids=True, returns_ids=True, takes_text=True, faults=(), dies_after=None
+        self,
+        answer,
+        tokenizer,
+        takes_ids=True,
+        returns_ids=True,
+        takes_text=True,
+        faults=(),
+        dies_after=None,
+        too_long=False,
     ):
         self.answer, self.tokenizer = answer, tokenizer
         self.takes_ids, self.returns_ids, self.takes_text = takes_ids, returns_ids, takes_text
-        self.faults, self.dies_after = list(faults), dies_after
+        self.faults, self.dies_after, self.too_long = list(faults), dies_after, too_long
         self.requests, self.headers = [], []
+        self.poured = 0
         self.answered = self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         server = self
@@ -42,6 +55,8 @@ class CompletionsServer:
                     server.headers.append(dict(self.headers))
                 try:
                     server.respond(self, body)
+                except ConnectionError:  # the client hung up
+                    self.close_connection = True
                 finally:
                     with server.lock:
                         server.at_once -= 1
@@ -81,9 +96,18 @@ class CompletionsServer:
             time.sleep(1.0)
         elif isinstance(fault, int):
             return self.send(handler, fault, {"error": "injected"})
+        elif isinstance(fault, dict):
+            return self.send(handler, 307 if "Location" in fault else 429, {"error": "injected"}, headers=fault)
+        elif isinstance(fault, bytes):
+            return self.send(handler, 200, fault)
+        elif fault == "packed":
+            return self.send(handler, 200, gzip.compress(bytes(10**6)), headers={"Content-Encoding": "gzip"})
+        elif fault in ("drip", "huge"):
+            return self.pour(handler, bytes(1) if fault == "drip" else bytes(65536), 0.05 if fault == "drip" else 0.0)
         prompt = body["prompt"] if ids else self.tokenizer(body["prompt"])["input_ids"]
         completion, stopped = self.answer(prompt)
-        completion = completion[: body["max_tokens"]]
+        if not self.too_long:
+            completion = completion[: body["max_tokens"]]
         shown = completion[:-1] if stopped else completion
         choice = {"index": 0, "text": self.tokenizer.decode(shown), "finish_reason": "stop" if stopped else "length"}
         if ids and self.returns_ids:
@@ -91,9 +115,11 @@ class CompletionsServer:
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
         self.send(handler, 200, {"choices": [choice], "usage": usage}, cut=fault == "cut")
 
-    def send(self, handler, status, body, cut=False):
-        data = json.dumps(body).encode()
+    def send(self, handler, status, body, cut=False, headers=()):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         handler.send_response(status)
+        for name, value in dict(headers).items():
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data[: len(data) // 2] if cut else data)
@@ -101,3 +127,14 @@ class CompletionsServer:
             handler.wfile.flush()
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def pour(self, handler, data, pause):
+        """Send until the client hangs up, or for ten seconds."""
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.end_headers()
+        ends = time.monotonic() + 10
+        while time.monotonic() < ends:
+            handler.wfile.write(data)
+            self.poured += len(data)
+            time.sleep(pause)

@@ -14,6 +14,7 @@ from draft_opd_trl import (
     SamplingParams,
     SpeculationSettings,
     Target,
+    endpoint,
     server,
     speculate,
     stop_token_ids,
@@ -118,7 +119,7 @@ def target():
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(server, "INTERVAL", 0.05)
-    monkeypatch.setattr(server, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
 
 
 def serving(target, change=lambda prompt, ids: ids, sampling=SETTINGS.sampling, **options):

@@ -1,8 +1,10 @@
 """The client: both dialects, what it asks for, faults of every kind; and a real `transformers serve` process."""
 
+import base64
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from conftest import tiny_tokenizer
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, Target, server, stop_token_ids
+from draft_opd_trl import SamplingParams, SpeculationSettings, Target, endpoint, server, stop_token_ids
 from draft_opd_trl.consistency import describe_misfit, text_fit
+from draft_opd_trl.errors import InputError
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.rollout import DecodingSource, ServerSource, _faithful_text
 from draft_opd_trl.server import CompletionsClient, ServerError
@@ -35,7 +38,7 @@ PROMPTS = [[5 + number, 6] for number in range(12)]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(server, "INTERVAL", 0.05)
-    monkeypatch.setattr(server, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
 
 
 def echo(prompt):
@@ -159,6 +162,150 @@ def test_what_arrived_before_a_death_is_handed_on():
                 arrived |= dict(group)
     assert len(arrived) == serving.answered == 5
     assert all(answer.token_ids == [PROMPTS[index][0]] * 2 + [STOP] for index, answer in arrived.items())
+
+
+# Servers that mean no good, or are not what they are taken for.
+
+
+def refusal(fault, timeout=0.3, max_retries=0, **options):
+    """What a server of this fault is refused with, how long that took, and the server."""
+    with CompletionsServer(echo, TOKENIZER, faults=[fault] * 100) as serving:
+        started = time.monotonic()
+        with pytest.raises(ServerError) as raised:
+            ask(
+                make_client(serving.url, timeout=timeout, max_retries=max_retries, concurrency=2, **options),
+                PROMPTS[:3],
+            )
+    assert "\n" not in str(raised.value)
+    return str(raised.value), time.monotonic() - started, serving
+
+
+def test_the_time_limit_is_one_for_the_whole_answer():
+    """Each byte comes well within it, and they never end."""
+    message, seconds, _ = refusal("drip")
+    assert "did not answer: timed out, no whole answer within 0.3 s" in message
+    assert seconds < 2
+
+
+def test_an_answer_has_no_more_bytes_than_its_tokens_need():
+    message, _, serving = refusal("huge", timeout=5)
+    limit = server.FRAME_BYTES + 8 * server.TOKEN_BYTES + 2 * server.PROMPT_TOKEN_BYTES
+    assert f"sent more than the {limit} bytes that an answer can need" in message
+    # What was sent beyond is in the buffers of the two sockets.
+    assert serving.poured < 2 * (limit + 2**23)
+
+
+def test_the_longest_honest_answer_is_read():
+    """vLLM's: 8 of the longest tokens, in JSON's escapes, and the prompt's ids beside them."""
+    choice = {"index": 0, "text": "é" * 128 * 8, "finish_reason": "length", "token_ids": [250_000] * 8}
+    answer = json.dumps({"choices": [choice | {"prompt_token_ids": [250_000] * 5000}], "usage": None}).encode()
+    with CompletionsServer(echo, TOKENIZER, faults=[answer]) as serving:
+        answers = ask(make_client(serving.url), [[5] * 5000])
+    assert answers[0].token_ids == [250_000] * 8
+
+
+def test_compressed_answers_are_refused():
+    assert "packed as gzip, which was not asked for" in refusal("packed")[0]
+
+
+def test_a_pause_is_asked_for_in_vain_beyond_the_time_limit():
+    with CompletionsServer(echo, TOKENIZER, faults=[{"Retry-After": "3600"}] * 3) as serving:
+        started = time.monotonic()
+        answers = ask(make_client(serving.url, timeout=0.3, max_retries=3))
+    assert len(answers) == 12 and 0.3 < time.monotonic() - started < 3
+
+
+def test_prompts_are_not_sent_on_to_another_place():
+    with CompletionsServer(echo, TOKENIZER) as elsewhere:
+        place = elsewhere.url.replace("//", "//name:secret@")
+        message, _, _ = refusal({"Location": place})
+    assert f"status 307 and sends prompts on to {elsewhere.url}. Redirects are not followed" in message
+    assert elsewhere.headers == []
+
+
+CHOICE = {"text": "a", "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"<html>\x1b[31m\n</html>", "no completion: Expecting value.*began with: '<html>.\\[31m </html>'"),
+        (b"", "no completion: Expecting value"),
+        (b"\xff\xfe{", "no completion: "),
+        (b"[" * 50_000, "no completion: .*recursion"),
+        (b'{"choices": ' + b"9" * 5000 + b"}", "no completion: .*integer string"),
+        (b"[]", "the answer is \\[\\]"),
+        (b"{}", "choices is None"),
+        (b'{"choices": {}}', "choices is {}"),
+        (b'{"choices": []}', "choices is empty"),
+        (b'{"choices": [5]}', r"choices\[0\] is 5"),
+        ({"finish_reason": "stop"}, r"choices\[0\].text is None"),
+        ({"text": 5}, r"choices\[0\].text is 5"),
+        (CHOICE | {"text": "\ud800"}, "surrogates not allowed"),
+        (CHOICE | {"token_ids": "5"}, "token_ids is '5'"),
+        (CHOICE | {"token_ids": [True]}, "a token of .*token_ids is True"),
+        (CHOICE | {"token_ids": [1.0]}, "a token of .*token_ids is 1.0"),
+        (CHOICE | {"finish_reason": 1}, "finish_reason is 1"),
+        (b'{"choices": [{"text": "", "finish_reason": "stop"}], "usage": 5}', "usage is 5"),
+    ],
+)
+def test_what_is_no_completion_is_said_to_be_none(answer, message):
+    if isinstance(answer, dict):
+        answer = json.dumps({"choices": [answer]}).encode()
+    assert re.search(message, refusal(answer)[0])
+
+
+def test_a_password_in_the_url_is_sent_and_never_shown():
+    with CompletionsServer(echo, TOKENIZER, faults=[b'{"choices": "it was hunter2"}']) as serving:
+        client = make_client(serving.url.replace("//", "//me:hunter2@"), max_retries=0)
+        with pytest.raises(ServerError, match="choices is 'it was ...'") as raised:
+            ask(client, PROMPTS[:1])
+    assert serving.headers[0]["Authorization"] == "Basic " + base64.b64encode(b"me:hunter2").decode()
+    assert client.url == f"{serving.url}/v1/completions" and "hunter2" not in str(raised.value)
+    with pytest.raises(
+        InputError, match="both a password in the URL of http://host/v1/completions and a `server_token`"
+    ):
+        make_client("http://me:hunter2@host", token="x")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://host", "http://", "http://host:port", "http://host:99999", "http://[::1", "http://a b",
+     "http://host/?key=1", "http://host/#x", "http://hö.st", "http://host\n/", "me:hunter2@host", ""],
+)  # fmt: skip
+def test_what_is_no_address(url):
+    with pytest.raises(InputError, match="`server_url` is .*it must be such as http://localhost:8000") as raised:
+        make_client(url.replace("//", "//me:hunter2@") if "//" in url else url)
+    assert "hunter2" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_host_that_is_no_name():
+    with pytest.raises(ServerError, match="did not answer"):
+        ask(make_client("http://" + "a" * 70 + ".invalid", max_retries=0))
+
+
+@pytest.mark.parametrize("token", ["new\nline", "ö"])
+def test_a_token_that_no_header_carries(token):
+    with pytest.raises(InputError, match="`server_token` holds characters") as raised:
+        make_client("http://host", token=token)
+    assert token not in str(raised.value)
+
+
+def test_who_stops_asking_does_not_wait():
+    """An interrupt, or a verdict on what came first, does not wait for hanging requests."""
+
+    def slowly(prompt):
+        time.sleep(0.0 if prompt == PROMPTS[0] else 3.0)
+        return echo(prompt)
+
+    with CompletionsServer(slowly, TOKENIZER) as serving:
+        client = make_client(serving.url, concurrency=4, max_retries=50)
+        stream, started = client.stream(PROMPTS, range(12)), time.monotonic()
+        next(stream)
+        stream.close()
+        while client.endpoint._sockets:
+            assert time.monotonic() - started < 2
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
