@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         _fail(str(error) or repr(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", 130)
     if _is_main_process():
         print(text)
     return 0

@@ -35,7 +35,7 @@ from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter, in_eval_mode
 from .errors import InputError, NotFoundError
-from .evaluation import measure_acceptance
+from .evaluation import measure_acceptance, text_seeds
 from .feed import BatchFeed, EpochSampler
 from .hub import check_hub_access
 from .hub_trainer import HubTrainer
@@ -386,13 +386,14 @@ class DraftOPDTrainer(HubTrainer):
         """This rank's share of `eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively; `None` of none."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = list(dataset["prompt_ids"])[rank::world]
-        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1000003 * rank)
+        prompts = list(dataset["prompt_ids"])
+        seeds = text_seeds(self.args.seed, range(len(prompts)))[rank::world]
+        prompts = prompts[rank::world]
         with self._drafter_as_served(), self.target.uneven_forwards():
             if not prompts:
                 return None
             return measure_acceptance(
-                self.target, self.drafter, prompts, self.speculation_settings(), generator, progress
+                self.target, self.drafter, prompts, self.speculation_settings(), progress=progress, seeds=seeds
             )
 
     def evaluate(

@@ -8,10 +8,11 @@ a .json, .jsonl or .parquet file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .options import PairArguments, QuantizationArguments, read_chat_kwargs
+from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
 
 
 @dataclass
@@ -46,7 +47,6 @@ ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
 def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     import json
-    from pathlib import Path
 
     from accelerate import PartialState
 
@@ -54,7 +54,7 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
     from ..evaluation import evaluate_drafters
     from ..files import write_atomically
     from ..loading import load_pair
-    from ..prompts import tokenize_dataset
+    from ..prompts import check_fit, tokenize_dataset
     from ..sampling import SamplingParams
     from ..speculation import SpeculationSettings
     from ..suites import load_suite
@@ -67,14 +67,16 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
     chat = read_chat_kwargs(arguments.chat_template_kwargs)
-    folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
+    named = drafters_by_name([arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])])
     target, drafters, tokenizer = load_pair(
-        folders, arguments.teacher_model_name_or_path, arguments.dtype, quantization.quantization_config()
+        list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantization.quantization_config()
     )
     output = Path(arguments.output_dir) if arguments.output_dir else None
+    rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
+    longest_block = max(drafter.num_draft_tokens for drafter in drafters)
+    check_fit(rows, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block)
     results = []
-    for name, suite in suites.items():
-        prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=name)["prompt_ids"])
+    for name, part in rows.items():
         for law in sampling:
             settings = SpeculationSettings(
                 max_new_tokens=arguments.max_new_tokens,
@@ -84,22 +86,31 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
                 batch_size=arguments.batch_size,
             )
             title = f"{Path(name).stem}-t{law.temperature:g}"
-            measured = evaluate_drafters(
-                target,
-                dict(zip(("model", "compare"), drafters, strict=False)),
-                prompts,
-                settings,
-                arguments.seed,
-                arguments.baseline,
-                output and output / title,
-                title,
-            )
+            try:
+                measured = evaluate_drafters(
+                    target,
+                    dict(zip(named, drafters, strict=True)),
+                    list(part["prompt_ids"]),
+                    settings,
+                    arguments.seed,
+                    arguments.baseline,
+                    output and output / title,
+                    title,
+                )
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(_how_to_go_on(output)) from stop
             results.append({"suite": name, "temperature": law.temperature, **measured})
-    named = dict(zip(("model", "compare"), folders, strict=False))
-    result = {"definition": DEFINITION, "teacher": arguments.teacher_model_name_or_path, **named, "results": results}
+    teacher = arguments.teacher_model_name_or_path
+    result = {"definition": DEFINITION, "teacher": teacher, "drafters": named, "results": results}
     if output:
         write_atomically(output / "results.json", json.dumps(result, indent=2))
     return result
+
+
+def _how_to_go_on(output: Path | None) -> str:
+    if output is None:
+        return "interrupted; nothing was kept. With --output_dir texts are kept as they end, and the command goes on"
+    return f"interrupted; what had ended is in {output}. The same command goes on from there, with the same texts"
 
 
 def _paths(words: list[str], names: list[str]) -> dict[str, str]:
@@ -132,8 +143,13 @@ def _shown(name: str, drafter: dict[str, Any]) -> list[str]:
         f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
     ]
     if drafter["speedup"] is not None:
-        speedup = {"value": drafter["speedup"], "interval": drafter["speedup_interval"]}
-        lines.append(f"    speedup                  {_with_interval(speedup, '.2f')} over decoding without a drafter")
+        speedup = f"{drafter['speedup']:.2f} over decoding without a drafter"
+        if drafter["speedup_interval"] is None:
+            speedup += ", without an interval: texts decoded side by side share their seconds (--batch_size 1)"
+        else:
+            low, high = drafter["speedup_interval"]
+            speedup = speedup.replace(" over", f" [{low:.2f}, {high:.2f}] over")
+        lines.append(f"    speedup                  {speedup}")
     if drafter["texts"] is not None:
         lines.append("    " + _losslessness(drafter["texts"]))
     if drafter["resumed"]:
@@ -156,8 +172,9 @@ def show(result: dict[str, Any]) -> str:
     for measured in result["results"]:
         lines += ["", f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"]
         for name, drafter in measured["drafters"].items():
-            lines += _shown(f"{name}: {result[name]}", drafter)
+            lines += _shown(f"{name}: {result['drafters'][name]}", drafter)
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
-            lines.append(f"  model − compare: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
+            names = " − ".join(measured["drafters"])
+            lines.append(f"  {names}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
     return "\n".join(lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -65,6 +67,21 @@ class AdapterArguments:
         from trl import ModelConfig, get_peft_config
 
         return get_peft_config(ModelConfig(lora_task_type=None, **vars(self)))
+
+
+def drafters_by_name(paths: Sequence[str]) -> dict[str, str]:
+    """
+    Drafters by the name they are shown under: the folder's own, or the whole path where that tells them not apart.
+
+    Raises:
+        `ValueError`: One of them twice.
+    """
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--compare {paths[0]} is the drafter of --model itself. Name another one.")
+    short = [Path(path).resolve().name for path in paths]
+    # Decoding without a drafter goes by the name "plain".
+    clear = len(set(short)) == len(paths) and "plain" not in short
+    return dict(zip(short if clear else paths, paths, strict=True))
 
 
 def read_chat_kwargs(text: str) -> dict[str, Any]:
