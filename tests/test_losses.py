@@ -182,7 +182,8 @@ def _reference(hidden, states, tokens, heads, settings):
     losses = divergence(draft_logps, target_logps, tokens, settings)
     if heads.vocab_map is not None and not settings.reads_token:
         best = heads.target_logits(states).argmax(-1)
-        losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, 0.0)
+        outside = 1.0 if settings.kind == "accepted_length" else 0.0
+        losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, outside)
     return losses
 
 
