@@ -273,8 +273,8 @@ def speedup_interval(
     95 % percentile bootstrap over prompts of tokens a second over those of plain decoding.
 
     Args:
-        texts, plain (`Sequence[AcceptanceReport]`): Of single texts, the same prompts in the same order. A text's
-            seconds are those since the text before it ended, so that they add up to the wall time.
+        texts, plain (`Sequence[AcceptanceReport]`): Of single texts decoded one after the other, the same prompts in
+            the same order. Decoded side by side they share their seconds, and the interval would say nothing.
         resamples, seed (`int`): As in [`bootstrap_interval`].
 
     Returns:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -18,7 +17,7 @@ from .acceptance import AcceptanceReport, join_reports
 from .before_after import BeforeAfter
 from .drafters.base import in_eval_mode
 from .errors import InputError
-from .evaluation import measure_acceptance
+from .evaluation import measure_acceptance, text_seeds
 from .hub_trainer import HubTrainer
 from .sharding import gathered
 from .speculation import SpeculationSettings
@@ -54,13 +53,14 @@ class EvaluatingTrainer(HubTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = list(dataset["prompt_ids"])
-        share = prompts[rank::world]
-        generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1000003 * rank)
+        share, seeds = prompts[rank::world], text_seeds(self.args.seed, range(len(prompts)))[rank::world]
         reports = []
         with self._drafter_as_served(), self.target.uneven_forwards():
             if share:
                 settings = self.speculation_settings()
-                reports.append(measure_acceptance(self.target, self.drafter, share, settings, generator, progress))
+                reports.append(
+                    measure_acceptance(self.target, self.drafter, share, settings, progress=progress, seeds=seeds)
+                )
         dealt = [text for first in range(world) for text in range(first, len(prompts), world)]
         order = sorted(range(len(dealt)), key=dealt.__getitem__)
         return join_reports(gather_object(reports), at_once=True).select(order)

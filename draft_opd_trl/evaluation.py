@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, spee
 from .drafters.base import Drafter
 from .report import save_report
 from .results import ResultsFile
-from .speculation import SpeculationSettings, speculate
+from .speculation import SpeculationSettings, seed_of, speculate
 from .stopwatch import Stopwatch
 from .target import Target
 
@@ -45,6 +46,7 @@ def measure_acceptance(
     generator: torch.Generator | None = None,
     progress: str | None = None,
     on_text: Callable[[int, AcceptanceReport], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> AcceptanceReport:
     """
     Decode `prompts` speculatively and report what verification said.
@@ -58,6 +60,7 @@ def measure_acceptance(
         progress (`str`, *optional*): Label of a progress bar with throughput and acceptance length.
         on_text (`Callable`, *optional*): Called as soon as a text has ended, as `on_text(prompt, report)`, with the
             report of this text alone. Its seconds are those since the text that ended before.
+        seeds (`Sequence[int]`, *optional*): One a prompt, instead of a generator; see [`speculate`].
     """
     stopwatch = Stopwatch(target.device)
     timed_target = _Timed(target, stopwatch, "verify", ("forward_cached", "logits"))
@@ -85,7 +88,7 @@ def measure_acceptance(
                 bar.set_postfix_str(f"τ {committed / verifications:.2f}, {speed:.0f} tok/s", refresh=False)
                 bar.update(finished - bar.n)
 
-        speculate(timed_target, timed_drafter, prompts, settings, generator, on_round, end_text)
+        speculate(timed_target, timed_drafter, prompts, settings, generator, on_round, end_text, seeds)
     return join_reports(reports)
 
 
@@ -133,6 +136,11 @@ def fingerprint(drafter: Drafter) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_seeds(seed: int, prompts: Sequence[int]) -> list[int]:
+    """A seed for each prompt of a data set, by its index: whatever else is decoded beside it, and when."""
+    return [seed_of(seed, index) for index in prompts]
+
+
 def evaluate_drafters(
     target: Target,
     drafters: dict[str, Drafter],
@@ -155,8 +163,9 @@ def evaluate_drafters(
         baseline (`bool`, *optional*, defaults to `True`): Also decode plainly, for the speedup, and at temperature 0
             to check that no text changed.
         results (`Path`, *optional*): Start of the files' names, `<results>-<drafter>.jsonl`. Every text is appended as
-            it ends. What is there already is not decoded again; texts cut off by a kill are, at temperature > 0 with
-            new draws. A table and pictures of the whole are written to `<results>.md` and `<results>.png`.
+            it ends. What is there already is not decoded again; texts cut off by a kill are, with the same draws, as
+            these depend on the seed and the prompt's index alone. A table and pictures of the whole are written to
+            `<results>.md` and `<results>.png`.
         progress (`str`, *optional*): Start of the progress bars' labels.
 
     Returns:
@@ -177,7 +186,7 @@ def evaluate_drafters(
     runs = {"plain": None, **drafters} if baseline else drafters
     files = {
         name: ResultsFile(
-            None if results is None else results.with_name(f"{results.name}-{name}.jsonl"),
+            None if results is None else results.with_name(f"{results.name}-{_file_name(name)}.jsonl"),
             {**shared, "drafter": None if drafter is None else fingerprint(drafter)},
         )
         for name, drafter in runs.items()
@@ -186,15 +195,15 @@ def evaluate_drafters(
     for name, file in files.items():
         waiting = [index for index in range(len(prompts)) if index not in file.done]
         if waiting:
-            generator = torch.Generator(target.device).manual_seed(seed + resumed[name])
             measure_acceptance(
                 target,
                 runs[name],
                 [prompts[index] for index in waiting],
                 settings,
-                generator,
+                None,
                 progress and f"{progress}, {name}",
                 lambda prompt, report, file=file, waiting=waiting: file.append(waiting[prompt], report),
+                text_seeds(seed, waiting),
             )
 
     def texts_of(name: str) -> list[AcceptanceReport]:
@@ -204,6 +213,8 @@ def evaluate_drafters(
     plain = reports.pop("plain", None)
     if results is not None:
         save_report(dict(reversed(reports.items())), results)  # differences are first − second
+    # Side by side, a text's seconds are those of its neighbours too, and the texts are no sample of anything.
+    alone = plain is not None and settings.batch_size == 1
     return {
         "prompts": len(prompts),
         "plain": plain and {"tokens_per_second": plain.tokens_per_second, "resumed": resumed["plain"]},
@@ -211,7 +222,7 @@ def evaluate_drafters(
             name: {
                 **report.summary(),
                 "speedup": plain and report.tokens_per_second / plain.tokens_per_second,
-                "speedup_interval": plain and list(speedup_interval(texts_of(name), texts_of("plain"))),
+                "speedup_interval": list(speedup_interval(texts_of(name), texts_of("plain"))) if alone else None,
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
             }
@@ -219,6 +230,11 @@ def evaluate_drafters(
         },
         "difference": _difference(*reports.values()) if len(reports) == 2 else None,
     }
+
+
+def _file_name(name: str) -> str:
+    """A drafter's name without what paths are made of."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:

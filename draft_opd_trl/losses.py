@@ -87,6 +87,14 @@ class LossSettings:
         return self.kind == "ce" or self.temperature == 0
 
     @property
+    def outside(self) -> float:
+        """
+        The loss where what a slot would teach lies outside the draft vocabulary: nothing can be learnt there, but a
+        run of accepted slots ends there for certain.
+        """
+        return float(self.kind == "accepted_length")
+
+    @property
     def reads_token(self) -> bool:
         """Whether one token of each slot is read, instead of whole distributions."""
         return self.hard or self.kind in SAMPLED_LOSSES
@@ -172,8 +180,9 @@ class Heads:
         draft_weight (`torch.Tensor` of shape `(DV, H)`): The drafter's head.
         target_logits (`Callable`): Target states `(S, H)` → logits `(S, V)`, float32.
         vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id, ascending. The target is
-            then renormalised over the draft vocabulary. A slot carries no loss where what it would teach lies outside:
-            the token, for losses that read one, else the target's most likely token.
+            then renormalised over the draft vocabulary. A slot teaches nothing where what it would teach lies outside:
+            the token, for losses that read one, else the target's most likely token. It carries no loss there, and
+            for `accepted_length` that of a certain rejection.
         target_weight (`torch.Tensor` of shape `(V, H)`, *optional*): The target's head, where `target_logits` is a
             product with it and nothing more.
     """
@@ -204,7 +213,7 @@ def _chunk_loss(
                 logits = logits[:, heads.vocab_map]
             target_logps = (logits / settings.temperature).log_softmax(-1)
     losses = divergence(draft_logps, target_logps, tokens, settings)
-    return losses if inside is None else losses.masked_fill(~inside, 0.0)
+    return losses if inside is None else losses.masked_fill(~inside, settings.outside)
 
 
 def uses_kernel(device: torch.device, heads: Heads, settings: LossSettings) -> bool:
@@ -312,7 +321,7 @@ def stream_loss(
         tokens, inside = to_draft_ids(tokens, heads.vocab_map)
     losses = slot_losses(hidden, states, tokens, heads, settings, chunk_size)
     if inside is not None and settings.reads_token:
-        losses = losses * inside
+        losses = losses.masked_fill(~inside, settings.outside)
     by_slot[chosen] = losses
     if settings.kind == "accepted_length":
         by_slot = 1 - (1 - by_slot).cumprod(-1)

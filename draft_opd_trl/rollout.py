@@ -23,7 +23,7 @@ from .drafters.base import Drafter
 from .endpoint import ServerError
 from .records import Rollout
 from .server import Answer, CompletionsClient
-from .speculation import SpeculationSettings, speculate
+from .speculation import SpeculationSettings, seed_of, speculate
 from .target import Target
 from .text_cache import TextCache
 
@@ -55,11 +55,6 @@ class RolloutSource(Protocol):
         """
 
 
-def seed_of(*parts: object) -> int:
-    """A seed that depends on all parts and on nothing else."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
 def until_stop(completion: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
     """A completion up to its first stop token: nothing after it would ever be verified."""
     ends = [index for index, token in enumerate(completion) if token in stop_token_ids]
@@ -84,7 +79,7 @@ class DecodingSource:
     """
     The target writes in this process: sped up by a drafter, whose blocks are recorded on the way, or alone.
 
-    Random numbers depend on the seed, the draw and the prompts alone, so a resumed run continues with the same texts.
+    A text depends on the seed, the draw and its prompt alone, so a resumed run continues with the same texts.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, settings: SpeculationSettings, seed: int) -> None:
@@ -93,8 +88,8 @@ class DecodingSource:
 
     def write(self, rows: list[dict], draw: int = 0) -> Rollout:
         prompts = _prompts(rows)
-        generator = torch.Generator(self.target.device).manual_seed(seed_of(self.seed, draw, prompts))
-        return speculate(self.target, self.drafter, prompts, self.settings, generator)
+        seeds = [seed_of(self.seed, draw, prompt) for prompt in prompts]
+        return speculate(self.target, self.drafter, prompts, self.settings, seeds=seeds)
 
 
 class ServerSource:

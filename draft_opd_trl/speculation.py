@@ -5,6 +5,7 @@ Without a drafter it is plain decoding by the same engine. Knows nothing of grad
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from .drafters.base import Drafter
 from .errors import InputError
 from .limits import LIMITS
 from .records import DraftBlocks, Rollout, num_valid_slots
-from .sampling import Chooser, SamplingParams, draw, probabilities
+from .sampling import Chooser, SamplingParams, draw_at, probabilities
 from .target import Target
 from .verification import verify_greedy, verify_sampled
 
@@ -57,12 +58,57 @@ class SpeculationSettings:
         check_settings(self, LIMITS)
 
 
+def seed_of(*parts: object) -> int:
+    """A seed that depends on all parts and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+# What a random number decides: whether a proposal is accepted, which token is committed, which one is proposed.
+ACCEPT, COMMIT, PROPOSE = range(3)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+# Of splitmix64 (Steele, Lea & Flood 2014): the step from one number to the next, then a shift and a factor a round.
+_STEP = _signed(0x9E3779B97F4A7C15)
+_ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
+
+
+def text_uniforms(seeds: torch.Tensor, positions: torch.Tensor, purpose: int) -> torch.Tensor:
+    """
+    Random numbers in [0, 1) that depend on a text's seed, a position in it and what they decide, and on nothing else.
+
+    So neither the batch nor the lane nor what was decoded before matters, and a text can be written again alone. A
+    position's numbers may be asked for again after a rejection before it: they had decided nothing.
+
+    Args:
+        seeds (`torch.LongTensor` of shape `(R,)`): One a text.
+        positions (`torch.LongTensor` of shape `(R, Q)`): Of the tokens that are decided about.
+        purpose (`int`): `ACCEPT`, `COMMIT` or `PROPOSE`.
+
+    Returns:
+        `torch.Tensor` of shape `(R, Q)`, float64.
+    """
+
+    def mixed(bits: torch.Tensor) -> torch.Tensor:
+        for shift, factor in _ROUNDS:
+            # The shift of a signed number drags its sign along.
+            bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return bits
+
+    bits = mixed(mixed(seeds + _STEP)[:, None] + (positions * 3 + purpose) * _STEP)
+    return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
 class _Slots:
     """The rows being decoded: which prompt each holds, its tokens, and how far it has come."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, prompts, settings: SpeculationSettings) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None, prompts, seeds, settings: SpeculationSettings) -> None:
         self.target, self.drafter, self.settings = target, drafter, settings
         self.prompts = prompts
+        self.prompt_seeds = torch.tensor(seeds, dtype=torch.long, device=target.device)
         self.num_draft_tokens = drafter.num_draft_tokens if drafter is not None else 0
         count = min(settings.batch_size, len(prompts))
         longest = max(len(prompt) for prompt in prompts)
@@ -73,6 +119,7 @@ class _Slots:
         self.tokens = torch.full((count, self.max_length), settings.pad_token_id, dtype=torch.long, device=device)
         self.lengths = torch.ones(count, dtype=torch.long, device=device)
         self.ends = torch.ones(count, dtype=torch.long, device=device)
+        self.seeds = torch.zeros(count, dtype=torch.long, device=device)
         self.prompt_of: list[int | None] = [None] * count
         self.host_lengths = [1] * count
         self.next_prompt = 0
@@ -85,7 +132,17 @@ class _Slots:
     def layer_ids(self) -> list[int]:
         return self.drafter.target_layer_ids if self.drafter is not None else []
 
-    def refill(self, generator: torch.Generator | None) -> list[int]:
+    def uniforms(self, anchors: torch.Tensor, count: int, purpose: int) -> torch.Tensor:
+        """[`text_uniforms`] `(R, count)` of the positions after the anchors."""
+        positions = anchors[:, None] + torch.arange(1, count + 1, device=anchors.device)
+        return text_uniforms(self.seeds, positions, purpose)
+
+    def chooser(self, anchors: torch.Tensor) -> Chooser:
+        if not self.settings.sample_proposals or self.settings.sampling.greedy:
+            return Chooser()
+        return Chooser(self.settings.sampling, self.uniforms(anchors, self.num_draft_tokens, PROPOSE)[:, None])
+
+    def refill(self) -> list[int]:
         """Prefill waiting prompts into free slots; returns the slots whose text ended with its first token."""
         free = [slot for slot, prompt in enumerate(self.prompt_of) if prompt is None]
         taken = free[: len(self.prompts) - self.next_prompt]
@@ -105,7 +162,12 @@ class _Slots:
         self.tokens[rows] = self.settings.pad_token_id
         self.tokens[rows, :width] = padded
         logits = self.target.logits(states[torch.arange(len(taken), device=device), sizes - 1])
-        first = draw(probabilities(logits, self.settings.sampling), generator)
+        self.seeds[rows] = self.prompt_seeds[self.next_prompt : self.next_prompt + len(taken)]
+        if self.settings.sampling.greedy:
+            first = logits.argmax(-1)
+        else:
+            uniforms = text_uniforms(self.seeds[rows], sizes[:, None], COMMIT)[:, 0]
+            first = draw_at(probabilities(logits, self.settings.sampling), uniforms)
         self.tokens[rows, sizes] = first
         self.lengths[rows] = sizes + 1
         self.ends[rows] = sizes + self.settings.max_new_tokens
@@ -119,12 +181,14 @@ class _Slots:
         return [slot for slot, end in zip(taken, ended, strict=True) if end]
 
 
-def _verify(slots: _Slots, draft_tokens, draft_probs, logits, generator):
+def _verify(slots: _Slots, anchors, draft_tokens, draft_probs, logits):
     """Verdict on `(R, K)` proposals from logits `(R, K + 1, V)`: accepted counts and the token after them."""
-    sampling = slots.settings.sampling
+    sampling, num_draft_tokens = slots.settings.sampling, draft_tokens.shape[1]
     if sampling.greedy:
         return verify_greedy(draft_tokens, logits.argmax(-1))
-    return verify_sampled(draft_tokens, draft_probs, probabilities(logits, sampling), generator)
+    # One token of a block is drawn, wherever the run before it ends, so the block's own number does for it.
+    uniforms = [slots.uniforms(anchors, num_draft_tokens, ACCEPT), slots.uniforms(anchors, 1, COMMIT)]
+    return verify_sampled(draft_tokens, draft_probs, probabilities(logits, sampling), torch.cat(uniforms, dim=1))
 
 
 def _commit(slots: _Slots, draft_tokens: torch.Tensor, num_accepted: torch.Tensor, after: torch.Tensor):
@@ -157,6 +221,7 @@ def speculate(
     generator: torch.Generator | None = None,
     on_round: Callable[[int, int, int], None] | None = None,
     on_text: Callable[[int, list[int], list[int]], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Rollout:
     """
     Write texts with the target, sped up by the drafter; lossless whatever the drafter proposes.
@@ -166,10 +231,12 @@ def speculate(
         drafter ([`Drafter`], *optional*): Bound to the target; `None` decodes plainly, one token a round.
         prompts (`Sequence[Sequence[int]]`): Token ids, each at least one token long.
         settings ([`SpeculationSettings`]): Lengths, law, batching.
-        generator (`torch.Generator`, *optional*): On the target's device.
+        generator (`torch.Generator`, *optional*): Draws the seeds, where they are not given.
         on_round (`Callable`, *optional*): Called as `on_round(finished texts, committed tokens, verifications)`.
         on_text (`Callable`, *optional*): Called when a text has ended, as `on_text(prompt, completion, accepted)`: the
             prompt's index, token ids, and the length of each block's accepted run inside the text.
+        seeds (`Sequence[int]`, *optional*): One a prompt. At temperature > 0 a text depends on its prompt and its seed
+            alone, not on the texts beside it (to rounding, as at temperature 0).
 
     Returns:
         [`Rollout`] in the order of `prompts`. A text's first token comes from the prefill; every further one from a
@@ -180,8 +247,9 @@ def speculate(
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise InputError("`prompts` needs at least one prompt, and each at least one token.")
-    slots = _Slots(target, drafter, prompts, settings)
-    choose = Chooser(settings.sampling if settings.sample_proposals else None, generator)
+    if seeds is None:
+        seeds = [0] * len(prompts) if settings.sampling.greedy else _drawn_seeds(len(prompts), generator)
+    slots = _Slots(target, drafter, prompts, seeds, settings)
     texts: list[torch.Tensor | None] = [None] * len(prompts)
     runs: list[list[int]] = [[] for _ in prompts]
     record: list[tuple[DraftBlocks, torch.Tensor | None]] = []
@@ -198,7 +266,7 @@ def speculate(
         finished += len(ended_slots)
 
     while True:
-        while ended_at_once := slots.refill(generator):
+        while ended_at_once := slots.refill():
             finish(ended_at_once)
         active = slots.active
         if not active:
@@ -210,13 +278,13 @@ def speculate(
         anchor_tokens = slots.tokens.gather(1, anchors[:, None])
         draft_tokens, draft_probs = anchor_tokens[:, :0], None
         if drafter is not None:
-            proposal = drafter.propose(slots.state, anchor_tokens, anchors[:, None], limit, choose)
+            proposal = drafter.propose(slots.state, anchor_tokens, anchors[:, None], limit, slots.chooser(anchors))
             draft_tokens = proposal.tokens[:, 0]
             draft_probs = None if proposal.probs is None else proposal.probs[:, 0]
         inputs = torch.cat([anchor_tokens, draft_tokens], dim=1)
         positions = anchors[:, None] + torch.arange(inputs.shape[1], device=inputs.device)
         features, states = target.forward_cached(inputs, positions, slots.cache, limit, slots.layer_ids())
-        num_accepted, after = _verify(slots, draft_tokens, draft_probs, target.logits(states), generator)
+        num_accepted, after = _verify(slots, anchors, draft_tokens, draft_probs, target.logits(states))
         count, ended = _commit(slots, draft_tokens, num_accepted, after)
         if drafter is not None:
             drafter.extend(slots.state, features, positions, slots.tokens)
@@ -237,6 +305,11 @@ def speculate(
         if on_round is not None:
             on_round(finished, committed_tokens, verifications)
     return _assemble(slots, texts, record)
+
+
+def _drawn_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    device = None if generator is None else generator.device
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
 def _recorded(slots: _Slots, active: list[int], anchors, draft_tokens, num_accepted, states):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .sampling import draw, draw_at
+from .sampling import draw_at
 
 
 def leading_run(agree: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def verify_sampled(
     draft_tokens: torch.Tensor,
     draft_probs: torch.Tensor | None,
     target_probs: torch.Tensor,
-    generator: torch.Generator | None = None,
+    uniforms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Exact rejection sampling: the committed tokens follow the target's law whatever was proposed.
@@ -47,20 +47,21 @@ def verify_sampled(
             What they were drawn from; `None` when each proposal is a point mass (an argmax).
         target_probs (`torch.Tensor` of shape `(N, K + 1, V)`):
             The target's distribution at each slot given the drafted prefix, then at the bonus slot.
-        generator (`torch.Generator`, *optional*):
-            Source of the uniforms.
+        uniforms (`torch.Tensor` of shape `(N, K + 1)`, *optional*):
+            In [0, 1): one decides each proposal, the last draws the token after the run. Fresh ones by default.
 
     Returns:
         `num_accepted` `(N,)` and the recovered or bonus token `(N,)`.
     """
     count, num_draft_tokens = draft_tokens.shape
+    if uniforms is None:
+        uniforms = torch.rand((count, num_draft_tokens + 1), dtype=torch.float64, device=target_probs.device)
     if num_draft_tokens == 0:
-        return draft_tokens.new_zeros(count), draw(target_probs[:, 0], generator)
+        return draft_tokens.new_zeros(count), draw_at(target_probs[:, 0], uniforms[:, 0])
     proposal = draft_tokens[..., None]
     p_target = target_probs[:, :-1].gather(-1, proposal)[..., 0]
     p_draft = torch.ones_like(p_target) if draft_probs is None else draft_probs.gather(-1, proposal)[..., 0]
-    uniform = torch.rand(p_target.shape, device=p_target.device, dtype=p_target.dtype, generator=generator)
-    num_accepted = leading_run(uniform * p_draft < p_target)
+    num_accepted = leading_run(uniforms[:, :-1] * p_draft < p_target)
 
     slot = num_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
     final_probs = target_probs.gather(1, slot)[:, 0]
@@ -73,7 +74,7 @@ def verify_sampled(
         residual = (final_probs - draft_probs.gather(1, first_rejected[:, None, None].expand_as(slot))[:, 0]).clamp(0)
     # Rounding can empty the residual of a slot that was rejected against the odds; the target's law is the limit.
     usable = rejected & (residual.sum(-1) > 0)
-    return num_accepted, draw(torch.where(usable[:, None], residual, final_probs), generator)
+    return num_accepted, draw_at(torch.where(usable[:, None], residual, final_probs), uniforms[:, -1])
 
 
 def judge_against_text(draft_tokens: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
 
 from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling import SamplingParams, draw, probabilities  # noqa: E402
+from draft_opd_trl.sampling import SamplingParams, probabilities  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
 from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
@@ -176,7 +176,7 @@ def scripted_target(table):
 class ScriptedDrafter:
     """
     Keeps the drafter contract by table: after token t it proposes `proposals[t]` `(V, K)`, or draws from
-    `probs[t]` `(V, K, V)`.
+    `probs[t]` `(V, K, V)`, at temperature 1.
     """
 
     vocab_map = None
@@ -199,8 +199,7 @@ class ScriptedDrafter:
     def propose(self, state, tokens, anchors, limit, choose):
         if choose.sampling is None or choose.sampling.greedy:
             return Proposal(self.proposals[tokens])
-        probs = self.probs[tokens]
-        return Proposal(draw(probs, choose.generator), probs)
+        return Proposal(*choose(self.probs[tokens].log()))
 
 
 def counting_target(vocab_size=12):

@@ -1,11 +1,15 @@
 """What the commands check before they load anything, and what they say."""
 
+from pathlib import Path
+
 import pytest
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.commands.evaluate import show
+from draft_opd_trl.commands.options import drafters_by_name
 
 
+POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 PAIR = ["--model", "drafter", "--teacher", "target"]
 
 
@@ -32,36 +36,78 @@ def result():
         "texts": {"checked": 8, "changed": 0, "at_ties": 0, "largest_gap": 0.0},
         "resumed": 0,
     }
-    one = {"suite": "pocket", "temperature": 0.0, "prompts": 8, "drafters": {"model": measured}, "difference": None}
-    return {"definition": "τ: it is defined.", "model": "a/drafter", "results": [one]}
+    one = {"suite": "pocket", "temperature": 0.0, "prompts": 8, "drafters": {"drafter": measured}, "difference": None}
+    return {"definition": "τ: it is defined.", "drafters": {"drafter": "a/drafter"}, "results": [one]}
 
 
 def test_shown_with_definition_and_intervals(result):
     text = show(result)
     assert text.startswith("τ: it is defined.")
-    assert "pocket, T = 0, 8 prompts" in text and "model: a/drafter" in text
+    assert "pocket, T = 0, 8 prompts" in text and "drafter: a/drafter" in text
     assert "3.500 [3.250, 3.750]" in text and "50.0% [25.0%, 75.0%]" in text
     assert "75% 50%" in text and "0–31: 3.50" in text and "2.00 [1.75, 2.25]" in text
     assert "all 8 greedy texts are the target's own" in text
-    assert "earlier run" not in text and "compare" not in text
+    assert "earlier run" not in text and "paired" not in text
 
 
 def test_changed_texts_are_shouted(result):
-    measured = result["results"][0]["drafters"]["model"]
+    measured = result["results"][0]["drafters"]["drafter"]
     measured["texts"] = {"checked": 8, "changed": 2, "at_ties": 1, "largest_gap": 3.5}
     assert "*** NOT LOSSLESS *** 2 of 8 greedy texts differ" in show(result)
     measured["texts"]["at_ties"] = 2
     assert "CHANGED AT TIES: 2 of 8" in show(result) and "NOT LOSSLESS" not in show(result)
 
 
-def test_two_drafters_are_shown_with_their_difference(result):
+def test_two_drafters_are_shown_with_their_difference_under_their_names(result):
     measured = result["results"][0]
-    result["compare"], measured["drafters"]["compare"] = "b/drafter", measured["drafters"]["model"]
+    result["drafters"]["before"], measured["drafters"]["before"] = "b/before", measured["drafters"]["drafter"]
     measured["difference"] = {"mean": 0.125, "low": -0.5, "high": 0.75}
-    measured["drafters"]["model"] = {**measured["drafters"]["model"], "speedup": None, "texts": None, "resumed": 3}
+    other = {**measured["drafters"]["drafter"], "speedup": None, "texts": None, "resumed": 3}
+    measured["drafters"]["drafter"] = other
     text = show(result)
-    assert "compare: b/drafter" in text and "model − compare: +0.125 τ [-0.500, +0.750]" in text
+    assert "before: b/before" in text and "drafter − before: +0.125 τ [-0.500, +0.750]" in text
     assert "3 texts came from an earlier run" in text and text.count("speedup") == 1
+    measured["drafters"]["before"]["speedup_interval"] = None
+    assert "2.00 over decoding without a drafter, without an interval" in show(result)
+
+
+def test_drafters_go_by_the_names_of_their_folders(tmp_path, monkeypatch):
+    assert drafters_by_name(["runs/a/checkpoint-10", "z-lab/Qwen3-4B-DFlash-b16"]) == {
+        "checkpoint-10": "runs/a/checkpoint-10",
+        "Qwen3-4B-DFlash-b16": "z-lab/Qwen3-4B-DFlash-b16",
+    }
+    assert list(drafters_by_name(["a/final", "b/final"])) == ["a/final", "b/final"]
+    assert list(drafters_by_name(["a/plain"])) == ["a/plain"]  # which decoding without a drafter is called
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert drafters_by_name(["."]) == {"mine": "."}
+    with pytest.raises(ValueError, match="--compare a is the drafter of --model itself"):
+        drafters_by_name(["a", "a"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "nothing was kept. With --output_dir"), (["--output_dir", "kept"], "what had ended is in kept. The same")],
+)
+def test_ctrl_c_says_how_to_go_on(words, said, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("draft_opd_trl.evaluation.measure_acceptance", interrupted)
+    pair = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *pair, "--suite", str(POCKET / "prompts" / "heldout.jsonl"), "--num_prompts", "2", *words])
+    assert exit_.value.code == 130 and said in capsys.readouterr().err
+
+
+def test_texts_beyond_the_context_are_found_before_decoding(capsys):
+    pair = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
+    words = ["--suite", str(POCKET / "prompts" / "heldout.jsonl"), "--num_prompts", "2"]
+    for command in ("evaluate", "trace"):
+        with pytest.raises(SystemExit):
+            main([command, *pair, *words, "--max_new_tokens", "100000"])
+        assert "100000 of a completion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_grid_proposals_equal_single_ones(target, drafter):
 def test_sampled_proposals_come_with_their_distributions(qwen_target, qwen_drafter):
     rollout = _texts()
     features, _ = qwen_target.forward_text(rollout.tokens, qwen_drafter.target_layer_ids)
-    choose = Chooser(SamplingParams(1.0), torch.Generator().manual_seed(0))
+    choose = Chooser(SamplingParams(1.0))
     with torch.no_grad():
         proposal = _propose_one(qwen_drafter, features, rollout, 0, 2, choose)
     assert proposal.probs.shape == (1, 1, qwen_drafter.num_draft_tokens, VOCAB)
@@ -367,3 +367,21 @@ def test_tied_target_lends_its_embedding_as_head():
     target = Target(tiny_model("qwen3", tie_word_embeddings=True))
     drafter = tiny_drafter("dflash", target)
     assert drafter.output_weight().data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [("num_layers", "'num_hidden_layers'"), ("block_sizes", "'block_size'"), ("atention_bias", "'attention_bias'")],
+)
+def test_a_misspelt_option_is_not_swallowed(qwen_target, option, near):
+    with pytest.raises(TypeError, match=f"DFlashConfig has no option '{option}'. Did you mean {near}"):
+        create_drafter("dflash", qwen_target, mask_token_id=3, **{option: 2})
+
+
+def test_options_that_nothing_is_like(qwen_target, kind):
+    with pytest.raises(
+        TypeError, match="has no option 'xyzzy'. It takes .*target_layer_ids.*, and fields of the config"
+    ):
+        create_drafter(kind, qwen_target, **TINY[kind], xyzzy=2)
+    # Fields of the config are options.
+    create_drafter(kind, qwen_target, **TINY[kind], attention_bias=True, intermediate_size=40)

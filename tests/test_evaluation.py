@@ -8,7 +8,13 @@ import torch
 from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter, tiny_model
 
 from draft_opd_trl.acceptance import bootstrap_interval
-from draft_opd_trl.evaluation import changed_texts, evaluate_drafters, fingerprint, measure_acceptance
+from draft_opd_trl.evaluation import (
+    changed_texts,
+    evaluate_drafters,
+    fingerprint,
+    measure_acceptance,
+    text_seeds,
+)
 from draft_opd_trl.sampling import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
@@ -144,7 +150,7 @@ def test_two_drafters_are_measured_on_the_same_prompts(qwen_target, qwen_drafter
     result = evaluate_drafters(qwen_target, drafters, prompts, _settings(temperature), 7, results=tmp_path / "tiny")
     assert json.loads(json.dumps(result)) == result
     reports = [
-        measure_acceptance(qwen_target, drafter, prompts, _settings(temperature), torch.Generator().manual_seed(7))
+        measure_acceptance(qwen_target, drafter, prompts, _settings(temperature), seeds=text_seeds(7, range(7)))
         for drafter in drafters.values()
     ]
     for (name, entry), report in zip(result["drafters"].items(), reports, strict=True):
@@ -152,7 +158,7 @@ def test_two_drafters_are_measured_on_the_same_prompts(qwen_target, qwen_drafter
         assert entry["acceptance_by_slot"] == report.acceptance_by_slot
         assert entry["interval"] == list(bootstrap_interval(report))
         assert entry["speedup"] == entry["tokens_per_second"] / result["plain"]["tokens_per_second"]
-        assert entry["speedup_interval"][0] <= entry["speedup"] <= entry["speedup_interval"][1]
+        assert entry["speedup_interval"] is None  # side by side, texts share their seconds
         assert entry["texts"] == (
             {"checked": 7, "changed": 0, "at_ties": 0, "largest_gap": 0.0} if temperature == 0 else None
         )
@@ -163,16 +169,31 @@ def test_two_drafters_are_measured_on_the_same_prompts(qwen_target, qwen_drafter
     assert sorted(path.name for path in tmp_path.iterdir()) == [*texts, "tiny.md", "tiny.png"]
 
 
+def test_a_speedup_has_an_interval_where_texts_are_decoded_alone(tmp_path):
+    settings, target = SpeculationSettings(9, [], batch_size=1), Target(tiny_model("qwen3"))
+    drafters = {"one/two": tiny_drafter("dflash", target)}
+    result = evaluate_drafters(target, drafters, [[1], [3], [5]], settings, results=tmp_path / "x")
+    entry = result["drafters"]["one/two"]
+    assert entry["speedup_interval"][0] <= entry["speedup"] <= entry["speedup_interval"][1]
+    assert (tmp_path / "x-one-two.jsonl").is_file()  # a path as a name makes no folders
+
+
 class Killed(Exception):
     pass
 
 
-def test_a_kill_loses_at_most_the_texts_in_flight(qwen_target, qwen_drafter, prompts, tmp_path, monkeypatch):
-    """Killed while the drafter's fourth text is being kept; what was kept is not decoded again."""
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_kill_loses_at_most_the_texts_in_flight(
+    qwen_target, qwen_drafter, prompts, tmp_path, monkeypatch, temperature
+):
+    """
+    Killed while the drafter's fourth text is being kept; what was kept is not decoded again, and what was under way
+    becomes the very text that it would have been.
+    """
     from draft_opd_trl import evaluation, results
 
-    settings, drafters = _settings(), {"trained": qwen_drafter}
-    whole = evaluate_drafters(qwen_target, drafters, prompts, settings)
+    settings, drafters = _settings(temperature), {"trained": qwen_drafter}
+    whole = evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "whole")
     kept = results.ResultsFile.append
     count = 0
 
@@ -202,6 +223,13 @@ def test_a_kill_loses_at_most_the_texts_in_flight(qwen_target, qwen_drafter, pro
     timed += ("speedup", "speedup_interval", "resumed")
     same = [{k: v for k, v in run["drafters"]["trained"].items() if k not in timed} for run in (whole, again)]
     assert same[0] == same[1]
+
+    def texts(name):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]]
+        return {line["prompt"]: (line["completion"], line["accepted"]) for line in lines}
+
+    for drafter in ("plain", "trained"):
+        assert texts(f"run-{drafter}.jsonl") == texts(f"whole-{drafter}.jsonl")
 
 
 def test_results_of_other_weights_or_laws_are_refused(qwen_target, qwen_drafter, prompts, tmp_path):

@@ -64,10 +64,10 @@ def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == result
-    measured = result["results"][0]["drafters"]["model"]
+    measured = result["results"][0]["drafters"]["drafter-dflash"]
     assert measured["texts"] == {"checked": 4, "changed": 0, "at_ties": 0, "largest_gap": 0.0}
     assert measured["interval"][0] <= measured["acceptance_length"] <= measured["interval"][1]
-    assert (tmp_path / "run" / "pocket-t0-model.jsonl").is_file()
+    assert (tmp_path / "run" / "pocket-t0-drafter-dflash.jsonl").is_file()
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)

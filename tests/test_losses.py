@@ -182,7 +182,8 @@ def _reference(hidden, states, tokens, heads, settings):
     losses = divergence(draft_logps, target_logps, tokens, settings)
     if heads.vocab_map is not None and not settings.reads_token:
         best = heads.target_logits(states).argmax(-1)
-        losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, 0.0)
+        outside = 1.0 if settings.kind == "accepted_length" else 0.0
+        losses = torch.where((best[:, None] == heads.vocab_map).any(-1), losses, outside)
     return losses
 
 
@@ -422,3 +423,22 @@ def test_hard_tokens_only_where_weighted():
 def test_settings_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
         LossSettings(*arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["hard", "soft"])
+def test_a_token_that_cannot_be_drafted_ends_an_accepted_run(temperature):
+    """As over the whole vocabulary, where the drafter gives that token nothing."""
+    vocab_map, settings = torch.tensor([0, 2]), LossSettings("accepted_length", temperature)
+    hidden = torch.tensor([[Q, Q, Q], [Q, Q, Q]]).log().requires_grad_()
+    # The second slot of the first row wants token 1, surely.
+    sure = [[1 - 2e-6, 1e-6, 1e-6], [1e-6, 1 - 2e-6, 1e-6]]
+    states = torch.tensor([[sure[0], sure[1], sure[0]], [sure[0]] * 3]).log()
+    tokens = torch.tensor([[0, 1, 0], [0, 0, 0]])
+    loss = stream_loss(hidden, states, tokens, torch.ones(2, 3), _identity_heads(vocab_map=vocab_map), settings)
+    dense = hidden.detach().clone()
+    dense[..., 1] = -1e4
+    expected = stream_loss(dense, states, tokens, torch.ones(2, 3), _identity_heads(), settings)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert loss[0].item() == pytest.approx(1 / 3 + 1 + 1, rel=1e-4)
+    loss[0].backward()
+    assert hidden.grad[0, 0].abs().sum() > 0 and hidden.grad[0, 1:].abs().sum() == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import chi_square_p
 
-from draft_opd_trl.sampling import Chooser, SamplingParams, draw, probabilities
+from draft_opd_trl.sampling import Chooser, SamplingParams, draw, draw_at, probabilities
 
 
 # exp of these logits is 8, 4, 2, 2: probabilities 1/2, 1/4, 1/8, 1/8.
@@ -70,9 +70,28 @@ def test_chooser_proposes_the_argmax_unless_it_samples():
     assert tokens.tolist() == [1] and probs is None
     tokens, probs = Chooser(SamplingParams(0.0))(LOGITS)
     assert tokens.tolist() == [1] and probs is None
-    tokens, probs = Chooser(SamplingParams(1.0), torch.Generator().manual_seed(0))(LOGITS.expand(2000, -1))
+    torch.manual_seed(0)
+    tokens, probs = Chooser(SamplingParams(1.0))(LOGITS.expand(2000, -1))
     torch.testing.assert_close(probs[0], torch.tensor([0.125, 0.5, 0.25, 0.125]))
     assert chi_square_p(torch.bincount(tokens, minlength=4), probs[0]) > 1e-4
+
+
+def test_a_chooser_spends_one_number_a_slot():
+    """At once or slot by slot; cumulated, the law is 0.125, 0.625, 0.875, 1."""
+    uniforms, logits = torch.tensor([[[0.1, 0.2, 0.7]]]), LOGITS.expand(1, 1, 3, -1)
+    at_once, _ = Chooser(SamplingParams(1.0), uniforms)(logits)
+    choose = Chooser(SamplingParams(1.0), uniforms)
+    one_by_one = [choose(logits[:, :, slot])[0].item() for slot in range(3)]
+    assert at_once.flatten().tolist() == one_by_one == [0, 1, 2]
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_drawn():
+    """A sum in float32 has steps of 6e-8 near 1; here every token but the first has 1e-9."""
+    probs = torch.full((1, 100_000), 1e-9)
+    probs[0, 0] = 1 - 1e-4
+    uniforms = torch.linspace(1 - 1e-4, 1, 2001, dtype=torch.float64)[:-1]
+    tokens = draw_at(probs.expand(2000, -1), uniforms)
+    assert len(set(tokens.tolist())) > 1990 and tokens.max() < 100_000
 
 
 @pytest.mark.parametrize(

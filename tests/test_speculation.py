@@ -20,7 +20,7 @@ from conftest import (
 from transformers.generation import candidate_generator
 
 from draft_opd_trl.sampling import SamplingParams
-from draft_opd_trl.speculation import SpeculationSettings, speculate
+from draft_opd_trl.speculation import SpeculationSettings, speculate, text_uniforms
 
 
 def _generated(target, prompt, max_new_tokens, stops=(), **options):
@@ -225,6 +225,42 @@ def test_sampling_is_repeatable_from_a_generator(qwen_target, qwen_drafter, prom
         for seed in (4, 4, 5)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
+def test_a_drawn_text_depends_on_its_prompt_and_seed_alone(target, drafter, sample_proposals):
+    """Not on the batch, the lane, the order, or the other texts."""
+    prompts, seeds = random_prompts(9, seed=6), list(range(9))
+
+    def texts(order, batch_size):
+        settings = SpeculationSettings(16, [3, 9, 17, 30, 41], SamplingParams(1.0), sample_proposals, batch_size)
+        drawn = speculate(target, drafter, [prompts[i] for i in order], settings, seeds=[seeds[i] for i in order])
+        return dict(zip(order, drawn.completions(), strict=True))
+
+    whole = texts(range(9), 16)
+    assert len({len(text) for text in whole.values()}) > 2, "lanes must be freed at different times"
+    for order, batch_size in ((range(9), 1), (range(9), 4), (range(8, -1, -1), 3), ([4, 7, 2], 2), ([5], 1)):
+        part = texts(order, batch_size)
+        assert part == {index: whole[index] for index in order}
+    seeds = [seed + 1 for seed in seeds]
+    assert texts(range(9), 16) != whole
+
+
+def test_numbers_of_texts_are_even_and_apart():
+    """Each of 64 cells as often as the others; neighbours in seed, position and purpose know nothing of each other."""
+    seeds, positions = torch.arange(200), torch.arange(1, 201).expand(200, -1)
+    even = torch.full((64,), 1 / 64)
+    by_purpose = [text_uniforms(seeds, positions, purpose) for purpose in range(3)]
+    for values in by_purpose:
+        assert 0 <= values.min() and values.max() < 1
+        assert chi_square_p(torch.bincount((values.flatten() * 64).long(), minlength=64), even) > 1e-4
+    pairs = [(by_purpose[0][1:], by_purpose[0][:-1]), (by_purpose[0][:, 1:], by_purpose[0][:, :-1]), by_purpose[:2]]
+    for first, second in [*pairs, by_purpose[1:]]:
+        cells = (first.flatten() * 8).long() * 8 + (second.flatten() * 8).long()
+        assert chi_square_p(torch.bincount(cells, minlength=64), even) > 1e-4
+    # As splitmix64 has them in Python's integers, which do not overflow.
+    expected = [0.8300421022736726, 0.31665098270182956]
+    assert text_uniforms(torch.tensor([7]), torch.tensor([[5, 6]]), 1)[0].tolist() == expected
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------

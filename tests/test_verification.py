@@ -50,27 +50,30 @@ def test_sampled_equals_greedy_on_point_masses():
     expected = verify_greedy(draft, target_tokens)
     assert len(set(expected[0].tolist())) == 4, "the case must hold every length of run"
     for draft_probs in (None, torch.nn.functional.one_hot(draft, 3).float()):
-        got = verify_sampled(draft, draft_probs, one_hot, draws)
+        got = verify_sampled(draft, draft_probs, one_hot, torch.rand((200, 4), generator=draws))
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 def test_no_proposal_is_plain_sampling():
     law = torch.tensor([0.7, 0.3])
     num_accepted, after = verify_sampled(
-        torch.zeros((COUNT, 0), dtype=torch.long), None, law.expand(COUNT, 1, -1), torch.Generator().manual_seed(0)
+        torch.zeros((COUNT, 0), dtype=torch.long),
+        None,
+        law.expand(COUNT, 1, -1),
+        torch.rand((COUNT, 1), generator=torch.Generator().manual_seed(0)),
     )
     assert num_accepted.tolist() == [0] * COUNT
     assert chi_square_p(torch.bincount(after, minlength=2), law) > 1e-4
 
 
-def _wrong_rule(draft_tokens, draft_probs, target_probs, generator):
+def _wrong_rule(draft_tokens, draft_probs, target_probs, uniforms):
     """Draws the recovered token from the target's law, without taking away what the proposal already covered."""
     proposal = draft_tokens[..., None]
     p_target = target_probs[:, :-1].gather(-1, proposal)[..., 0]
     p_draft = torch.ones_like(p_target) if draft_probs is None else draft_probs.gather(-1, proposal)[..., 0]
-    num_accepted = leading_run(torch.rand(p_target.shape, generator=generator) * p_draft < p_target)
+    num_accepted = leading_run(uniforms[:, :-1] * p_draft < p_target)
     final = target_probs[torch.arange(len(draft_tokens)), num_accepted]
-    return num_accepted, draw(final, generator)
+    return num_accepted, draw_at(final, uniforms[:, -1])
 
 
 def _committed_pair_p(rule, sample_proposals):
@@ -85,7 +88,7 @@ def _committed_pair_p(rule, sample_proposals):
     else:
         draft_probs, draft = None, draft_law.argmax(-1).expand(COUNT, -1)
     target_probs = torch.stack([start.expand(COUNT, -1), step[draft[:, 0]], step[draft[:, 1]]], dim=1)
-    num_accepted, after = rule(draft, draft_probs, target_probs, draws)
+    num_accepted, after = rule(draft, draft_probs, target_probs, torch.rand((COUNT, 3), generator=draws))
     committed = torch.cat([draft, after[:, None]], dim=1).scatter(1, num_accepted[:, None], after[:, None])
     first = committed[:, 0]
     # Where the block ended with its first token, the next one is drawn plainly, as the next round would.
@@ -110,7 +113,8 @@ def test_acceptance_probability_is_the_overlap():
     draft_law, target_law = torch.tensor([0.6, 0.4]), torch.tensor([0.2, 0.8])
     draws = torch.Generator().manual_seed(2)
     draft_probs = draft_law.expand(COUNT, 1, -1)
-    num_accepted, _ = verify_sampled(draw(draft_probs, draws), draft_probs, target_law.expand(COUNT, 2, -1), draws)
+    draft, uniforms = draw(draft_probs, draws), torch.rand((COUNT, 2), generator=draws)
+    num_accepted, _ = verify_sampled(draft, draft_probs, target_law.expand(COUNT, 2, -1), uniforms)
     assert chi_square_p(torch.bincount(num_accepted, minlength=2), torch.tensor([0.4, 0.6])) > 1e-4
 
 
@@ -184,7 +188,7 @@ def test_judging_the_text_equals_what_sampling_said():
     draws = torch.Generator().manual_seed(3)
     draft = torch.randint(SIZE, (2000, 2), generator=draws)
     target_probs = torch.softmax(torch.randn(2000, 3, SIZE, generator=draws), -1)
-    num_accepted, after = verify_sampled(draft, None, target_probs, draws)
+    num_accepted, after = verify_sampled(draft, None, target_probs, torch.rand((2000, 3), generator=draws))
     text = torch.cat([draft, after[:, None]], dim=1).scatter(1, num_accepted[:, None], after[:, None])
     judged = judge_against_text(draft, text[:, :2], (num_accepted + 1).clamp(max=2))
     assert torch.equal(judged, num_accepted)

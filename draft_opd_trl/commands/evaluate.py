@@ -8,11 +8,12 @@ a .json, .jsonl or .parquet file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..checks import check_value, path
 from ..errors import InputError
-from .options import PairArguments, QuantizationArguments, read_chat_kwargs
+from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
 
 
 @dataclass
@@ -56,15 +57,14 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
     try:
         return _measured(arguments, quantization)
     except KeyboardInterrupt as error:
-        kept = "Nothing was kept; give --output_dir to go on from where it stops."
+        kept = "nothing was kept. With --output_dir texts are kept as they end, and the same command goes on."
         if arguments.output_dir:
-            kept = f"The texts that ended are in {arguments.output_dir}: the same command goes on from there."
-        raise KeyboardInterrupt(f"interrupted. {kept}") from error
+            kept = f"what had ended is in {arguments.output_dir}. The same command goes on from there."
+        raise KeyboardInterrupt(f"interrupted; {kept}") from error
 
 
 def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     import json
-    from pathlib import Path
 
     from accelerate import PartialState
 
@@ -72,7 +72,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     from ..evaluation import evaluate_drafters
     from ..files import check_writable, write_atomically
     from ..loading import load_pair
-    from ..prompts import tokenize_dataset
+    from ..prompts import check_fit, tokenize_dataset
     from ..sampling import SamplingParams
     from ..speculation import SpeculationSettings
     from ..suites import load_suite
@@ -87,12 +87,16 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
     chat, quantized = read_chat_kwargs(arguments.chat_template_kwargs), quantization.quantization_config()
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
-    folders = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
-    target, drafters, tokenizer = load_pair(folders, arguments.teacher_model_name_or_path, arguments.dtype, quantized)
+    named = drafters_by_name([arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])])
+    target, drafters, tokenizer = load_pair(
+        list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantized
+    )
     output = Path(arguments.output_dir) if arguments.output_dir else None
+    rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
+    longest_block = max(drafter.num_draft_tokens for drafter in drafters)
+    check_fit(rows, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block)
     results = []
-    for name, suite in suites.items():
-        prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=name)["prompt_ids"])
+    for name, part in rows.items():
         for law in sampling:
             settings = SpeculationSettings(
                 max_new_tokens=arguments.max_new_tokens,
@@ -104,8 +108,8 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
             title = f"{Path(name).stem}-t{law.temperature:g}"
             measured = evaluate_drafters(
                 target,
-                dict(zip(("model", "compare"), drafters, strict=False)),
-                prompts,
+                dict(zip(named, drafters, strict=True)),
+                list(part["prompt_ids"]),
                 settings,
                 arguments.seed,
                 arguments.baseline,
@@ -113,8 +117,8 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 title,
             )
             results.append({"suite": name, "temperature": law.temperature, **measured})
-    named = dict(zip(("model", "compare"), folders, strict=False))
-    result = {"definition": DEFINITION, "teacher": arguments.teacher_model_name_or_path, **named, "results": results}
+    teacher = arguments.teacher_model_name_or_path
+    result = {"definition": DEFINITION, "teacher": teacher, "drafters": named, "results": results}
     if output:
         write_atomically(output / "results.json", json.dumps(result, indent=2))
     return result
@@ -150,8 +154,13 @@ def _shown(name: str, drafter: dict[str, Any]) -> list[str]:
         f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
     ]
     if drafter["speedup"] is not None:
-        speedup = {"value": drafter["speedup"], "interval": drafter["speedup_interval"]}
-        lines.append(f"    speedup                  {_with_interval(speedup, '.2f')} over decoding without a drafter")
+        speedup = f"{drafter['speedup']:.2f} over decoding without a drafter"
+        if drafter["speedup_interval"] is None:
+            speedup += ", without an interval: texts decoded side by side share their seconds (--batch_size 1)"
+        else:
+            low, high = drafter["speedup_interval"]
+            speedup = speedup.replace(" over", f" [{low:.2f}, {high:.2f}] over")
+        lines.append(f"    speedup                  {speedup}")
     if drafter["texts"] is not None:
         lines.append("    " + _losslessness(drafter["texts"]))
     if drafter["resumed"]:
@@ -174,8 +183,9 @@ def show(result: dict[str, Any]) -> str:
     for measured in result["results"]:
         lines += ["", f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"]
         for name, drafter in measured["drafters"].items():
-            lines += _shown(f"{name}: {result[name]}", drafter)
+            lines += _shown(f"{name}: {result['drafters'][name]}", drafter)
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
-            lines.append(f"  model − compare: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
+            names = " − ".join(measured["drafters"])
+            lines.append(f"  {names}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
     return "\n".join(lines)

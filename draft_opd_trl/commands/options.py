@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_settings, check_value, text
@@ -102,6 +104,21 @@ def check_bits(load_in_8bit: bool, load_in_4bit: bool) -> None:
     """
     if load_in_8bit and load_in_4bit:
         raise InputError("load_in_8bit and load_in_4bit are both true, and a target has one width. Choose one.")
+
+
+def drafters_by_name(paths: Sequence[str]) -> dict[str, str]:
+    """
+    Drafters by the name they are shown under: the folder's own, or the whole path where that tells them not apart.
+
+    Raises:
+        `ValueError`: One of them twice.
+    """
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--compare {paths[0]} is the drafter of --model itself. Name another one.")
+    short = [Path(path).resolve().name for path in paths]
+    # Decoding without a drafter goes by the name "plain".
+    clear = len(set(short)) == len(paths) and "plain" not in short
+    return dict(zip(short if clear else paths, paths, strict=True))
 
 
 def read_chat_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError
-from .options import PairArguments, read_chat_kwargs
+from .options import PairArguments, drafters_by_name, read_chat_kwargs
 
 
 @dataclass
@@ -44,17 +43,6 @@ class TraceArguments(PairArguments):
 ARGUMENTS = (TraceArguments,)
 
 
-def _names(arguments: TraceArguments) -> dict[str, str]:
-    """Drafters by the name they are shown under: the folder's own where that tells them apart."""
-    from pathlib import Path
-
-    paths = [*([arguments.compare] if arguments.compare else []), arguments.model_name_or_path]
-    if len(set(paths)) < len(paths):
-        raise InputError(f"--compare {arguments.compare} is the drafter of --model itself. Name another one.")
-    short = [Path(path).name for path in paths]
-    return dict(zip(short if len(set(short)) == len(paths) else paths, paths, strict=True))
-
-
 def run(arguments: TraceArguments) -> dict[str, Any]:
     from dataclasses import asdict
     from pathlib import Path
@@ -64,7 +52,7 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..evaluation import measure_acceptance
     from ..files import check_writable
     from ..loading import load_pair
-    from ..prompts import tokenize_dataset
+    from ..prompts import check_fit, tokenize_dataset
     from ..records import Rollout
     from ..sampling import SamplingParams
     from ..speculation import SpeculationSettings
@@ -73,7 +61,8 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..traces import trace_texts
     from ..viewer import write_trace_page
 
-    names = _names(arguments)
+    compared = [arguments.compare] if arguments.compare else []
+    names = drafters_by_name([*compared, arguments.model_name_or_path])
     chat = read_chat_kwargs(arguments.chat_template_kwargs)
     sampling = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p)
     if not arguments.terminal:
@@ -82,7 +71,12 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     target, drafters, tokenizer = load_pair(
         list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype
     )
-    prompts = list(tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)["prompt_ids"])
+    rows = tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)
+    longest_block = max(drafter.num_draft_tokens for drafter in drafters)
+    check_fit(
+        {arguments.suite: rows}, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block
+    )
+    prompts = list(rows["prompt_ids"])
     settings = SpeculationSettings(
         max_new_tokens=arguments.max_new_tokens,
         stop_token_ids=stop_token_ids(target.model, tokenizer),

@@ -26,6 +26,7 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
         config: Passed to the architecture's `from_target` (block size, mask token, layers …).
 
     Raises:
+        `TypeError`: An option that the architecture does not have.
         `ValueError`: Unknown kind, or the config does not fit the target.
     """
     if kind not in DRAFTERS:
