@@ -18,21 +18,27 @@ def soak(monkeypatch):
     monkeypatch.syspath_prepend(str(SOAK))
 
 
-@pytest.mark.parametrize("part", ["texts", "inputs", "kills"])
-def test_each_part_runs_and_counts(part):
-    command = [sys.executable, str(SOAK / "soak.py"), "--only", part, "--scale", "0.002", "--workers", "1"]
+def test_each_part_runs_and_counts():
+    command = [
+        sys.executable,
+        str(SOAK / "soak.py"),
+        "--only",
+        "texts,inputs,kills",
+        "--scale",
+        "0.001",
+        "--workers",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["seconds"] > 0
-    if part == "texts":
-        assert result["texts"] >= 20 and result["texts_changed"] == 0
-    elif part == "inputs":
-        told = (result[name] for name in ("inputs_right", "inputs_clear", "unclear", "hangs", "silently_wrong"))
-        assert result["inputs"] >= 20 and sum(told) == result["inputs"]
-    else:
-        assert result["kills"] >= result["kills_equal"] >= 0 and result["kills"] >= 2
-        assert result["disk_full"] >= result["disk_full_equal"] >= 0 and result["disk_full"] >= 2
+    assert result["texts"] >= 20 and result["texts_changed"] == 0
+    told = (result[name] for name in ("inputs_right", "inputs_clear", "unclear", "hangs", "silently_wrong"))
+    assert result["inputs"] >= 8 and sum(told) == result["inputs"]
+    assert result["kills"] >= 1 and 0 <= result["kills_equal"] <= result["kills"]
+    assert result["disk_full"] >= 1 and 0 <= result["disk_full_equal"] <= result["disk_full"]
+    assert done.returncode == bool([line for line in done.stdout.splitlines() if line.startswith("NOT AS PROMISED")])
 
 
 def test_what_is_not_as_promised_is_named(soak):
