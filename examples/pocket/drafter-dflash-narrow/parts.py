@@ -6,7 +6,9 @@ Knows no drafter kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +17,32 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .errors import InputError
+from .errors import InputError, InputTypeError
+
+
+def check_options(config_class: type[PreTrainedConfig], options: Iterable[str]) -> None:
+    """
+    Refuse options that no config field answers to; transformers' configs would keep them without a word.
+
+    Args:
+        config_class (`type`): Of the drafter, with a `from_target`.
+        options (`Iterable[str]`): Names of what is passed on to the config.
+
+    Raises:
+        `TypeError`: There is no such field.
+    """
+    own = [
+        name for name in signature(config_class.from_target).parameters if name not in ("target_config", "overrides")
+    ]
+    known = {*own, *signature(config_class.__init__).parameters, *config_class.__base__().to_dict()} - {
+        "self",
+        "kwargs",
+    }
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, own, 1, 0.7) or get_close_matches(name, sorted(known), 1, 0.7)
+            hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(own)}, and fields of the config."
+            raise InputTypeError(f"{config_class.__name__} has no option {name!r}. {hint}")
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from .errors import InputError
 from .fields import check_fields, check_heads
-from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import check_options, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 # Fields of `dflash_config` that are computed here. Any other that asks for something is refused.
@@ -156,7 +156,11 @@ class DFlashConfig(Qwen3Config):
             num_hidden_layers (`int`, *optional*, defaults to `5`): Draft layers.
             target_layer_ids (`list[int]`, *optional*): Taps; z-lab's spacing by default.
             overrides: Further config fields.
+
+        Raises:
+            `TypeError`: There is no such field.
         """
+        check_options(cls, overrides)
         shape = {**shape_of(target_config), "num_hidden_layers": num_hidden_layers}
         return cls(
             block_size=block_size,

@@ -78,27 +78,36 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
 
 def draw_at(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """[`draw`] from given uniforms `(…,)` in [0, 1) by inverting the cumulative sum, so that no other row matters."""
-    mass = probs.cumsum(-1)
+    # In float32 the sum over a large vocabulary would be coarser than what its rarest tokens have.
+    mass = probs.cumsum(-1, dtype=torch.float64)
     # Kept off 1, where rounding could reach past the last token that has any mass.
-    point = uniforms.clamp(max=1 - 1e-6)[..., None] * mass[..., -1:]
+    point = uniforms.double().clamp(max=1 - 1e-12)[..., None] * mass[..., -1:]
     return torch.searchsorted(mass, point, right=True)[..., 0]
 
 
-@dataclass(frozen=True)
 class Chooser:
     """
     How a drafter turns its logits into proposals.
 
     Drafters propose their argmax by default, as DFlash does; with `sampling` they draw, and verification needs the
-    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order.
+    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
+
+    Args:
+        sampling ([`SamplingParams`], *optional*): What proposals are drawn at; their argmax by default.
+        uniforms (`torch.Tensor` of shape `(B, M, K)`, *optional*): In [0, 1), one a slot; fresh ones by default.
     """
 
-    sampling: SamplingParams | None = None
-    generator: torch.Generator | None = None
+    def __init__(self, sampling: SamplingParams | None = None, uniforms: torch.Tensor | None = None) -> None:
+        self.sampling, self.uniforms = sampling, uniforms
+        self.slot = 0
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(B, M, K, DV)` or `(B, M, DV)` logits → draft ids, and probabilities unless proposals are point masses."""
         if self.sampling is None or self.sampling.greedy:
             return logits.argmax(-1), None
         probs = probabilities(logits, self.sampling)
-        return draw(probs, self.generator), probs
+        if self.uniforms is None:
+            return draw(probs), probs
+        uniforms = self.uniforms if logits.dim() == 4 else self.uniforms[..., self.slot]
+        self.slot += 1
+        return draw_at(probs, uniforms), probs

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError
 from .fields import check_fields, check_heads
-from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import check_options, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 NUM_TAPS = 3
@@ -209,8 +209,10 @@ class Eagle3Config(LlamaConfig):
             overrides: Further config fields.
 
         Raises:
+            `TypeError`: There is no such field.
             `ValueError`: The size of a draft vocabulary without its tokens.
         """
+        check_options(cls, overrides)
         if draft_token_ids is None and overrides.get("draft_vocab_size") not in (None, target_config.vocab_size):
             raise InputError(
                 f"draft_vocab_size={overrides['draft_vocab_size']} says how many tokens, not which. Pass "
