@@ -150,7 +150,6 @@ class ServerSource:
                     accepted = self._accepted(prompts, dict(group))
                     texts |= accepted
                     held += accepted
-                    self._check_server()
                     if all(watch.calm for watch in self._watches()):
                         keep_held()
                     bar.update(len(group))
@@ -174,7 +173,7 @@ class ServerSource:
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
 
     def _accepted(self, prompts: list[list[int]], answers: dict[int, Answer | None]) -> dict[int, list[int]]:
-        """Completions that may be trained on. Every answer counts, for the server or against it."""
+        """Completions that may be trained on. Every answer counts, for the server or against it, and may be the last."""
         completions = {i: self._tokens(answer) for i, answer in answers.items() if answer is not None}
         faults = {i: "a prompt that no text tells" for i, answer in answers.items() if answer is None}
 
@@ -199,6 +198,7 @@ class ServerSource:
             faults |= {i: STRANGE for i, own in zip(whole, fit.is_targets().tolist(), strict=True) if not own}
         for i in answers:
             self._count(faults.get(i), ratios.get(i))
+            self._check_server()
         return {i: completions[i] for i in whole if i not in faults}
 
     def _tokens(self, answer: Answer) -> list[int]:

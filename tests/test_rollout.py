@@ -199,27 +199,103 @@ def test_text_whose_tokens_are_not_those_counted_is_dropped(target):
     assert accepted(len(ids) + 1) == accepted(len(ids) - 1) == {}
 
 
+MANY = [[5 + number % 27, 5 + number // 27, 8] for number in range(600)]
+
+
 def test_a_server_of_another_model_is_refused(target):
     other = Target(tiny_model("qwen3", vocab_size=32, seed=5))
     kept = []
     with serving(other) as server:
-        with pytest.raises(RuntimeError, match="texts of .* had to be dropped.*serves this very target"):
+        with pytest.raises(ServerError, match="not what the target writes.*serves this very target"):
             source_of(server.url, target, lambda prompts, *_: kept.extend(prompts)).write(rows_of(LETTERS))
     assert kept == []
 
 
-def test_a_server_that_draws_otherwise_is_refused():
+@pytest.fixture(scope="module")
+def drawing():
+    """Entropy well between none and all."""
+    return Target(tiny_model("qwen3", vocab_size=32, initializer_range=0.1))
+
+
+def write_in_sets(source, prompts, size=50):
+    for start in range(0, len(prompts), size):
+        source.write(rows_of(prompts[start : start + size]))
+
+
+def test_a_server_that_draws_otherwise_is_refused(drawing):
     """Each text alone might be the target's; all of them together are not."""
-    target, kept = Target(tiny_model("qwen3", vocab_size=32, initializer_range=0.1)), []
-    with serving(target, sampling=SamplingParams(0.5)) as server:
-        source = source_of(server.url, target, lambda p, *_: kept.extend(p), sampling=SamplingParams(1.0))
-        with pytest.raises(RuntimeError, match="do not look like the target's own at temperature=1.0"):
-            source.write(rows_of(LETTERS))
+    kept = []
+    with serving(drawing, sampling=SamplingParams(0.5)) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=SamplingParams(1.0))
+        with pytest.raises(
+            ServerError, match="not what the target writes with .*temperature=1.0.*standard deviations"
+        ):
+            source.write(rows_of(MANY[:100]))
+    assert source.faults.total() < 20 and kept == []
+
+
+def test_the_right_server_is_never_in_doubt_for_long(drawing):
+    kept, sampling = [], SamplingParams(1.0)
+    with serving(drawing, sampling=sampling) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=sampling)
+        write_in_sets(source, MANY[:300], 100)
+    assert sorted(kept) == sorted(MANY[:300]) and source.faults.total() <= 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0)], ids=["greedy", "T = 1"])
+def test_a_server_that_turns_bad_is_noticed_whenever_it_does(drawing, sampling):
+    """The first 200 texts are right, and make up for nothing."""
+    kept, right = [], set(map(tuple, MANY[:200]))
+    other = Target(tiny_model("qwen3", vocab_size=32, initializer_range=0.1, seed=7))
+
+    def change(prompt, ids):
+        settings = SpeculationSettings(20, STOPS, sampling)
+        generator = torch.Generator().manual_seed(sum(prompt))
+        return (
+            ids if tuple(prompt) in right else speculate(other, None, [prompt], settings, generator).completions()[0]
+        )
+
+    with serving(drawing, change, sampling) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=sampling)
+        write_in_sets(source, MANY[:200])
+        assert sorted(kept) == sorted(MANY[:200])
+        with pytest.raises(ServerError, match="not what the target writes"):
+            source.write(rows_of(MANY[200:300]))
+    assert source.num_judged < 300
+    assert not set(map(tuple, kept)) - right
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda ids: [*ids, *ids][:40], "20 longer than asked"),
+        (lambda ids: [*ids[:-1], 32], "of ids outside the target's vocabulary"),
+        (lambda ids: [-1, *ids[1:]], "of ids outside the target's vocabulary"),
+        (lambda ids: [2**70, *ids[1:]], "of ids outside the target's vocabulary"),
+        (lambda ids: ids[:1], "ending neither in a stop token nor at the limit"),
+    ],
+    ids=["too long", "vocabulary", "negative", "huge", "cut"],
+)
+def test_texts_of_no_use_are_told_before_the_target_reads_them(target, wrong, why):
+    whole = own_texts(target, LETTERS)
+    prompts = [prompt for prompt, text in zip(LETTERS, whole, strict=True) if len(text) == 20]
+    prompts = [*prompts, *prompts, *prompts][:20]
+    kept = []
+    with serving(target, lambda prompt, ids: wrong(ids), too_long=True) as server:
+        with pytest.raises(ServerError, match=why):
+            source_of(server.url, target, lambda p, *_: kept.extend(p)).write(rows_of(prompts))
     assert kept == []
-    with serving(target, sampling=SamplingParams(1.0)) as server:
-        source = source_of(server.url, target, lambda p, *_: kept.extend(p), sampling=SamplingParams(1.0))
-        source.write(rows_of(LETTERS))
-    assert sorted(kept) == sorted(LETTERS)
+    # One of them among good ones is dropped, and nothing else happens.
+    with serving(target, lambda prompt, ids: wrong(ids) if prompt == prompts[0] else ids, too_long=True) as server:
+        texts = source_of(server.url, target).write(rows_of(LETTERS)).completions()
+    assert texts == whole
+
+
+def test_a_stop_token_outside_the_vocabulary_is_not_shown_to_the_target(target):
+    source = source_of("http://nowhere", target)
+    answer = Answer("ab", [5, 6], True, 10**6, 3)
+    assert source._accepted([LETTERS[0]], {0: answer}) == {}
+    assert source.faults == {"of ids outside the target's vocabulary": 1}
 
 
 @pytest.mark.parametrize("dies_after", [3, 18], ids=["before it is judged", "after"])

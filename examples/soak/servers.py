@@ -277,8 +277,8 @@ def run(
         found["noticed"] += seen["alarm"] is not None or seen["dropped"] > 0
         report(
             f"{name}: {seen['differing']} of {seen['texts']} differ, {seen['passed']} passed on, share noticed "
-            f"{'-' if share is None else f'{share:.3f}'}; alarm after {seen['alarm']} texts, "
-            f"{seen['dropped']} dropped ({took:.0f} s)"
+            f"{'-' if share is None else f'{share:.3f}'}; alarm after {seen['alarm']} texts, {seen['dropped']} "
+            f"dropped ({took:.0f} s)"
         )
         if seen["error"]:
             report(f"    {seen['error'][:240]}")
