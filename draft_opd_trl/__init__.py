@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .inspection import inspect_drafter
     from .optim import MuonWithAdamW
     from .report import acceptance_table, plot_acceptance
-    from .sampling import SamplingParams
+    from .sampling_params import SamplingParams
     from .speculation import SpeculationSettings, speculate
     from .suites import load_suite
     from .target import Target, stop_token_ids
@@ -62,7 +62,7 @@ _HOME = {
     "DraftOPDConfig": "config",
     "DraftOPDTrainer": "trainer",
     "MuonWithAdamW": "optim",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "SpeculationSettings": "speculation",
     "Target": "target",
     "Trace": "traces",

@@ -18,7 +18,7 @@ from .drafters.base import Drafter
 from .limits import LIMITS
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, ErrorBuffer, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 from .stopwatch import Stopwatch
 from .target import Target
 from .vocabulary import to_draft_ids

@@ -25,7 +25,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from .records import Rollout
-from .sampling import SamplingParams, probabilities
+from .sampling import probabilities
+from .sampling_params import SamplingParams
 from .target import Target
 
 

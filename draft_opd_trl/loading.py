@@ -24,7 +24,7 @@ from .drafters.base import Drafter
 from .errors import InputError, InputTypeError
 from .limits import LIMITS
 from .rollout import RolloutSource
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 from .target import Target
 from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 

@@ -25,7 +25,8 @@ from .errors import InputError
 from .losses import Heads, LossSettings, batch_loss
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, draft_at, read_text
-from .sampling import Chooser, SamplingParams, probabilities
+from .sampling import Chooser, probabilities
+from .sampling_params import SamplingParams
 from .target import Target
 from .verification import verify_greedy, verify_sampled
 

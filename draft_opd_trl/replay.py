@@ -13,7 +13,8 @@ import torch
 
 from .drafters.base import Drafter
 from .records import DraftBlocks, Rollout, num_valid_slots, pack_rows
-from .sampling import Chooser, SamplingParams, probabilities
+from .sampling import Chooser, probabilities
+from .sampling_params import SamplingParams
 from .target import Target
 from .verification import couple_to_text, judge_against_text
 from .vocabulary import to_draft_ids

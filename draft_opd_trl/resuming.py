@@ -22,6 +22,7 @@ from .hub_trainer import RECIPE, HubTrainer
 from .interrupts import StopSignals
 from .replay import ErrorBuffer
 from .rollout import CachedSource, RolloutSource
+from .run_log import RunLog
 from .run_state import (
     ASIDE,
     TRAINER_STATE,
@@ -82,6 +83,7 @@ class ResumingTrainer(HubTrainer):
     feed: BatchFeed
     error_buffer: ErrorBuffer
     measured: BeforeAfter
+    run_log: RunLog
     source: RolloutSource
     _aside: Path | None = None
 
@@ -128,7 +130,8 @@ class ResumingTrainer(HubTrainer):
     def _remembering(self) -> dict[str, Any]:
         """What holds more of a run than its settings say, by name."""
         cached = {"source": self.source} if isinstance(self.source, CachedSource) else {}
-        return {"feed": self.feed, "error_buffer": self.error_buffer, "measured": self.measured, **cached}
+        rooms = {"feed": self.feed, "error_buffer": self.error_buffer, **cached}
+        return {**rooms, "measured": self.measured, "run_log": self.run_log}
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

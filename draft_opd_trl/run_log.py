@@ -7,7 +7,8 @@ no figure depends on how a batch is laid out or on how often is logged. Knows no
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -117,6 +118,17 @@ class RunLog:
             figures |= {f"time/{phase}": seconds for phase, seconds in times.items()}
         self._begin_window()
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, at the end of a step; numbers alone."""
+        window = {name: list(count) for name, count in self._window.items()}
+        return {"window": window, "seconds": dict(self._seconds), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the window that a checkpoint cut in two."""
+        self._window = {name: tuple(count) for name, count in state["window"].items()}
+        self._seconds = defaultdict(float, state["seconds"])
+        self._steps = state["steps"]
 
 
 def _on_host(values: list[float | torch.Tensor]) -> list[float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .endpoint import Endpoint, Response, ServerError, printable
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 
 
 # Answers are handed on at least this often, in seconds.

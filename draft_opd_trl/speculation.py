@@ -16,7 +16,8 @@ from .drafters.base import Drafter
 from .errors import InputError
 from .limits import LIMITS
 from .records import DraftBlocks, Rollout, num_valid_slots
-from .sampling import Chooser, SamplingParams, draw_at, probabilities
+from .sampling import Chooser, draw_at, probabilities
+from .sampling_params import SamplingParams
 from .target import Target
 from .verification import verify_greedy, verify_sampled
 

@@ -20,7 +20,8 @@ from .batching import StreamSettings, make_batch
 from .drafters.base import Drafter
 from .records import ReplayBatch, Rollout
 from .replay import replay_text
-from .sampling import SamplingParams, probabilities
+from .sampling import probabilities
+from .sampling_params import SamplingParams
 from .target import Target
 from .vocabulary import to_draft_ids
 

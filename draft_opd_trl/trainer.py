@@ -52,7 +52,7 @@ from .replay import ErrorBuffer
 from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
 from .run_log import RunLog
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 from .sharding import check_parallelism, shard
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids

@@ -28,7 +28,8 @@ from transformers import (  # noqa: E402
 
 from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling import SamplingParams, probabilities  # noqa: E402
+from draft_opd_trl.sampling import probabilities  # noqa: E402
+from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
 from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402

@@ -31,6 +31,7 @@ LAYERS = (
     ),
     ("records",),
     (
+        "sampling_params",
         "sampling",
         "chat_template",
         "prompts",

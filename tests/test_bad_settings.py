@@ -25,7 +25,7 @@ from draft_opd_trl.config import DraftOPDConfig
 from draft_opd_trl.errors import UserError
 from draft_opd_trl.limits import LIMITS
 from draft_opd_trl.losses import LossSettings
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings
 
 

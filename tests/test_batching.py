@@ -17,7 +17,7 @@ from draft_opd_trl.batching import (
 from draft_opd_trl.losses import Heads, LossSettings, batch_loss
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import ErrorBuffer, draft_at, grid_of, read_text, replay_text, text_blocks
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 

@@ -9,7 +9,8 @@ from conftest import counting_target, random_prompts, scripted_target, tiny_mode
 from draft_opd_trl import consistency
 from draft_opd_trl.consistency import ShareWatch, TextFit, Watch, describe_misfit, likeliest_next, text_fit
 from draft_opd_trl.records import Rollout
-from draft_opd_trl.sampling import SamplingParams, probabilities
+from draft_opd_trl.sampling import probabilities
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
 

@@ -11,7 +11,8 @@ from draft_opd_trl.drafters import DRAFTERS, DFlashConfig, DFlashDraftModel, cre
 from draft_opd_trl.drafters.dflash_config import default_layer_ids
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import read_text, text_blocks
-from draft_opd_trl.sampling import Chooser, SamplingParams
+from draft_opd_trl.sampling import Chooser
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.target import Target
 
 

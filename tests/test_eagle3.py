@@ -12,7 +12,8 @@ from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
 from draft_opd_trl.drafters.eagle3_config import Eagle3Config, default_layer_ids
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import text_blocks
-from draft_opd_trl.sampling import Chooser, SamplingParams
+from draft_opd_trl.sampling import Chooser
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 

@@ -15,7 +15,7 @@ from draft_opd_trl.evaluation import (
     measure_acceptance,
     text_seeds,
 )
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
 

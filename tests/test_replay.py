@@ -18,7 +18,8 @@ from draft_opd_trl.replay import (
     slot_labels,
     text_blocks,
 )
-from draft_opd_trl.sampling import SamplingParams, draw_at
+from draft_opd_trl.sampling import draw_at
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.verification import couple_to_text
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import chi_square_p
 
-from draft_opd_trl.sampling import Chooser, SamplingParams, draw, draw_at, probabilities
+from draft_opd_trl.sampling import Chooser, draw, draw_at, probabilities
+from draft_opd_trl.sampling_params import SamplingParams
 
 
 # exp of these logits is 8, 4, 2, 2: probabilities 1/2, 1/4, 1/8, 1/8.

@@ -19,7 +19,7 @@ from conftest import (
 )
 from transformers.generation import candidate_generator
 
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate, text_uniforms
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import text_blocks
-from draft_opd_trl.sampling import SamplingParams, probabilities
+from draft_opd_trl.sampling import probabilities
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
 from draft_opd_trl.traces import Trace, TraceBlock, token_reader, trace_texts

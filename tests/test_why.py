@@ -11,7 +11,7 @@ import torch
 from draft_opd_trl.evaluation import measure_acceptance
 from draft_opd_trl.records import DraftBlocks
 from draft_opd_trl.replay import text_blocks
-from draft_opd_trl.sampling import SamplingParams
+from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.vocabulary import to_draft_ids
 

@@ -73,7 +73,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     from ..files import check_writable, write_atomically
     from ..loading import load_pair
     from ..prompts import check_fit, tokenize_dataset
-    from ..sampling import SamplingParams
+    from ..sampling_params import SamplingParams
     from ..speculation import SpeculationSettings
     from ..suites import load_suite
     from ..target import stop_token_ids

@@ -54,7 +54,7 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..loading import load_pair
     from ..prompts import check_fit, tokenize_dataset
     from ..records import Rollout
-    from ..sampling import SamplingParams
+    from ..sampling_params import SamplingParams
     from ..speculation import SpeculationSettings
     from ..suites import load_suite
     from ..target import stop_token_ids

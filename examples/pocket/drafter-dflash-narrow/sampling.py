@@ -1,45 +1,18 @@
 """Logits → probabilities → tokens.
 
-Holds the target's sampling settings and how they shape a distribution. It does not know who proposed what.
+How sampling settings shape a distribution, and how tokens come of it. It does not know who proposed what.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import check_settings
-from .limits import LIMITS
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """
-    How tokens are drawn from logits.
-
-    Args:
-        temperature (`float`, *optional*, defaults to `0.0`):
-            0 takes the argmax.
-        top_k (`int`, *optional*, defaults to `0`):
-            Keep the `top_k` most likely tokens; 0 keeps all.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Keep the smallest set of most likely tokens whose mass reaches `top_p`, after the temperature.
-
-    Raises:
-        `ValueError` or `TypeError`: A setting is outside its range, or of the wrong type.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
+# Not at run time: this file travels with checkpoints, and the checks of settings need not.
+if TYPE_CHECKING:
+    from .sampling_params import SamplingParams
 
 
 def probabilities(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
