@@ -178,7 +178,7 @@ class ServerSource:
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
 
     def _accepted(self, prompts: list[list[int]], answers: dict[int, Answer | None]) -> dict[int, list[int]]:
-        """Completions that may be trained on. Every answer counts, for the server or against it, and may be the last."""
+        """Completions that may be trained on. Every answer counts for the server or against it."""
         completions = {i: self._tokens(answer) for i, answer in answers.items() if answer is not None}
         faults = {i: "a prompt that no text tells" for i, answer in answers.items() if answer is None}
 

@@ -84,6 +84,7 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"rejected_weight": 1.0, "rejected_loss": "accepted_length"}, "Use it for the accepted stream only"),
         ({"rollout_source": "server"}, "rollout_source='server' and server_url=None do not go together.*Set both"),
         ({"server_url": "http://x"}, "rollout_source='speculation' and server_url='http://x' do not go together"),
+        ({"server_url": "http://me:hunter2@x"}, "server_url='http://x' do not go together"),
         ({"server_timeout": 0.0}, "`server_timeout` is 0.0; it must be positive"),
         ({"server_concurrency": 0}, "`server_concurrency` is 0; it must be at least 1"),
         ({"server_max_retries": -1}, "`server_max_retries` is -1; it must be 0 or positive"),
