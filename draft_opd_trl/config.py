@@ -330,8 +330,9 @@ class DraftOPDConfig(_BaseConfig):
             )
         if (self.rollout_source == "server") != (self.server_url is not None):
             raise InputError(
-                f"rollout_source={self.rollout_source!r} and server_url={self.server_url!r} do not go together: a "
-                "server is asked if and only if both name it. Set both, or neither."
+                f"rollout_source={self.rollout_source!r} and server_url="
+                f"{self.server_url and redact_url(self.server_url)!r} do not go together: a server is asked "
+                "if and only if both name it. Set both, or neither."
             )
         if self.replay_ratio > 0 and self.replay_buffer_size == 0:
             raise InputError(

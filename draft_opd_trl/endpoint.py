@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .errors import InputError, UserError
+from .redaction import redact_url
 
 
 # First pause before a repetition, in seconds; it doubles, and as much is added by chance.
@@ -85,7 +86,7 @@ class Endpoint:
         self._sockets: set[socket.socket] = set()
 
     def _parse(self, url: str, path: str) -> None:
-        wrong = f"`server_url` is {printable(without_credentials(url))!r}; it must be such as http://localhost:8000"
+        wrong = f"`server_url` is {printable(redact_url(url))!r}; it must be such as http://localhost:8000"
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -139,7 +140,7 @@ class Endpoint:
             `ServerError`: Any status but 200.
         """
         if 300 <= response.status < 400:
-            place = self.show(without_credentials(response.location or "nowhere"))
+            place = self.show(redact_url(response.location or "nowhere"))
             raise ServerError(
                 f"{self.url} answered with status {response.status} and sends prompts on to {place}. Redirects are "
                 "not followed, as the prompts would go to a place you did not name. If it is right, make it "
@@ -228,15 +229,6 @@ def _hang_up(sock: socket.socket) -> None:
     """End what any thread reads from or writes to a socket; also under TLS, whose own `shutdown` is for one thread."""
     with suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def without_credentials(url: str) -> str:
-    """A URL as it may be shown; also one that cannot be parsed."""
-    scheme, slashes, rest = url.partition("://")
-    if not slashes:
-        scheme, rest = "", url
-    # A password may itself hold slashes, so all that stands before the last @ goes.
-    return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
 def printable(text: str, length: int = 300) -> str:

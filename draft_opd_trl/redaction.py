@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 
 _SECRET = ("token", "password", "passwd", "secret", "api_key", "apikey", "authorization", "credentials")
@@ -19,15 +18,13 @@ def is_secret(name: str) -> bool:
 
 
 def redact_url(url: str) -> str:
-    """An address without the user and password that may stand in it."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.rpartition("@")[2]
-    if "@" not in parts.netloc:
-        # Without `//` there is no host, and anything may be a password.
-        return url if parts.netloc else url.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    """An address without the user and password that may stand in it, also one that cannot be parsed."""
+    scheme, slashes, rest = url.partition("://")
+    if not slashes:
+        scheme, rest = "", url
+    # A password may itself hold slashes, so all that stands before the last @ goes.
+    _, at, place = rest.rpartition("@")
+    return f"{scheme}{slashes}{'***@' if at and slashes else ''}{place}"
 
 
 def without_secrets(value: Any, name: str = "") -> Any:

@@ -119,6 +119,11 @@ class ResumingTrainer(HubTrainer):
             )
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer asks whether a run is at its end only after a step, and would take one more of a finished run.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _before_training(self) -> None:
         """Called once it is known where to start."""
 

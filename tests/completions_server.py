@@ -109,7 +109,8 @@ class CompletionsServer:
         if not self.too_long:
             completion = completion[: body["max_tokens"]]
         shown = completion[:-1] if stopped else completion
-        choice = {"index": 0, "text": self.tokenizer.decode(shown), "finish_reason": "stop" if stopped else "length"}
+        text = self.tokenizer.decode([token for token in shown if 0 <= token < len(self.tokenizer)])
+        choice = {"index": 0, "text": text, "finish_reason": "stop" if stopped else "length"}
         if ids and self.returns_ids:
             choice |= {"token_ids": completion, "stop_reason": None}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}

@@ -33,6 +33,7 @@ TRAINER = {
     "_load_scaler",
     "_prepare_inputs",
     "_push_from_checkpoint",
+    "_run_epoch",
     "_save",
     "_save_checkpoint",
     "_set_signature_columns_if_needed",
