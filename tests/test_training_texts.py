@@ -53,9 +53,9 @@ def decoded(monkeypatch):
     """Prompts that this process decoded, as they come."""
     prompts = []
 
-    def counting(target, drafter, asked, *arguments):
+    def counting(target, drafter, asked, *arguments, **options):
         prompts.extend(asked)
-        return speculate(target, drafter, asked, *arguments)
+        return speculate(target, drafter, asked, *arguments, **options)
 
     monkeypatch.setattr(rollout, "speculate", counting)
     return prompts
