@@ -290,10 +290,12 @@ def commands(scratch: str, draws: Random) -> Iterator[Input]:
         "--format": ["x", "", "eagle3"],
         "--report_to": ["x", ""],
     }
+    # −1 leaves the number of steps to the epochs.
+    right = {("--max_steps", "-1")}
     while True:
         name = draws.choice(list(whole))
         place = draws.choice([option for option, value in whole[name].items() if value and option != "--report_to"])
-        value = draws.choice(bad.get(place, numbers))
+        value = draws.choice([value for value in bad.get(place, numbers) if (place, value) not in right])
         fresh = f"{scratch}/{draws.randrange(2**32)}"
         given = {**{option: value or fresh for option, value in whole[name].items()}, place: value}
         words = [name, *([given.pop("")] if "" in given else [])]
