@@ -33,7 +33,7 @@ def target():
 def test_numbers_by_hand(monkeypatch):
     monkeypatch.setattr(consistency, "POWERS", (0.5, 2.0))
     # After any token: probabilities 1/2, 1/4, 1/4 of tokens 0, 1, 2, and next to none of the rest.
-    law = torch.tensor([0.5, 0.25, 0.25, 1e-30]).log()
+    law = torch.tensor([0.5, 0.25, 0.25, 1e-12]).log()
     rollout = Rollout.from_ids([[3, 3], [1]], [[0, 1], [2]])
     fit = text_fit(scripted_target(law.expand(4, 4)), rollout, SamplingParams(1.0), chunk_size=2)
     entropy, squares = 1.5 * math.log(2), 0.5 * math.log(2) ** 2 + 0.5 * math.log(4) ** 2
@@ -95,8 +95,8 @@ def test_the_ratio_at_temperature_0_by_hand():
     table = torch.tensor([16.0, 15.875]).expand(2, 2)  # two steps apart
     fit = text_fit(scripted_target(table), Rollout.from_ids([[0], [0]], [[0], [1]]), GREEDY)
     other = (table[0] / 0.3).log_softmax(-1)
-    assert fit.ratios[0, 1].item() == pytest.approx(other[0].item())
-    assert fit.ratios[1, 1].item() == pytest.approx(other[1].item() - (math.log(0.5) - 2), rel=1e-5)
+    assert fit.ratios[0, 1].item() == pytest.approx(other[0].item(), rel=1e-4)
+    assert fit.ratios[1, 1].item() == pytest.approx(other[1].item() - (math.log(0.5) - 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [0.6, 1.0])

@@ -173,7 +173,6 @@ HOSTILE = {
     "no choices": _hostile(b'{"choices": []}'),
     "a text that is a number": _hostile(b'{"choices": [{"text": 5}]}'),
     "dying": _hostile("cut"),
-    "hanging": _hostile("slow"),
 }
 
 
