@@ -152,7 +152,11 @@ MISTAKES = [
     ("train", {"report_to": "clearml"}, ["clearml cannot be used here", "Install it"]),
     ("train", {"eval_strategy": "steps", "num_eval_prompts": "0"}, ["no `eval_dataset`", "set eval_strategy to 'no'"]),
     ("train", {"use_peft": "true", "lora_r": "0"}, ["`lora_r` is 0; it must lie in [1,"]),
-    ("train", {"use_peft": "true", "lora_target_modules": "wing"}, ["takes no adapter", "--lora_target_modules"]),
+    (
+        "train",
+        {"use_peft": "true", "lora_target_modules": "wing", "max_completion_length": "8"},
+        ["takes no adapter", "--lora_target_modules"],
+    ),
     ("train", {"load_in_8bit": "true", "load_in_4bit": "true"}, ["both true", "Choose one"]),
     ("plan", {"device_memory": "-1"}, ["`device_memory` is -1.0; it must lie in (0,"]),
     # Where things go, and where options come from
@@ -183,11 +187,13 @@ def test_a_server_that_is_down_is_told_in_one_line(place, capsys):
         url = f"http://me:secret@127.0.0.1:{nobody.getsockname()[1]}"
         options = {"rollout_source": "server", "server_url": url, "server_max_retries": 0, "output_dir": "served"}
         options |= {"num_eval_prompts": 0, "report_to": "none", "per_device_train_batch_size": 2}
+        options |= {"max_completion_length": 8}
         with pytest.raises(SystemExit) as exit_:
             main(words_of("train", place, options))
     err = capsys.readouterr().err
     assert exit_.value.code == 1
     assert "did not answer" in err.splitlines()[-1] and "Check that the server runs" in err.splitlines()[-1]
+    assert "secret" not in err
 
 
 def test_bitsandbytes_that_is_missing_is_told_before_loading(place, capsys, monkeypatch):

@@ -480,10 +480,10 @@ def test_the_evaluation_before_training_is_not_repeated(world, tmp_path, monkeyp
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     second = command.run(*arguments_of(world, tmp_path, resume_from_checkpoint="true"))
     assert evaluated == [0, 2, 2]
-    for name in ("eval_acceptance_length", "eval_acceptance_length_low"):
+    for name in ("acceptance_length", "interval", "verifications"):
         assert second["before"][name] == first["before"][name]
         assert second["after"][name] == first["after"][name]
-    assert "acceptance length" in command.show(second)
+    assert second["difference"] == first["difference"] and "change of τ, paired" in command.show(second)
 
 
 def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch):
@@ -491,7 +491,10 @@ def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate_command, "_measured", interrupt)
-    for folder, told in (("results", "in results: the same command goes on"), (None, "give --output_dir to go on")):
+    for folder, told in (
+        ("results", "is in results. The same command goes on"),
+        (None, "nothing was kept. With --output_dir"),
+    ):
         arguments = evaluate_command.EvaluateArguments("drafter", "target", ["pocket"], output_dir=folder)
         with pytest.raises(KeyboardInterrupt, match=told):
             evaluate_command.run(arguments, command.QuantizationArguments())

@@ -10,7 +10,7 @@ from datasets import Dataset
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
-from draft_opd_trl import SpeculationSettings, speculate
+from draft_opd_trl import SpeculationSettings, load_drafter, speculate
 from draft_opd_trl.run_log import RunLog
 from draft_opd_trl.stopwatch import Stopwatch
 from draft_opd_trl.target import Target
@@ -196,8 +196,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(drafter_folder, mode
 
 @pytest.mark.parametrize("rate", [1e30, 1e38])
 def test_weights_that_are_not_finite_are_never_saved(drafter_folder, model, texts, tmp_path, rate):
-    options = {"learning_rate": rate, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 1}
-    trainer = make_trainer(drafter_folder, model, texts, tmp_path, max_steps=6, **options)
+    options = {"max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 1}
+    drafter = load_drafter(str(drafter_folder))
+    optimizer = torch.optim.SGD(drafter.parameters(), lr=rate)
+    trainer = make_trainer(drafter, model, texts, tmp_path, max_steps=6, optimizers=(optimizer, None), **options)
     with pytest.raises(ValueError, match=r"(A weight of the drafter|loss/accepted) is .* at step \d, with"):
         trainer.train()
     for folder in tmp_path.glob("checkpoint-*"):

@@ -51,7 +51,8 @@ def make_trainer(drafter_folder, model, dataset, output_dir, **options):
         "disable_tqdm": True,
         "rollout_source": "dataset",
     }
-    more = {name: options.pop(name) for name in ("eval_dataset", "peft_config", "callbacks") if name in options}
+    beside = ("eval_dataset", "peft_config", "callbacks", "optimizers")
+    more = {name: options.pop(name) for name in beside if name in options}
     args = DraftOPDConfig(str(output_dir), **{**defaults, **options})
     return DraftOPDTrainer(
         drafter_folder, model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), **more
