@@ -102,8 +102,9 @@ def test_the_plan_is_what_a_run_holds(model, kind, tmp_path, options):
     columns = {"prompt_ids": texts[:, :PROMPT_LENGTH].tolist(), "completion_ids": texts[:, PROMPT_LENGTH:].tolist()}
     dataset = Dataset.from_dict(columns)
     trainer = DraftOPDTrainer(drafter, model, args, dataset, processing_class=tiny_tokenizer())
+    trainer._before_training = lambda: None  # the plan that a run announces is not part of it
     with RealBytes(held_by(model, drafter)) as live:
-        super(DraftOPDTrainer, trainer).train()
+        trainer.train()
     measured = sum(tensor.nbytes for tensor in held_by(model, drafter)) + live.peak
     assert planned(model, drafter, args).peak == pytest.approx(measured, rel=0.1)
 
