@@ -111,10 +111,16 @@ def _check_config(written: dict[str, Any], file: Path) -> None:
         value, usual = written.get(field.name), field.default
         if value is None or not isinstance(usual, bool | int | float):
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**9
+        # A scale beyond that would drown the weights it is added to.
+        high = 10**5 if field.name.endswith("alpha") else 10**9
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < high
         low = 0 if field.name.endswith("alpha") or field.name == "r" else -math.inf
         if not isinstance(value, bool) if isinstance(usual, bool) else not (number and value > low):
-            wanted = "true or false" if isinstance(usual, bool) else "a number" + (" above 0" if low == 0 else "")
+            wanted = (
+                "true or false"
+                if isinstance(usual, bool)
+                else "a number" + (f" above 0 and below {high}" if low == 0 else "")
+            )
             raise InputError(
                 f"{file}: {field.name} is {str(value)[:80]!r}, but must be {wanted}. Correct it there, or save the "
                 "adapter again."

@@ -156,7 +156,7 @@ def _ask(scratch: str, texts: dict[tuple, list[int]], way: tuple[str, Any], shar
         report_to="none",
     )
     settings = SpeculationSettings(LENGTH, world().stops, batch_size=ROWS)
-    source = build_source(config, world().target, None, world().tokenizer, settings, lambda name, value: None)
+    source = build_source(config, world().target, None, world().tokenizer, settings, lambda name, part, whole: None)
     rows = [{"prompt_ids": list(prompt)} for prompt in texts]
     written = source.write(rows).completions()
     wrong = sum(ours != theirs for ours, theirs in zip(written, texts.values(), strict=True))
