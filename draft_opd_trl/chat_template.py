@@ -59,6 +59,13 @@ def read_tools(value: Any) -> list[dict] | None:
     return without_none(value)
 
 
+# Roles that templates are written for. One that takes any role would pass "human" on as it stands.
+ROLES = frozenset(
+    "system developer user assistant model tool function ipython environment observation context document documents "
+    "critic".split()
+)
+
+
 def templated(
     messages: list[dict],
     tokenizer: PreTrainedTokenizerBase,
@@ -120,6 +127,14 @@ def check_rendered(
         # What an assistant says beside a call is left out by some templates that know the role.
         if message["role"] in tried or message.get("tool_calls"):
             continue
+        role = message["role"]
+        if role not in ROLES and role not in str(tokenizer.chat_template):
+            known = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant"}.get(role.lower())
+            raise InputError(
+                f"A message has the role {role!r}, which is none of {', '.join(sorted(ROLES))}, and the chat template "
+                f"does not name it. {f'Call it {known!r}.' if known else 'Correct it.'} Of a role that the target was "
+                "taught all the same, give `prompt_ids`."
+            )
         changed = [*messages[:index], {**message, "content": message["content"] + "x"}, *messages[index + 1 :]]
         if text(changed, tools) == text(messages, tools):
             raise InputError(

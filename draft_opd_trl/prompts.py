@@ -146,8 +146,11 @@ def check_columns(dataset: Dataset, needs_completions: bool, name: str) -> None:
 
 def _checked_ids(ids: Any, column: str) -> list[int]:
     """Token ids as a row gives them."""
-    if isinstance(ids, str) or not all(type(token) is int and token >= 0 for token in ids):
-        raise InputTypeError(f"`{column}` is {str(ids)[:80]}; it must be a list of token ids, integers from 0 up.")
+    given = ids
+    if isinstance(ids, list) and all(type(token) is float and token.is_integer() for token in ids):
+        ids = [int(token) for token in ids]  # one fraction in a file makes its whole column one of fractions
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise InputTypeError(f"`{column}` is {str(given)[:80]}; it must be a list of token ids, integers from 0 up.")
     return list(ids)
 
 

@@ -6,6 +6,7 @@ What a prompt is, is not known here.
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,9 @@ from .reach import why_not_on_hub
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What `datasets` reads of a folder; and how many files a folder of data may have.
+_DATA = {*FORMATS, ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
+MOST_FILES = 10_000
 _MEND = "Mend it, or leave it out."
 
 
@@ -39,7 +43,9 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
         return _read_file(place)
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return _read_saved(place, split)
-    if not place.exists():
+    if place.is_dir():
+        _check_folder(place)
+    elif not place.exists():
         _ask_hub(name)
     try:
         dataset = load_dataset(name, config, split=split)
@@ -83,6 +89,18 @@ def _ask_hub(name: str) -> None:
     why = None if kept.is_dir() else why_not_on_hub(name, "dataset")
     if why is not None:
         raise _not_found(name, why)
+
+
+def _check_folder(folder: Path) -> None:
+    """`datasets` looks through all there is below a folder, which may be a disk."""
+    found = list(islice(folder.rglob("*"), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise InputError(
+            f"{folder} holds more than {MOST_FILES} files, so it is not taken for a data set. Give the data set's own "
+            "folder, or a file of it."
+        )
+    if not any(file.suffix in _DATA for file in found):
+        raise NotFoundError(f"{folder} is a folder without data files ({', '.join(sorted(_DATA))}). Give one with.")
 
 
 def _read_saved(folder: Path, split: str) -> Dataset:

@@ -189,8 +189,10 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     def _prepare_rooms(self) -> None:
         args, drafter = self.args, self.drafter
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
-        self.accepted_loss = LossSettings(args.accepted_loss, args.teacher_temperature, **loss)
-        self.rejected_loss = LossSettings(args.rejected_loss, args.teacher_temperature, **loss)
+        # A stream that is off may name any loss, also one that its teacher could not have.
+        accepted, rejected = args.accepted_weight and args.accepted_loss, args.rejected_weight and args.rejected_loss
+        self.accepted_loss = LossSettings(accepted or "ce", args.teacher_temperature, **loss)
+        self.rejected_loss = LossSettings(rejected or "ce", args.teacher_temperature, **loss)
         self.error_buffer = ErrorBuffer(args.replay_buffer_size, args.replay_by_loss)
         streams = StreamSettings(
             args.accepted_weight,

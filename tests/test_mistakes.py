@@ -54,6 +54,7 @@ def place(tmp_path_factory):
         "syntax.yaml": "num_anchors: [1,\nlmbda: 1\n",
     }.items():
         (place / name).write_text(content)
+    (place / "nothing").mkdir()
     (place / "latin.jsonl").write_bytes('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"))
     return place
 
@@ -163,6 +164,7 @@ MISTAKES = [
     ("trace", {"output_file": "prompts.jsonl/trace.html"}, ["cannot be written to", "Give a folder"]),
     ("evaluate", {"output_dir": "prompts.jsonl/out"}, ["cannot be written to", "Give a folder"]),
     ("train", {"output_dir": "prompts.jsonl/out"}, ["cannot be written to", "Give a folder"]),
+    ("train", {"dataset_name": "nothing"}, ["folder without data files", "Give one with"]),
     ("train", {"config": "syntax.yaml"}, ["syntax.yaml, line 3 is not YAML", "Write a line an option"]),
     ("train", {"config": "nowhere.yaml"}, ["nowhere.yaml is not a file here"]),
 ]

@@ -212,9 +212,9 @@ def test_what_arrow_fills_in_is_not_said(tokenizer):
 
 def test_roles_that_the_template_does_not_know(tokenizer):
     """Written by none, or refused by the template itself: with the row, and in one line."""
-    rows = Dataset.from_dict({"prompt": [USER, [{"role": "human", "content": "a"}]]})
+    rows = Dataset.from_dict({"prompt": [USER, [{"role": "tool", "content": "a"}]]})
     tokenizer.chat_template = "{% for turn in messages if turn['role'] == 'user' %}{{ turn['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The chat template writes nothing of .* 'human'"):
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The chat template writes nothing of .* 'tool'"):
         tokenize_dataset(rows, tokenizer, None)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="Row 0 of .*refuses a conversation of the roles user: roles must alternate"):
@@ -297,6 +297,23 @@ def test_ids_that_are_none(tokenizer, ids, column):
     rows = {"prompt_ids": [1], "completion_ids": [2], column: ids}
     with pytest.raises(TypeError, match=f"Row 0 of `train_dataset`: `{column}` is .*integers from 0 up"):
         tokenize_dataset(Dataset.from_list([rows]), tokenizer, None, needs_completions=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "taken"), [([3.0, 4.0], [3, 4]), (3, None), (True, None), ([0.5], None), ([3.0, 4.5], None)]
+)
+def test_ids_of_a_column_of_fractions(tokenizer, ids, taken):
+    """One fraction in a file makes its whole column one of fractions, whose other rows are right."""
+    if taken is None:
+        with pytest.raises(TypeError, match="`prompt_ids` is .* must be a list of token ids"):
+            tokenize_dataset(Dataset.from_list([{"prompt_ids": ids}]), tokenizer, None)
+    else:
+        assert tokenize_dataset(Dataset.from_list([{"prompt_ids": ids}]), tokenizer, None)["prompt_ids"][0] == taken
+
+
+def test_roles_of_other_formats_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="role 'human'.*Call it 'user'"):
+        tokenize_dataset(Dataset.from_list([{"prompt": [{"role": "human", "content": "hi"}]}]), tokenizer, None)
 
 
 def test_what_does_not_fit_the_target():

@@ -49,7 +49,19 @@ BAD_PROMPTS = (
     [USER, {"role": "assistant", "content": "3"}],
     [{"role": "assistant", "content": "3"}],
 )
-BAD_IDS = (*JUNK, [-1], [10**6], [10**30], [0.5], [True, False], ["7"], [7, None], [[7]], [7] * 5000, {"7": 7})
+BAD_IDS = (
+    *(value for value in JUNK if value != [3]),
+    [-1],
+    [10**6],
+    [10**30],
+    [0.5],
+    [True, False],
+    ["7"],
+    [7, None],
+    [[7]],
+    [7] * 5000,
+    {"7": 7},
+)
 BAD_LINES = (
     "{",
     '{"prompt": }',
