@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -149,7 +149,7 @@ def _checked_ids(ids: Any, column: str) -> list[int]:
     given = ids
     if isinstance(ids, list) and all(type(token) is float and token.is_integer() for token in ids):
         ids = [int(token) for token in ids]  # one fraction in a file makes its whole column one of fractions
-    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise InputTypeError(f"`{column}` is {str(given)[:80]}; it must be a list of token ids, integers from 0 up.")
     return list(ids)
 
@@ -255,8 +255,15 @@ def tokenize_dataset(
                     converted["completion_ids"].append(text)
         return converted
 
+    made = ("prompt_ids", "completion_ids") if needs_completions else ("prompt_ids",)
     tokenized = dataset.map(
-        convert, batched=True, with_indices=True, remove_columns=dataset.column_names, desc=f"Tokenizing {name}"
+        convert,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        # Said, as a column of ids would else keep the type it had in the file, whatever was mixed there.
+        features=Features({column: List(Value("int64")) for column in made}),
+        desc=f"Tokenizing {name}",
     )
     _say_what_was_made(dataset, tokenized, tokenizer, needs_completions, name)
     return tokenized

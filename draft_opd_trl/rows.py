@@ -130,7 +130,10 @@ def _read_file(file: Path) -> Dataset:
     if empty:
         raise InputError(f'{file} is empty. Give a file with a row a line, such as {{"prompt": "…"}}.')
     if file.suffix != ".parquet":
+        # First, as its reader takes several rows of a line, and dies of some files instead of raising.
         _check_utf8(file)
+        if wrong := _what_is_wrong(file):
+            raise InputError(wrong)
     try:
         dataset = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
     except Exception as error:
@@ -138,7 +141,7 @@ def _read_file(file: Path) -> Dataset:
             raise  # the disk of the cache, and not the file
         if file.suffix == ".parquet":
             raise InputError(f"{file} is no Parquet file ({_cause(error)}). Give one that is.") from error
-        raise InputError(_what_is_wrong(file) or f"{file} cannot be read as rows ({_cause(error)}).") from error
+        raise InputError(f"{file} cannot be read as rows ({_cause(error)}). {_MEND}") from error
     if not len(dataset):
         raise InputError(f"{file} holds no rows. Give a file that does.")
     return dataset
@@ -164,20 +167,22 @@ def _what_is_wrong(file: Path) -> str | None:
             rows = json.loads(content)
         except (ValueError, RecursionError) as error:
             return f"{file} is one JSON list with a fault ({error}). {_MEND}"
-        places = [(f"{file}, row {number}", row) for number, row in enumerate(rows, start=1)]
-    else:
-        places = []
-        for number, line in enumerate(content.splitlines(), start=1):
-            where = f"{file}, line {number}"
-            try:
-                if line.strip():
-                    places.append((where, json.loads(line, object_pairs_hook=_unique)))
-            except (ValueError, RecursionError) as error:
-                return f"{where} is not JSON ({getattr(error, 'msg', error)}): {line[:60]!r}. {_MEND}"
-    for where, row in places:
+        wrong = (place for place, row in enumerate(rows) if not isinstance(row, dict))
+        return next((_no_row(f"{file}, row {place + 1}", rows[place]) for place in wrong), None)
+    # Not `splitlines`, which also splits inside a text that holds one of Unicode's other ends of lines.
+    for number, line in enumerate(content.split("\n"), start=1):
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line, object_pairs_hook=_unique) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            return f"{where} is not JSON ({getattr(error, 'msg', error)}): {line[:60]!r}. {_MEND}"
         if not isinstance(row, dict):
-            return f'{where} holds {row!r:.60}, and a row is a JSON object such as {{"prompt": "…"}}. {_MEND}'
+            return _no_row(where, row)
     return None
+
+
+def _no_row(where: str, row: object) -> str:
+    return f'{where} holds {row!r:.60}, and a row is a JSON object such as {{"prompt": "…"}}. {_MEND}'
 
 
 def _unique(entries: list[tuple]) -> dict:

@@ -149,7 +149,7 @@ def _input(whole: Path, what: str, folder: Path) -> Input:
             shutil.rmtree(folder, ignore_errors=True)
         return None if found == _whole_proposals(str(whole)) else f"loads as another drafter: {what}"
 
-    words = [str(folder), "config.json", ".safetensors", ".bin", what.split(" is ")[0].split(": ")[-1]]
+    words = [str(folder), "config.json", ".safetensors", ".bin", *what.split(" is ")[0].split(": ")[-1].split(".")]
     return Input("folders", f"{whole.name}: {what}", act, words)
 
 

@@ -62,7 +62,7 @@ def verdict_of(case: Input) -> Verdict:
         told = str(error)
         if "\n" in told or not told:
             return Verdict(UNCLEAR, told[:SHOWN], f"several lines, or none: {_place(error)}")
-        if not any(word and word in told for word in case.words):
+        if not any(word and (word in told or repr(word)[1:-1] in told) for word in case.words):
             return Verdict(UNCLEAR, told[:SHOWN], f"names neither value nor place: {_place(error)}")
         return Verdict(CLEAR, told[:SHOWN])
     except BaseException as error:
