@@ -66,6 +66,15 @@ def _is_main_process() -> bool:
     return PartialState().is_main_process
 
 
+def _leave_together() -> None:
+    """Of several ranks, one that is gone while another still talks to it can make that one abort."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+
+
 def _fail(message: str, code: int) -> NoReturn:
     if _is_main_process():
         print(f"draft-opd: error: {' '.join(message.split())}", file=sys.stderr)
@@ -291,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fail(told, 1)
     if _is_main_process():
         print(text)
+    _leave_together()
     return 0
 
 
