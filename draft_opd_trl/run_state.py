@@ -121,7 +121,7 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
         fault = fault_of(folder)
         if fault is None:
             return folder
-        logger.warning(f"Passed over {folder}: it {fault}.")
+        logger.warning_once(f"Passed over {folder}: it {fault}.")
     return None
 
 
@@ -189,7 +189,7 @@ def first_checkpoint(
                 "delete its checkpoints."
             )
     elif differing := _differing(found, settings):
-        logger.warning(f"{found} goes on with other settings than it was saved with: {differing}.")
+        logger.warning_once(f"{found} goes on with other settings than it was saved with: {differing}.")
     return found
 
 
