@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from trl import TrlParser
 
 from .checks import nearest
 from .errors import InputError, NotFoundError, UserError
+from .files import REMEDIES, refusal_of
 
 
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have
@@ -37,22 +37,6 @@ COMMANDS = {
     "plan": "draft_opd_trl.commands.plan",
     "export": "draft_opd_trl.commands.export",
     "inspect": "draft_opd_trl.commands.inspect",
-}
-# What a machine refuses, and what to do about it. Other errors of the system come from names that we made up.
-REMEDIES = {
-    errno.ENOSPC: "Free some space, or write to another disk (--output_dir).",
-    errno.EDQUOT: "Free some of your quota, or write to another disk (--output_dir).",
-    errno.EFBIG: "The file system takes no file of that size: write to another one (--output_dir).",
-    errno.EACCES: "Change the permissions, or give another path.",
-    errno.EPERM: "Change the permissions, or give another path.",
-    errno.EROFS: "It is read-only: give a path that can be written to.",
-    errno.EIO: "The disk fails: give a path on another one.",
-    errno.ESTALE: "The network disk went away: mount it again.",
-    errno.ENOTDIR: "A part of the path is a file: give another path.",
-    errno.EISDIR: "It is a folder, and a file is needed: give another path.",
-    errno.ENAMETOOLONG: "Give a shorter path.",
-    errno.EMFILE: "Too many files are open: raise `ulimit -n`.",
-    errno.ENOMEM: "Free some memory, or lower the batch sizes.",
 }
 A_BUG = (
     "draft-opd: this is a fault of draft_opd_trl, not of what you gave it. Please report it with the lines above and "
@@ -89,11 +73,8 @@ def machine_fault(error: BaseException | None) -> str | None:
         error (`BaseException`): Errors that it was raised from are looked at too, as libraries wrap the system's.
     """
     while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        # Rust's libraries (safetensors, tokenizers) say the number in their text.
-        if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
-            number = int(said[1])
-        if number in REMEDIES:
+        number = refusal_of(error)
+        if number is not None:
             place = f"{error.filename}: " if getattr(error, "filename", None) else ""
             return f"{place}{os.strerror(number)}. {REMEDIES[number]}"
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

@@ -18,12 +18,31 @@ from tempfile import TemporaryFile
 from .errors import EnvironmentFault, UserError
 
 
-# What a machine refuses; other errors of the system come from names that we made up.
-_REFUSALS = {
-    getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ESTALE EMFILE ENFILE ENOTDIR ENAMETOOLONG".split()
-    if hasattr(errno, name)
+# What a machine refuses, and what to do about it. Other errors of the system come from names that we made up.
+REMEDIES = {
+    errno.ENOSPC: "Free some space, or write to another disk (--output_dir).",
+    errno.EDQUOT: "Free some of your quota, or write to another disk (--output_dir).",
+    errno.EFBIG: "The file system takes no file of that size: write to another one (--output_dir).",
+    errno.EACCES: "Change the permissions, or give another path.",
+    errno.EPERM: "Change the permissions, or give another path.",
+    errno.EROFS: "It is read-only: give a path that can be written to.",
+    errno.EIO: "The disk fails: give a path on another one.",
+    errno.ESTALE: "The network disk went away: mount it again.",
+    errno.ENOTDIR: "A part of the path is a file: give another path.",
+    errno.EISDIR: "It is a folder, and a file is needed: give another path.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.EMFILE: "Too many files are open: raise `ulimit -n`.",
+    errno.ENOMEM: "Free some memory, or lower the batch sizes.",
 }
+
+
+def refusal_of(error: BaseException) -> int | None:
+    """The system's number of what the machine refused, if `error` says so: the system's own, or a library's."""
+    number = error.errno if isinstance(error, OSError) else None
+    # Rust's libraries (safetensors, tokenizers) say the number in their text.
+    if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(said[1])
+    return number if number in REMEDIES else None
 
 
 def _flush(path: Path) -> None:
@@ -62,12 +81,10 @@ def writing(place: str | os.PathLike, kept: str = "Free some space, or write to 
     except UserError:
         raise
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        # Rust's libraries (safetensors, tokenizers) say the number in their text, and torch says none.
-        if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
-            number = int(said[1])
-        if number in _REFUSALS:
+        number = refusal_of(error)
+        if number is not None:
             reason = os.strerror(number)
+        # torch says no number.
         elif isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|iostream error", str(error)):
             reason = "a file could not be written to its end"
         else:
