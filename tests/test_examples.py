@@ -56,16 +56,6 @@ def test_quickstart_writes_what_it_promises(scripts, kind, tmp_path):
     assert (tmp_path / "drafter-sft" / "config.json").is_file()
 
 
-def test_servers_that_are_wrong_are_noticed(scripts, monkeypatch):
-    from soak import servers
-
-    monkeypatch.setattr(servers, "SET", 16)
-    lines, names = [], ["a redirect", "ids outside the vocabulary", "T = 1 for greedy", "right, greedy"]
-    found = servers.run(60, lines.append, 16, names)
-    assert found["servers"] == found["noticed"] == 3 and found["false_alarms"] == 0
-    assert found["shares"] == dict.fromkeys(names[:3], 1.0)
-
-
 def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4"]
     command += ["--max_new_tokens", "64", "--output_dir", "run", "--json"]

@@ -41,6 +41,16 @@ def test_each_part_runs_and_counts():
     assert done.returncode == bool([line for line in done.stdout.splitlines() if line.startswith("NOT AS PROMISED")])
 
 
+def test_servers_that_are_wrong_are_noticed(soak, monkeypatch):
+    import servers
+
+    monkeypatch.setattr(servers, "SET", 16)
+    lines, names = [], ["a redirect", "ids outside the vocabulary", "T = 1 for greedy", "right, greedy"]
+    found = servers.run(60, lines.append, 16, names)
+    assert found["servers"] == found["noticed"] == 3 and found["false_alarms"] == 0
+    assert found["shares"] == dict.fromkeys(names[:3], 1.0)
+
+
 def test_what_is_not_as_promised_is_named(soak):
     from soak import broken_promises
 

@@ -5,17 +5,23 @@ How sampling settings shape a distribution, and how tokens come of it. It does n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 
-# Not at run time: this file travels with checkpoints, and the checks of settings need not.
-if TYPE_CHECKING:
-    from .sampling_params import SamplingParams
+class Sampling(Protocol):
+    """
+    What is read here of [`SamplingParams`], which stands apart with its checks: this file travels with checkpoints.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
 
 
-def probabilities(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """
     The distribution that tokens are drawn from.
 
@@ -70,7 +76,7 @@ class Chooser:
         uniforms (`torch.Tensor` of shape `(B, M, K)`, *optional*): In [0, 1), one a slot; fresh ones by default.
     """
 
-    def __init__(self, sampling: SamplingParams | None = None, uniforms: torch.Tensor | None = None) -> None:
+    def __init__(self, sampling: Sampling | None = None, uniforms: torch.Tensor | None = None) -> None:
         self.sampling, self.uniforms = sampling, uniforms
         self.slot = 0
 
