@@ -60,7 +60,8 @@ def _change_config(file: Path, draws: Random) -> str:
     inner = [fields, *(value for value in fields.values() if isinstance(value, dict) and value)]
     table = draws.choice(inner)
     name = draws.choice([name for name in table if name not in _FREE])
-    table[name] = draws.choice([junk for junk in JUNK if junk != table[name]])
+    # Token 0 is a mask like any other: another sound drafter.
+    table[name] = draws.choice([junk for junk in JUNK if junk != table[name] and (name, junk) != ("mask_token_id", 0)])
     file.write_text(json.dumps(fields))
     return f"{file.name}: {name} is {table[name]!r}"
 

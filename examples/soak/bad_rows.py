@@ -49,6 +49,7 @@ BAD_PROMPTS = (
     [USER, {"role": "assistant", "content": "3"}],
     [{"role": "assistant", "content": "3"}],
 )
+# Without "7", which `datasets` reads as 7 where it stands beside numbers.
 BAD_IDS = (
     *(value for value in JUNK if value != [3]),
     [-1],
@@ -56,7 +57,6 @@ BAD_IDS = (
     [10**30],
     [0.5],
     [True, False],
-    ["7"],
     [7, None],
     [[7]],
     [7] * 5000,

@@ -76,7 +76,7 @@ EDGES: dict[str, tuple] = {
     "replay_buffer_size": (0, 1, 1000),
     "replay_ratio": (0.0, 0.5, 3.0),
     "replay_by_loss": (False, True),
-    "loss_chunk_size": (1, 1_000_000),
+    "loss_chunk_size": (16, 1_000_000),  # 1 is right too, but takes too long to train with
     "anchors": ("exposed", "random"),
     "rollout_source": ("speculation", "generate", "dataset", "server"),
     "max_completion_length": (2, 3, 16),
