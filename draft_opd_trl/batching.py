@@ -40,8 +40,8 @@ def random_anchors(length: int, prompt_length: int, count: int, generator: torch
 def choose_blocks(blocks: DraftBlocks, count: int, generator: torch.Generator) -> torch.Tensor:
     """Indices of up to `count` blocks of one text: those with an error first, then others, drawn at random."""
     if len(blocks) <= count:
-        return torch.arange(len(blocks), device=blocks.rows.device)
-    keys = torch.rand(len(blocks), generator=generator).to(blocks.rows.device) - blocks.has_error.float()
+        return torch.arange(len(blocks), device=blocks.texts.device)
+    keys = torch.rand(len(blocks), generator=generator).to(blocks.texts.device) - blocks.has_error.float()
     return keys.argsort()[:count].sort().values
 
 
@@ -79,7 +79,7 @@ def stream_weights(
 
     `on_policy` `(N,)` marks blocks drafted by the drafter; the rest are text blocks, whose slots are all accepted.
     """
-    slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
+    slots = torch.arange(blocks.num_draft_tokens, device=blocks.texts.device)
     accepted_until = torch.minimum(blocks.num_accepted + 1, blocks.num_valid)[:, None]
     if streams.whole_blocks:
         accepted_until = blocks.num_valid[:, None]
@@ -121,7 +121,7 @@ def make_batch(
         lengths=rollout.lengths,
         features=features,
         blocks=blocks,
-        labels=slot_labels(rollout.tokens, blocks.rows, blocks.anchors, num_draft_tokens),
+        labels=slot_labels(rollout.tokens, blocks.texts, blocks.anchors, num_draft_tokens),
         states=states,
         draft_states=None,
         accepted_weights=accepted,
@@ -131,7 +131,7 @@ def make_batch(
     if streams.rejected_weight > 0:
         if block_states is None:
             block_states = target.score_blocks(rollout.tokens, blocks, cache)
-        slots = torch.arange(num_draft_tokens, device=blocks.rows.device)
+        slots = torch.arange(num_draft_tokens, device=blocks.texts.device)
         # Up to the first rejected slot the drafted prefix is the text.
         on_text = (slots <= blocks.num_accepted[:, None])[..., None]
         batch.draft_states = torch.where(on_text, batch.text_states, block_states)
@@ -332,21 +332,21 @@ class BatchMaker:
         """The drafter's blocks on the on-policy rows, and what verification kept of the target's states there."""
         on_policy = torch.tensor(on_policy_rows, device=features.device)
         if fresh and rollout.blocks is not None:
-            chosen = on_policy[rollout.blocks.rows]
+            chosen = on_policy[rollout.blocks.texts]
             states = None if rollout.block_states is None else rollout.block_states[chosen]
             return rollout.blocks.select(chosen), states
         rows = on_policy.nonzero()[:, 0]
         if not len(rows):
             return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device), None
         replayed = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
-        coupling = None if coupling is None else coupling.rows(rows)
+        coupling = None if coupling is None else coupling.select(rows)
         if self.anchors == "exposed":
             blocks = replay_text(self.drafter, replayed, features[rows], self.num_chains, coupling)
         else:
             places = self._random_places(replayed, range(len(rows)), [generators[row] for row in rows.tolist()])
             state = read_text(self.drafter, replayed, features[rows])
             blocks = draft_at(self.drafter, state, replayed, *grid_of(*places, len(replayed)), coupling)
-        blocks.rows = rows[blocks.rows]
+        blocks.texts = rows[blocks.texts]
         return blocks, None
 
     def _random_places(
@@ -367,7 +367,7 @@ class BatchMaker:
         """Indices of drafted blocks to train on, and `[text blocks of SFT rows, drafted blocks]`."""
         device = rollout.tokens.device
         kept: list[torch.Tensor] = [rollout.lengths[:0]]
-        counts = torch.bincount(blocks.rows, minlength=len(rollout)).tolist()
+        counts = torch.bincount(blocks.texts, minlength=len(rollout)).tolist()
         start = 0
         for row, (generator, on_policy) in enumerate(zip(generators, on_policy_rows, strict=True)):
             stop = start + counts[row]
@@ -402,7 +402,7 @@ class BatchMaker:
         metrics.committed += int(committed[on_policy].sum())
         metrics.verifications += len(blocks)
         metrics.errors += int(blocks.has_error.sum())
-        slots = torch.arange(blocks.num_draft_tokens, device=blocks.rows.device)
+        slots = torch.arange(blocks.num_draft_tokens, device=blocks.texts.device)
         for name, until in (("accepted_by_slot", blocks.num_accepted), ("valid_by_slot", blocks.num_valid)):
             sums = (slots < until[:, None]).sum(0).tolist()
             setattr(metrics, name, [old + new for old, new in zip(getattr(metrics, name), sums, strict=True)])

@@ -56,7 +56,7 @@ class _PositionLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (self.parent.num_rows, self.parent.max_length, key_states.shape[1])
+        shape = (self.parent.num_lanes, self.parent.max_length, key_states.shape[1])
         # Zeros, not empty: slots never written are masked, but a NaN there would survive the mask.
         self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
         self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
@@ -70,12 +70,12 @@ class _PositionLayer(CacheLayerMixin):
             raise RuntimeError("PositionCache.place() must say where the tokens go before each forward.")
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if place.keep:
-            rows = place.row_index[:, None]
-            self.keys[rows, place.positions] = keys
-            self.values[rows, place.positions] = values
+            lanes = place.lane_index[:, None]
+            self.keys[lanes, place.positions] = keys
+            self.values[lanes, place.positions] = values
         stored_keys, stored_values = self.keys[:, : place.limit], self.values[:, : place.limit]
         if place.partial:
-            stored_keys, stored_values = stored_keys[place.row_index], stored_values[place.row_index]
+            stored_keys, stored_values = stored_keys[place.lane_index], stored_values[place.lane_index]
         if not place.keep:
             stored_keys = torch.cat([stored_keys, keys], dim=1)
             stored_values = torch.cat([stored_values, values], dim=1)
@@ -97,28 +97,28 @@ class PositionCache(Cache):
 
     Args:
         num_layers (`int`): Attention layers of the model.
-        num_rows (`int`): Rows.
+        num_lanes (`int`): Texts held side by side.
         max_length (`int`): Positions a row can hold.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
-        self.num_rows, self.max_length = num_rows, max_length
+    def __init__(self, num_layers: int, num_lanes: int, max_length: int) -> None:
+        self.num_lanes, self.max_length = num_lanes, max_length
         self.limit = 0
         self.positions: torch.Tensor | None = None
         super().__init__(layers=[_PositionLayer(self) for _ in range(num_layers)])
 
-    def place(self, positions: torch.Tensor, limit: int, rows: torch.Tensor | None = None, keep: bool = True) -> None:
+    def place(self, positions: torch.Tensor, limit: int, lanes: torch.Tensor | None = None, keep: bool = True) -> None:
         """
         Say where the tokens of the next forward go.
 
         Args:
             positions (`torch.LongTensor` of shape `(R, Q)`): Positions of the tokens.
             limit (`int`): Slots to attend to; above every position in play (known on the host, so no sync).
-            rows (`torch.LongTensor` of shape `(R,)`, *optional*): Cache rows they belong to; all rows by default.
+            lanes (`torch.LongTensor` of shape `(R,)`, *optional*): Cache lanes they belong to; all lanes by default.
             keep (`bool`, *optional*, defaults to `True`): `False` appends their keys for this forward only.
         """
         if limit > self.max_length:
             raise InputError(f"The cache holds {self.max_length} positions, but {limit} are asked for.")
         self.positions, self.limit, self.keep = positions, limit, keep
-        self.partial = rows is not None
-        self.row_index = torch.arange(self.num_rows, device=positions.device) if rows is None else rows
+        self.partial = lanes is not None
+        self.lane_index = torch.arange(self.num_lanes, device=positions.device) if lanes is None else lanes

@@ -102,7 +102,7 @@ class TextFit:
 def _read_texts(target: Target, rollout: Rollout, batch_size: int = 8) -> Iterator[tuple[Rollout, torch.Tensor]]:
     """A few texts at a time, with the target's final states; bounds memory."""
     for start in range(0, len(rollout), batch_size):
-        part = rollout.rows(start, start + batch_size)
+        part = rollout.part(start, start + batch_size)
         yield part, target.forward_text(part.tokens, ())[1]
 
 

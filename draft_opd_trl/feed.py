@@ -80,7 +80,7 @@ class BatchFeed:
             self.rollouts = []
             texts = self.write(rows)
             self.rollouts = [
-                texts.rows(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
+                texts.part(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
             ]
             self._written_at = step
         metrics = None

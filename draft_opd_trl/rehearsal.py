@@ -365,7 +365,7 @@ class Rehearsal:
             if args.gradient_accumulation_steps > 1:
                 self._fill_gradients()
             with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-                hidden = self.drafter.replay(batch.features, batch.tokens, batch.blocks)
+                hidden = self.drafter.draft(batch.features, batch.tokens, batch.blocks)
                 losses = batch_loss(hidden, batch, heads, accepted, rejected, args.loss_chunk_size)
             losses["loss"].backward()
         parts = self._waiting(tensor_bytes(_tensors(batch)))

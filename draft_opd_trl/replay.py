@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .drafters.base import Drafter
-from .records import DraftBlocks, Rollout, num_valid_slots, pack_rows
+from .records import DraftBlocks, Rollout, num_valid_slots, pack_by_text
 from .sampling import Chooser, probabilities
 from .sampling_params import SamplingParams
 from .target import Target
@@ -42,7 +42,7 @@ def text_blocks(rollout: Rollout, rows: torch.Tensor, anchors: torch.Tensor, num
 
 def grid_of(rows: torch.Tensor, anchors: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed anchors `(N,)` as a grid `(B, M)` and the bool `(B, M)` of its filled cells."""
-    columns, width = pack_rows(rows, batch)
+    columns, width = pack_by_text(rows, batch)
     grid = anchors.new_zeros((batch, width))
     live = torch.zeros((batch, width), dtype=torch.bool, device=anchors.device)
     grid[rows, columns] = anchors
@@ -68,7 +68,7 @@ class Coupling:
     sampling: SamplingParams
     uniforms: torch.Tensor
 
-    def rows(self, index: torch.Tensor) -> Coupling:
+    def select(self, index: torch.Tensor) -> Coupling:
         """The same for texts at `index`."""
         return Coupling(self.target, self.states[index], self.sampling, self.uniforms[index])
 
@@ -216,8 +216,8 @@ def replay_text(
         wanted = live.repeat_interleave(len(ahead), dim=1) & (grid < last[:, None])
         wanted &= accepted_at.gather(1, grid.clamp(max=length - 1)) < 0
         blocks = draft_at(drafter, state, rollout, torch.where(wanted, grid, 0), wanted, coupling)
-        accepted_at[blocks.rows, blocks.anchors] = blocks.num_accepted
-        drafts_at[blocks.rows, blocks.anchors] = blocks.draft_tokens
+        accepted_at[blocks.texts, blocks.anchors] = blocks.num_accepted
+        drafts_at[blocks.texts, blocks.anchors] = blocks.draft_tokens
         # Asked of several chains alone: the answer is a host sync.
         broken = 1.0
         if len(ahead) == 1 < num_chains:
@@ -290,7 +290,7 @@ class ErrorBuffer:
         """Remember each text with the anchors of its blocks that held an error; a text seen before is renewed."""
         wrong = blocks.select(blocks.has_error)
         anchors: dict[int, list[int]] = {}
-        for row, anchor in zip(wrong.rows.tolist(), wrong.anchors.tolist(), strict=True):
+        for row, anchor in zip(wrong.texts.tolist(), wrong.anchors.tolist(), strict=True):
             anchors.setdefault(row, []).append(anchor)
         tokens, lengths = rollout.tokens.tolist(), rollout.lengths.tolist()
         prompt_lengths = rollout.prompt_lengths.tolist()
@@ -313,7 +313,7 @@ class ErrorBuffer:
             losses (`torch.Tensor` of shape `(N,)`): Weighted loss of each.
         """
         texts = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        for row, anchor, loss in zip(blocks.rows.tolist(), blocks.anchors.tolist(), losses.tolist(), strict=True):
+        for row, anchor, loss in zip(blocks.texts.tolist(), blocks.anchors.tolist(), losses.tolist(), strict=True):
             entry = self.entries.get(texts[row])
             if entry is not None and anchor in entry.losses:
                 entry.losses[anchor] = loss

@@ -333,9 +333,9 @@ def _assemble(slots: _Slots, texts: list[torch.Tensor], record: list) -> Rollout
         rollout.blocks = DraftBlocks.empty(slots.num_draft_tokens, tokens.device)
         return rollout
     blocks = DraftBlocks.cat([part for part, _ in record])
-    order = torch.argsort(blocks.rows * slots.max_length + blocks.anchors)
+    order = torch.argsort(blocks.texts * slots.max_length + blocks.anchors)
     blocks = blocks.select(order)
-    blocks.num_valid = num_valid_slots(blocks.anchors, lengths[blocks.rows], slots.num_draft_tokens)
+    blocks.num_valid = num_valid_slots(blocks.anchors, lengths[blocks.texts], slots.num_draft_tokens)
     blocks.num_accepted = torch.minimum(blocks.num_accepted, blocks.num_valid)
     rollout.blocks = blocks
     if slots.settings.keep_states:

@@ -144,7 +144,7 @@ def trace_texts(
     read = token_reader(tokenizer)
     traces = []
     for start in range(0, len(rollout), batch_size):
-        texts = rollout.rows(start, min(start + batch_size, len(rollout)))
+        texts = rollout.part(start, min(start + batch_size, len(rollout)))
         batch = _judge(target, drafter, texts)
         choices, draft_probs, target_probs = _slot_probabilities(target, drafter, batch, sampling)
         completions = texts.completions()
@@ -155,8 +155,8 @@ def trace_texts(
             )
         ]
         columns = (
-            batch.blocks.rows,
-            batch.blocks.anchors - texts.prompt_lengths[batch.blocks.rows],
+            batch.blocks.texts,
+            batch.blocks.anchors - texts.prompt_lengths[batch.blocks.texts],
             batch.blocks.draft_tokens,
             batch.blocks.num_accepted,
             batch.blocks.num_valid,
@@ -190,7 +190,7 @@ def _judge(target: Target, drafter: Drafter, texts: Rollout) -> ReplayBatch:
     cache = target.new_cache(*texts.tokens.shape)
     features, states = target.forward_text(texts.tokens, drafter.target_layer_ids, cache)
     blocks = replay_text(drafter, texts, features) if texts.blocks is None else texts.blocks
-    on_policy = torch.ones_like(blocks.rows, dtype=torch.bool)
+    on_policy = torch.ones_like(blocks.texts, dtype=torch.bool)
     return make_batch(target, texts, blocks, on_policy, StreamSettings(rejected_weight=1.0), features, states, cache)
 
 
@@ -204,7 +204,7 @@ def _slot_probabilities(
     num_draft_tokens = batch.blocks.num_draft_tokens
     slots = torch.arange(num_draft_tokens, device=batch.labels.device)
     given = (slots <= batch.blocks.num_accepted[:, None]).flatten()
-    hidden = drafter.replay(batch.features, batch.tokens, batch.blocks).flatten(0, 1)
+    hidden = drafter.draft(batch.features, batch.tokens, batch.blocks).flatten(0, 1)
     states, weight = batch.draft_states.flatten(0, 1), drafter.output_weight()
     drafts, labels = batch.blocks.draft_tokens.flatten(), batch.labels.flatten()
     parts = []

@@ -354,7 +354,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         drafter = model.get_base_model() if isinstance(model, PeftModel) else model
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
-            hidden = drafter.replay(inputs.features, inputs.tokens, inputs.blocks)
+            hidden = drafter.draft(inputs.features, inputs.tokens, inputs.blocks)
             heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map, self.target.linear_head)
             return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
 
@@ -397,7 +397,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         """A few of the texts in use, as this drafter would speed them up now by its argmax."""
         if not self.feed.rollouts:
             return []
-        texts = self.feed.rollouts[0].rows(0, self.args.num_completions_to_print)
+        texts = self.feed.rollouts[0].part(0, self.args.num_completions_to_print)
         sampling = self.speculation_settings().sampling
         with self._drafter_as_served(), self.target.uneven_forwards():
             return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)

@@ -153,7 +153,7 @@ def _losses(target, drafter, batches):
     sums = 0.0
     for batch in batches:
         batch.denominator = total
-        hidden = drafter.replay(batch.features, batch.tokens, batch.blocks)
+        hidden = drafter.draft(batch.features, batch.tokens, batch.blocks)
         sums = sums + batch_loss(hidden, batch, heads, HARD, SOFT)["loss"]
     return sums
 
@@ -163,7 +163,7 @@ def _union(rollouts, batches):
     found = set()
     for texts, batch in zip(rollouts, batches, strict=True):
         for row, anchor, tokens in zip(
-            batch.blocks.rows.tolist(), batch.blocks.anchors.tolist(), batch.blocks.draft_tokens.tolist(), strict=True
+            batch.blocks.texts.tolist(), batch.blocks.anchors.tolist(), batch.blocks.draft_tokens.tolist(), strict=True
         ):
             text = tuple(texts.tokens[row, : texts.lengths[row]].tolist())
             found.add((text, anchor, tuple(tokens)))
@@ -178,7 +178,7 @@ def _union(rollouts, batches):
 )
 def test_draws_do_not_depend_on_the_batch_layout(qwen_target, qwen_drafter, rollout, lmbda, fresh, proposals):
     """Invariant 6: eight rows at once are two batches of four."""
-    whole, halves = [rollout], [rollout.rows(0, 4), rollout.rows(4, 8)]
+    whole, halves = [rollout], [rollout.part(0, 4), rollout.part(4, 8)]
     results = []
     for layout in (whole, halves):
         maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, lmbda, num_anchors=5, seed=3, proposals=proposals)
@@ -197,7 +197,7 @@ def test_draws_do_not_depend_on_the_batch_layout(qwen_target, qwen_drafter, roll
 def test_gradients_do_not_depend_on_the_batch_layout(qwen_target, kind, rollout):
     drafter = tiny_drafter(kind, qwen_target)
     gradients = []
-    for layout in ([rollout], [rollout.rows(0, 4), rollout.rows(4, 8)]):
+    for layout in ([rollout], [rollout.part(0, 4), rollout.part(4, 8)]):
         batches, _ = BatchMaker(qwen_target, drafter, STREAMS, 0.5, num_anchors=5)(layout, step=0)
         drafter.zero_grad()
         _losses(qwen_target, drafter, batches).backward()
@@ -213,24 +213,24 @@ def test_lmbda_decides_the_kind_of_block(qwen_target, qwen_drafter, rollout):
         (batch,), metrics = maker([rollout], step=0)
         if lmbda == 0:
             assert not batch.blocks.has_error.any() and batch.rejected_weights.sum() == 0
-            assert torch.bincount(batch.blocks.rows).tolist() == [6] * 8
+            assert torch.bincount(batch.blocks.texts).tolist() == [6] * 8
             assert metrics.verifications == 0 and metrics.figures()["acceptance/length"] == (0, 0)
         else:
             assert batch.blocks.has_error.any() and batch.rejected_weights.sum() > 0
             assert metrics.verifications == len(rollout.blocks)
     mixed, metrics = BatchMaker(qwen_target, qwen_drafter, STREAMS, 0.5, num_anchors=6)([rollout], step=0)
-    on_policy = set(mixed[0].blocks.rows[mixed[0].rejected_weights.sum(1) > 0].tolist())
+    on_policy = set(mixed[0].blocks.texts[mixed[0].rejected_weights.sum(1) > 0].tolist())
     assert 0 < len(on_policy) < 8
 
 
 def test_random_anchors_with_the_drafters_own_proposals(qwen_target, qwen_drafter, rollout):
     maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, 1.0, num_anchors=6, anchors="random")
     (batch,), metrics = maker([rollout], step=0, fresh=True)
-    assert torch.bincount(batch.blocks.rows).tolist() == [6] * 8
-    exposed = set(zip(rollout.blocks.rows.tolist(), rollout.blocks.anchors.tolist(), strict=True))
-    assert not exposed.issuperset(zip(batch.blocks.rows.tolist(), batch.blocks.anchors.tolist(), strict=True))
+    assert torch.bincount(batch.blocks.texts).tolist() == [6] * 8
+    exposed = set(zip(rollout.blocks.texts.tolist(), rollout.blocks.anchors.tolist(), strict=True))
+    assert not exposed.issuperset(zip(batch.blocks.texts.tolist(), batch.blocks.anchors.tolist(), strict=True))
     state = read_text(qwen_drafter, rollout, batch.features)
-    again = draft_at(qwen_drafter, state, rollout, *grid_of(batch.blocks.rows, batch.blocks.anchors, 8))
+    again = draft_at(qwen_drafter, state, rollout, *grid_of(batch.blocks.texts, batch.blocks.anchors, 8))
     assert torch.equal(batch.blocks.draft_tokens, again.draft_tokens)
     assert torch.equal(batch.blocks.num_accepted, again.num_accepted)
     # They are no verification of the text, so they count in no acceptance.
@@ -240,7 +240,7 @@ def test_random_anchors_with_the_drafters_own_proposals(qwen_target, qwen_drafte
 def test_sft_and_opd_see_the_same_text(qwen_target, qwen_drafter, rollout):
     """What an SFT block teaches at a slot is the text there."""
     (batch,), _ = BatchMaker(qwen_target, qwen_drafter, STREAMS, 0.0, num_anchors=6)([rollout], step=0)
-    expected = text_blocks(rollout, batch.blocks.rows, batch.blocks.anchors, qwen_drafter.num_draft_tokens)
+    expected = text_blocks(rollout, batch.blocks.texts, batch.blocks.anchors, qwen_drafter.num_draft_tokens)
     assert torch.equal(batch.labels, expected.draft_tokens)
     assert torch.equal(batch.blocks.num_accepted, expected.num_valid)
     inside = torch.arange(qwen_drafter.num_draft_tokens) < expected.num_valid[:, None]
@@ -289,7 +289,7 @@ def test_draft_states_by_slow_scoring(qwen_target, qwen_drafter, rollout):
     (batch,), _ = BatchMaker(qwen_target, qwen_drafter, STREAMS, 1.0, num_anchors=2)([rollout], step=0)
     checked = 0
     for index in batch.blocks.has_error.nonzero()[:6, 0].tolist():
-        row, anchor = int(batch.blocks.rows[index]), int(batch.blocks.anchors[index])
+        row, anchor = int(batch.blocks.texts[index]), int(batch.blocks.anchors[index])
         text = torch.cat([rollout.tokens[row, : anchor + 1], batch.blocks.draft_tokens[index, :-1]])[None]
         states = qwen_target.forward_text(text, ())[1][0, anchor:]
         chosen = batch.rejected_weights[index] > 0
@@ -317,18 +317,18 @@ def test_drawn_error_positions_are_drafted_afresh(qwen_target, qwen_drafter, kin
     )
     buffer.add(rollout, stale)
     old = [(tokens, anchor) for tokens, entry in buffer.entries.items() for anchor in entry.losses]
-    new = rollout.rows(0, 2)
+    new = rollout.part(0, 2)
     maker = BatchMaker(qwen_target, qwen_drafter, STREAMS, 1.0, num_anchors=4, buffer=buffer, replay_ratio=1.0)
     (batch,), metrics = maker([new], step=0, fresh=True)
     assert len(batch.tokens) == 4, "two new texts and as many remembered ones"
-    drawn = batch.blocks.select(batch.blocks.rows >= 2)
+    drawn = batch.blocks.select(batch.blocks.texts >= 2)
     assert len(drawn) > 4
     lengths = (batch.tokens[2:] != 0).sum(1)
-    for row, anchor in zip(drawn.rows.tolist(), drawn.anchors.tolist(), strict=True):
+    for row, anchor in zip(drawn.texts.tolist(), drawn.anchors.tolist(), strict=True):
         assert any(anchor == at and list(text) == batch.tokens[row, : len(text)].tolist() for text, at in old)
     texts = Rollout(batch.tokens, lengths, torch.full((4,), batch.tokens.shape[1]))
     state = read_text(qwen_drafter, texts, batch.features)
-    again = draft_at(qwen_drafter, state, texts, *grid_of(drawn.rows, drawn.anchors, 4))
+    again = draft_at(qwen_drafter, state, texts, *grid_of(drawn.texts, drawn.anchors, 4))
     assert torch.equal(drawn.draft_tokens, again.draft_tokens)
     # Remembered texts count as training blocks, never in acceptance.
     assert metrics.verifications == len(new.blocks)

@@ -49,7 +49,7 @@ def test_rows_advance_by_different_lengths():
 def test_some_rows_alone():
     cache = PositionCache(1, 3, 4)
     _write(cache, [[1], [2], [3]], [[0], [0], [0]], 1)
-    assert _write(cache, [[7]], [[1]], 2, rows=torch.tensor([2])) == [[3, 7]]
+    assert _write(cache, [[7]], [[1]], 2, lanes=torch.tensor([2])) == [[3, 7]]
     assert cache.layers[0].keys[:, :2, 0, 0].tolist() == [[1, 0], [2, 0], [3, 7]]
 
 

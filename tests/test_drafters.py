@@ -53,11 +53,11 @@ def test_replay_equals_cached_proposing_at_every_anchor(target, drafter):
         proposals = torch.cat(
             [
                 _propose_one(drafter, features, rollout, row, anchor, choose).tokens[0]
-                for row, anchor in zip(blocks.rows.tolist(), blocks.anchors.tolist(), strict=True)
+                for row, anchor in zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)
             ]
         )
         blocks.draft_tokens = proposals
-        logits = drafter.replay(features, rollout.tokens, blocks) @ drafter.output_weight().T
+        logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
     assert len(blocks) > 30
     expected = torch.cat([part.reshape(-1, logits.shape[-1]) for part in seen]).view_as(logits)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
@@ -95,7 +95,7 @@ def test_every_parameter_gets_a_gradient(target, kind):
     rollout = _texts()
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _every_anchor(rollout, drafter.num_draft_tokens)
-    logits = drafter.replay(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
     labels = draft_labels(drafter, blocks.draft_tokens)
     functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     for name, parameter in drafter.named_parameters():
@@ -302,8 +302,8 @@ def test_dflash_equals_a_slow_reference_block_by_block(target):
     rollout = _texts(seed=8)
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _every_anchor(rollout, drafter.num_draft_tokens)
-    got = drafter.replay(features, rollout.tokens, blocks)
-    for index, (row, anchor) in enumerate(zip(blocks.rows.tolist(), blocks.anchors.tolist(), strict=True)):
+    got = drafter.draft(features, rollout.tokens, blocks)
+    for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = _slow_block(drafter, target, features[row], rollout.tokens[row], anchor)
         torch.testing.assert_close(got[index], expected, rtol=1e-4, atol=1e-4)
 
@@ -314,7 +314,7 @@ def _replay_with_gradients(drafter, target):
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _every_anchor(rollout, drafter.num_draft_tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        states = drafter.replay(features, rollout.tokens, blocks)
+        states = drafter.draft(features, rollout.tokens, blocks)
     states.square().sum().backward()
     gradients = [value.grad for name, value in drafter.named_parameters() if name != "lm_head.weight"]
     return [states.detach(), *gradients], sum(kept)
@@ -335,12 +335,12 @@ def test_packing_many_blocks_in_small_chunks_changes_nothing(qwen_target):
     rollout = _texts(seed=8)
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _every_anchor(rollout, drafter.num_draft_tokens)
-    whole = drafter.replay(features, rollout.tokens, blocks)
+    whole = drafter.draft(features, rollout.tokens, blocks)
     drafter.blocks_per_chunk = 3
-    torch.testing.assert_close(drafter.replay(features, rollout.tokens, blocks), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drafter.draft(features, rollout.tokens, blocks), whole, rtol=1e-5, atol=1e-5)
     shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        drafter.replay(features, rollout.tokens, blocks.select(shuffled)), whole[shuffled], rtol=1e-5, atol=1e-5
+        drafter.draft(features, rollout.tokens, blocks.select(shuffled)), whole[shuffled], rtol=1e-5, atol=1e-5
     )
 
 
@@ -350,13 +350,13 @@ def test_a_block_sees_neither_its_anchors_features_nor_the_future(qwen_target):
     rollout = _texts(seed=8)
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     block = DraftBlocks(*(torch.tensor(value) for value in ([0], [3], [[0] * 4], [0], [4])))
-    before = drafter.replay(features, rollout.tokens, block)
+    before = drafter.draft(features, rollout.tokens, block)
     changed, tokens = features.clone(), rollout.tokens.clone()
     changed[:, 3:] += 5
     tokens[:, 4:] = 1
-    torch.testing.assert_close(drafter.replay(changed, tokens, block), before)
+    torch.testing.assert_close(drafter.draft(changed, tokens, block), before)
     changed[:, 2] += 5
-    assert not torch.allclose(drafter.replay(changed, tokens, block), before, atol=1e-3)
+    assert not torch.allclose(drafter.draft(changed, tokens, block), before, atol=1e-3)
 
 
 def test_registry_names_each_class_by_its_kind():

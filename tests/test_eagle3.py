@@ -211,8 +211,8 @@ def test_replay_equals_the_uncached_reference(qwen_target, variant):
     rollout, reference = _texts(), Reference(variant, qwen_target)
     features, _ = qwen_target.forward_text(rollout.tokens, variant.target_layer_ids)
     blocks = _blocks(rollout, variant.num_draft_tokens, torch.Generator().manual_seed(0))
-    got = variant.replay(features, rollout.tokens, blocks) @ variant.output_weight().T
-    for index, (row, anchor) in enumerate(zip(blocks.rows.tolist(), blocks.anchors.tolist(), strict=True)):
+    got = variant.draft(features, rollout.tokens, blocks) @ variant.output_weight().T
+    for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = reference.chain(features[row], rollout.tokens[row], anchor, blocks.draft_tokens[index])
         torch.testing.assert_close(got[index], expected, rtol=1e-5, atol=1e-5)
 
@@ -223,7 +223,7 @@ def test_cached_drafting_in_speculation_equals_the_uncached_reference(qwen_targe
     rollout = speculate(qwen_target, variant, random_prompts(5, seed=3), SpeculationSettings(14, [], batch_size=3))
     features, _ = qwen_target.forward_text(rollout.tokens, variant.target_layer_ids)
     reference, blocks = Reference(variant, qwen_target), rollout.blocks
-    for row, anchor, drafted in zip(blocks.rows.tolist(), blocks.anchors.tolist(), blocks.draft_tokens, strict=True):
+    for row, anchor, drafted in zip(blocks.texts.tolist(), blocks.anchors.tolist(), blocks.draft_tokens, strict=True):
         logits = reference.chain(features[row], rollout.tokens[row], anchor)
         assert torch.equal(variant.to_target_ids(logits.argmax(-1)), drafted)
 
@@ -234,8 +234,8 @@ def test_the_reference_on_every_family(target):
     rollout, reference = _texts(), Reference(drafter, target)
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _blocks(rollout, drafter.num_draft_tokens)
-    got = drafter.replay(features, rollout.tokens, blocks) @ drafter.output_weight().T
-    for index, (row, anchor) in enumerate(zip(blocks.rows.tolist(), blocks.anchors.tolist(), strict=True)):
+    got = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = reference.chain(features[row], rollout.tokens[row], anchor, blocks.draft_tokens[index])
         torch.testing.assert_close(got[index], expected, rtol=1e-4, atol=1e-4)
 
@@ -282,7 +282,7 @@ def test_test_time_training_on_eight_tokens(qwen_target):
     rollout = Rollout.from_ids([[11, 3, 20]], [[5, 31, 8, 16, 2]])
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = text_blocks(rollout, torch.zeros(4, dtype=torch.long), torch.arange(3, 7), 4)
-    logits = drafter.replay(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
     expected = _published_objective(reference, features[0], rollout.tokens[0])
     supervised = 0
     for step in range(4):
@@ -309,7 +309,7 @@ def test_hidden_states_are_fed_back_with_gradients(qwen_target):
     block = DraftBlocks(*(torch.tensor(value) for value in ([0], [1], [[0] * 4], [0], [4])))
     first = []
     handle = drafter.midlayer.mlp.register_forward_hook(lambda module, inputs, output: first.append(output))
-    states = drafter.replay(features, rollout.tokens, block)
+    states = drafter.draft(features, rollout.tokens, block)
     handle.remove()
     (gradient,) = torch.autograd.grad(states[0, 1].sum(), first[0])
     assert gradient.abs().max() > 0
@@ -322,7 +322,7 @@ def test_recomputed_chunks_change_nothing(qwen_target):
         drafter.chains_per_chunk = size
         rollout = _texts()
         features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
-        states = drafter.replay(features, rollout.tokens, _blocks(rollout, 4))
+        states = drafter.draft(features, rollout.tokens, _blocks(rollout, 4))
         states.square().sum().backward()
         results.append([states.detach(), *(p.grad for n, p in drafter.named_parameters() if n != "lm_head.weight")])
     for whole, parts in zip(*results, strict=True):
@@ -335,22 +335,24 @@ def test_a_chain_sees_the_whole_context_before_it_and_nothing_after(qwen_target)
     rollout = Rollout.from_ids([[11, 3, 20]], [[5, 31, 8, 16, 2]])
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     block = DraftBlocks(*(torch.tensor(value) for value in ([0], [4], [[7, 8, 9, 10]], [0], [3])))
-    before = drafter.replay(features, rollout.tokens, block)
+    before = drafter.draft(features, rollout.tokens, block)
     changed, tokens = features.clone(), rollout.tokens.clone()
     changed[:, 4:] += 5
     tokens[:, 5:] = 1
-    torch.testing.assert_close(drafter.replay(changed, tokens, block), before)
+    torch.testing.assert_close(drafter.draft(changed, tokens, block), before)
     for place in range(4):
         nudged = features.clone()
         nudged[:, place] += 5
-        assert not torch.allclose(drafter.replay(nudged, rollout.tokens, block), before, atol=1e-3), place
+        assert not torch.allclose(drafter.draft(nudged, rollout.tokens, block), before, atol=1e-3), place
     # Slot k reads the drafted tokens before it: the last one is never read.
     for slot in range(4):
-        other = DraftBlocks(block.rows, block.anchors, block.draft_tokens.clone(), block.num_accepted, block.num_valid)
+        other = DraftBlocks(
+            block.texts, block.anchors, block.draft_tokens.clone(), block.num_accepted, block.num_valid
+        )
         other.draft_tokens[0, slot] = 30
         same = [
             torch.allclose(new, old, atol=1e-5)
-            for new, old in zip(drafter.replay(features, rollout.tokens, other)[0], before[0], strict=True)
+            for new, old in zip(drafter.draft(features, rollout.tokens, other)[0], before[0], strict=True)
         ]
         assert same == [later <= slot for later in range(4)]
 
@@ -360,9 +362,9 @@ def test_autocast_trains(qwen_target):
     rollout = _texts()
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _blocks(rollout, 4)
-    exact = drafter.replay(features, rollout.tokens, blocks)
+    exact = drafter.draft(features, rollout.tokens, blocks)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = drafter.replay(features, rollout.tokens, blocks)
+        rough = drafter.draft(features, rollout.tokens, blocks)
     assert (rough - exact).norm() / exact.norm() < 0.05
     rough.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for n, p in drafter.named_parameters() if n != "lm_head.weight")

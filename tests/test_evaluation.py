@@ -53,7 +53,7 @@ def test_measured_acceptance_is_a_recount_of_the_record(target, drafter, tempera
     assert report.completions == rollout.completions()
     assert report.stopped == [text[-1] in stops for text in report.completions]
     blocks = rollout.blocks
-    rows, slots = blocks.rows.tolist(), range(drafter.num_draft_tokens)
+    rows, slots = blocks.texts.tolist(), range(drafter.num_draft_tokens)
     assert report.accepted == [
         [run for row, run in zip(rows, blocks.num_accepted.tolist(), strict=True) if row == prompt]
         for prompt in range(6)
@@ -64,7 +64,7 @@ def test_measured_acceptance_is_a_recount_of_the_record(target, drafter, tempera
         accepted, valid = (blocks.num_accepted > slot).sum(), (blocks.num_valid > slot).sum()
         assert share == pytest.approx(int(accepted) / max(int(valid), 1))
     assert report.statistic("blocks_fully_accepted") == pytest.approx(1 - blocks.has_error.float().mean().item())
-    offsets = blocks.anchors - rollout.prompt_lengths[blocks.rows]
+    offsets = blocks.anchors - rollout.prompt_lengths[blocks.texts]
     assert torch.equal(report._blocks["anchors"], offsets)
 
 

@@ -80,7 +80,7 @@ def test_agrees_with_decoding(metric, block_metric, qwen_target, qwen_drafter):
     rollout = speculate(qwen_target, qwen_drafter, prompts, settings)
     blocks = [[] for _ in prompts]
     for row, anchor, accepted in zip(
-        *(getattr(rollout.blocks, name).tolist() for name in ("rows", "anchors", "num_accepted")), strict=True
+        *(getattr(rollout.blocks, name).tolist() for name in ("texts", "anchors", "num_accepted")), strict=True
     ):
         blocks[row].append({"anchor": anchor, "num_accepted": accepted})
     width = qwen_drafter.num_draft_tokens

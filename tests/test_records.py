@@ -2,12 +2,12 @@
 
 import torch
 
-from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots, pack_rows
+from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots, pack_by_text
 
 
 def _blocks():
     return DraftBlocks(
-        rows=torch.tensor([1, 0, 1]),
+        texts=torch.tensor([1, 0, 1]),
         anchors=torch.tensor([4, 7, 2]),
         draft_tokens=torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
         num_accepted=torch.tensor([0, 3, 1]),
@@ -29,13 +29,13 @@ def _rollout():
 
 
 def test_pack_rows_keeps_the_order_within_a_row():
-    columns, width = pack_rows(torch.tensor([2, 0, 2, 2, 0]), 4)
+    columns, width = pack_by_text(torch.tensor([2, 0, 2, 2, 0]), 4)
     assert columns.tolist() == [0, 0, 1, 2, 1]
     assert width == 3
 
 
 def test_pack_rows_of_nothing_has_no_columns():
-    columns, width = pack_rows(torch.zeros(0, dtype=torch.long), 3)
+    columns, width = pack_by_text(torch.zeros(0, dtype=torch.long), 3)
     assert columns.tolist() == [] and width == 0
 
 
@@ -55,7 +55,7 @@ def test_error_positions():
 
 def test_sorted_goes_by_row_then_anchor():
     blocks = _blocks().sorted()
-    assert blocks.rows.tolist() == [0, 1, 1]
+    assert blocks.texts.tolist() == [0, 1, 1]
     assert blocks.anchors.tolist() == [7, 2, 4]
     assert blocks.draft_tokens[:, 0].tolist() == [4, 7, 1]
     assert blocks.num_accepted.tolist() == [3, 1, 0]
@@ -84,9 +84,9 @@ def test_from_ids_pads_on_the_right():
 
 
 def test_rows_takes_blocks_and_states_along_and_trims():
-    part = _rollout().rows(1, 2)
+    part = _rollout().part(1, 2)
     assert part.tokens.tolist() == [[3, 7, 8]]
-    assert part.blocks.rows.tolist() == [0]
+    assert part.blocks.texts.tolist() == [0]
     assert part.blocks.anchors.tolist() == [1]
     assert part.block_states.tolist() == [[[4.0, 5.0], [6.0, 7.0]]]
 

@@ -24,7 +24,7 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.verification import couple_to_text
 
 
-FIELDS = ("rows", "anchors", "draft_tokens", "num_accepted", "num_valid")
+FIELDS = ("texts", "anchors", "draft_tokens", "num_accepted", "num_valid")
 CHAINS = (1, 2, 3, 8, 64)
 
 
@@ -70,7 +70,7 @@ def test_replay_by_hand(num_chains):
     features = torch.zeros(2, 10, 1)
     blocks = replay_text(_counting_drafter(), rollout, features, num_chains)
     # The second text is one token long: nothing to propose.
-    assert blocks.rows.tolist() == [0, 0, 0, 0]
+    assert blocks.texts.tolist() == [0, 0, 0, 0]
     assert blocks.anchors.tolist() == [1, 3, 4, 8]
     assert blocks.draft_tokens.tolist() == [[3, 5, 5], [6, 6, 7], [6, 7, 8], [10, 11, 0]]
     assert blocks.num_accepted.tolist() == [1, 0, 3, 1]
@@ -169,7 +169,7 @@ def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
     features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
     state = read_text(drafter, greedy_rollout, features)
     chosen = greedy_rollout.blocks.select(torch.arange(0, len(greedy_rollout.blocks), 3))
-    grid = grid_of(chosen.rows, chosen.anchors, len(greedy_rollout))
+    grid = grid_of(chosen.texts, chosen.anchors, len(greedy_rollout))
     _assert_same(draft_at(drafter, state, greedy_rollout, *grid), chosen)
 
 
@@ -248,14 +248,14 @@ def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, promp
     features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     rows = torch.tensor([4, 1])
     part = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
-    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens).rows(rows)
+    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens).select(rows)
     alone = replay_text(drafter, part, features[rows], 1, coupling)
-    _assert_same(alone.select(alone.rows == 1), _in_row(sequential.select(sequential.rows == 1), 1))
-    _assert_same(alone.select(alone.rows == 0), _in_row(sequential.select(sequential.rows == 4), 0))
+    _assert_same(alone.select(alone.texts == 1), _in_row(sequential.select(sequential.texts == 1), 1))
+    _assert_same(alone.select(alone.texts == 0), _in_row(sequential.select(sequential.texts == 4), 0))
 
 
 def _in_row(blocks, row):
-    blocks.rows = torch.full_like(blocks.rows, row)
+    blocks.texts = torch.full_like(blocks.texts, row)
     return blocks
 
 

@@ -53,7 +53,7 @@ def test_errors_are_those_of_the_blocks(qwen_target, qwen_drafter):
     counted = measure_acceptance(qwen_target, qwen_drafter, prompts, settings)
     rollout = speculate(qwen_target, qwen_drafter, prompts, settings)
     wrong = rollout.blocks.select(rollout.blocks.has_error)
-    positions = wrong.error_positions - rollout.prompt_lengths[wrong.rows]
+    positions = wrong.error_positions - rollout.prompt_lengths[wrong.texts]
     expected = np.bincount(positions.numpy(), minlength=24)[1:] / 5
     np.testing.assert_allclose(error_density(counted, np.arange(1, 25)), expected)
 

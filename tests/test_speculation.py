@@ -89,14 +89,14 @@ def test_a_stop_token_among_rejected_proposals_does_not_end_the_text():
 def test_a_first_token_that_stops_leaves_no_block():
     rollout = speculate(counting_target(), _counting_drafter(), [[1], [4]], SpeculationSettings(6, [2]))
     assert rollout.completions() == [[2], [5, 6, 7, 8, 9, 10]]
-    assert rollout.blocks.rows.tolist() == [1, 1]
+    assert rollout.blocks.texts.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4, 5, 6])
 def test_max_new_tokens_is_exact(limit):
     rollout = speculate(counting_target(), _counting_drafter(), [[1], [3]], SpeculationSettings(limit, []))
     assert rollout.completion_lengths.tolist() == [limit, limit]
-    assert (rollout.blocks.anchors + rollout.blocks.num_valid < rollout.lengths[rollout.blocks.rows]).all()
+    assert (rollout.blocks.anchors + rollout.blocks.num_valid < rollout.lengths[rollout.blocks.texts]).all()
     assert rollout.completions()[0] == list(range(2, 2 + limit))
 
 
@@ -282,7 +282,7 @@ def test_kept_states_equal_packed_scoring(target, drafter, sampling):
     on_text = (slots <= blocks.num_accepted[:, None]) & (slots < blocks.num_valid[:, None])
     before = (blocks.anchors[:, None] + slots).clamp(max=rollout.tokens.shape[1] - 1)
     torch.testing.assert_close(
-        rollout.block_states[on_text], states[blocks.rows[:, None], before][on_text], rtol=1e-4, atol=1e-4
+        rollout.block_states[on_text], states[blocks.texts[:, None], before][on_text], rtol=1e-4, atol=1e-4
     )
 
 
@@ -294,11 +294,11 @@ def test_record_is_in_text_order_and_covers_the_text(target, drafter, prompts):
     rollout = speculate(target, drafter, prompts, SpeculationSettings(24, [], batch_size=3))
     blocks = rollout.blocks
     for row in range(len(rollout)):
-        mine = blocks.select(blocks.rows == row)
+        mine = blocks.select(blocks.texts == row)
         assert mine.anchors[0] == rollout.prompt_lengths[row]
         # The next anchor stands on the token after the accepted run.
         assert torch.equal(mine.anchors[1:], (mine.anchors + mine.num_accepted + 1)[:-1])
-    assert torch.equal(blocks.rows, blocks.rows.sort().values)
+    assert torch.equal(blocks.texts, blocks.texts.sort().values)
 
 
 # -- transformers' own DFlash as an outside reference --------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_transformers_native_dflash_says_the_same(target, prompts, monkeypatch):
         theirs.clear()
         text = _generated(target, prompt, 24, assistant_model=drafter, speculation_type="dflash")
         assert text == rollout.completions()[row]
-        mine = rollout.blocks.select(rollout.blocks.rows == row)
+        mine = rollout.blocks.select(rollout.blocks.texts == row)
         proposals = dict(zip(mine.anchors.tolist(), mine.draft_tokens.tolist(), strict=True))
         for anchor, tokens in theirs:
             if anchor in proposals:

@@ -99,7 +99,7 @@ def _blocks(tokens):
 def _slow_scores(target, tokens, blocks):
     """One forward a block over text[: anchor + 1] + drafted prefix; zero where nothing need be scored."""
     states = torch.zeros(*blocks.draft_tokens.shape, target.hidden_size)
-    for index, (row, anchor) in enumerate(zip(blocks.rows.tolist(), blocks.anchors.tolist(), strict=True)):
+    for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         text = torch.cat([tokens[row, : anchor + 1], blocks.draft_tokens[index, :-1]])[None]
         hidden = target.decoder(input_ids=text, use_cache=False).last_hidden_state[0, anchor:]
         if blocks.has_error[index]:

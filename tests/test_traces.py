@@ -71,13 +71,13 @@ def test_traces_equal_a_slow_recount(target, drafter, sampling):
     law = sampling if sampling.temperature else SamplingParams(1.0)
     blocks = rollout.blocks
     assert blocks.has_error.any() and (blocks.num_accepted > 0).any()
-    assert [len(trace.blocks) for trace in traces] == torch.bincount(blocks.rows, minlength=3).tolist()
+    assert [len(trace.blocks) for trace in traces] == torch.bincount(blocks.texts, minlength=3).tolist()
     for row, (prompt, trace) in enumerate(zip(prompts, traces, strict=True)):
         text = rollout.tokens[row, : rollout.lengths[row]]
         completion = text[len(prompt) :].tolist()
         assert trace.prompt == "".join(names(prompt)) and trace.first == f"<{completion[0]}>"
         assert trace.completion == "".join(names(completion))
-        own = blocks.select(blocks.rows == row)
+        own = blocks.select(blocks.texts == row)
         for index, block in enumerate(trace.blocks):
             anchor, accepted, valid = (int(x[index]) for x in (own.anchors, own.num_accepted, own.num_valid))
             drafts = own.draft_tokens[index]

@@ -68,10 +68,10 @@ def test_shares_and_acceptance_are_those_of_decoding(why, qwen_target, pair, pro
 def by_hand(target, drafter, texts, blocks, temperature):
     """The first divergence of each slot `(N, K)`, from a plain target forward a block."""
     features, _ = target.forward_text(texts.tokens, drafter.target_layer_ids)
-    hidden = drafter.replay(features, texts.tokens, blocks)
+    hidden = drafter.draft(features, texts.tokens, blocks)
     losses = []
     for states, row, anchor, proposals in zip(
-        hidden, blocks.rows, blocks.anchors.tolist(), blocks.draft_tokens, strict=True
+        hidden, blocks.texts, blocks.anchors.tolist(), blocks.draft_tokens, strict=True
     ):
         log_q = (states @ drafter.output_weight().T).log_softmax(-1)
         prefix = torch.cat([texts.tokens[row, : anchor + 1], proposals[:-1]])
@@ -99,11 +99,11 @@ def test_divergences_are_those_of_plain_forwards(why, qwen_target, pair, prompts
     for key, slots in sets.items():
         blocks = slots.blocks
         if key in ("start_text", "random"):
-            blocks = text_blocks(texts, blocks.rows, blocks.anchors, blocks.num_draft_tokens)
+            blocks = text_blocks(texts, blocks.texts, blocks.anchors, blocks.num_draft_tokens)
         expected = by_hand(qwen_target, drafter, texts, blocks, temperature)
         inside = slots.classes >= 0
         torch.testing.assert_close(slots.values[kind][inside], expected[inside], rtol=1e-3, atol=1e-3)
-    for name in ("rows", "anchors", "draft_tokens"):
+    for name in ("texts", "anchors", "draft_tokens"):
         assert torch.equal(getattr(sets["start"].blocks, name), getattr(found["start"]["own"].blocks, name))
 
 

@@ -72,7 +72,7 @@ def recount(rollout) -> tuple[int, int]:
     """Committed tokens and verifications from drafted tokens and text alone; the record's counts are not looked at."""
     committed = verifications = 0
     texts, lengths = rollout.tokens.tolist(), rollout.lengths.tolist()
-    columns = (getattr(rollout.blocks, name).tolist() for name in ("rows", "anchors", "draft_tokens"))
+    columns = (getattr(rollout.blocks, name).tolist() for name in ("texts", "anchors", "draft_tokens"))
     for row, anchor, drafted in zip(*columns, strict=True):
         after = texts[row][anchor + 1 : lengths[row]]
         run = 0

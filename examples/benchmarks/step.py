@@ -79,7 +79,7 @@ class Arm:
         self.rows = self._rows()
         self.forget()
         # The forward pass, split into the drafter's and the losses'.
-        self.replay, drafter.replay = drafter.replay, self._timed_replay
+        self.draft, drafter.draft = drafter.draft, self._timed_draft
 
     def forget(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -89,9 +89,9 @@ class Arm:
         while True:
             yield from self.trainer.get_train_dataloader()
 
-    def _timed_replay(self, *arguments) -> torch.Tensor:
+    def _timed_draft(self, *arguments) -> torch.Tensor:
         start = time.perf_counter()
-        hidden = self.replay(*arguments)
+        hidden = self.draft(*arguments)
         self.seconds["drafter_forward"] += time.perf_counter() - start
         return hidden
 

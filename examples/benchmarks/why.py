@@ -71,7 +71,7 @@ class Slots:
     def cat(cls, parts: Sequence[Slots], first_rows: Sequence[int]) -> Slots:
         """Parts under each other, on the CPU; a part's row 0 becomes its first row."""
         blocks = DraftBlocks.cat([part.blocks for part in parts]).to("cpu")
-        blocks.rows += torch.tensor(first_rows).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
+        blocks.texts += torch.tensor(first_rows).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
         values = {name: torch.cat([part.values[name] for part in parts]).cpu() for name in parts[0].values}
         return cls(blocks, values, torch.cat([part.weights for part in parts]).cpu())
 
@@ -111,8 +111,8 @@ def changes(before: Slots, after: Slots, name: str) -> dict[str, tuple[float, fl
     for place, label in enumerate(CLASSES):
         inside = (before.classes == place).double()
         moved = (after.values[name] - before.values[name]) * inside
-        by_text = torch.zeros(int(before.blocks.rows.max()) + 1, 2, dtype=torch.float64)
-        by_text.index_add_(0, before.blocks.rows, torch.stack([moved.sum(1), inside.sum(1)], dim=1))
+        by_text = torch.zeros(int(before.blocks.texts.max()) + 1, 2, dtype=torch.float64)
+        by_text.index_add_(0, before.blocks.texts, torch.stack([moved.sum(1), inside.sum(1)], dim=1))
         sums, counts = by_text.T
         total = counts.sum().clamp(min=1)
         mean = sums.sum() / total
@@ -146,7 +146,7 @@ def divergences(
         tokens (`torch.LongTensor` of shape `(N, K)`): What it holds right, where it is a point mass.
     """
     heads = Heads(drafter.output_weight(), drafter.target.logits, drafter.vocab_map)
-    hidden = drafter.replay(batch.features, batch.tokens, blocks)
+    hidden = drafter.draft(batch.features, batch.tokens, blocks)
     # Each slot as a block of its own: `stream_loss` sums over blocks.
     hidden, states, labels = (part.flatten(0, 1)[:, None] for part in (hidden, states, tokens))
     ones = torch.ones(labels.shape, device=labels.device)
@@ -168,7 +168,7 @@ def taught(
     drafter: Drafter, texts: Rollout, batch: ReplayBatch, settings: Sequence[LossSettings]
 ) -> dict[str, torch.Tensor]:
     """Divergences where both read the text from the same anchors, as in SFT."""
-    blocks = text_blocks(texts, batch.blocks.rows, batch.blocks.anchors, drafter.num_draft_tokens)
+    blocks = text_blocks(texts, batch.blocks.texts, batch.blocks.anchors, drafter.num_draft_tokens)
     return divergences(drafter, batch, blocks, batch.text_states, batch.labels, settings)
 
 
@@ -197,8 +197,8 @@ def examine_batch(
 
     origin = next(iter(drafters.values()))
     start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, streams=StreamSettings(), anchors="random")
-    sft_blocks = text_blocks(texts, random.blocks.rows, random.blocks.anchors, origin.num_draft_tokens)
-    off_policy = torch.zeros_like(sft_blocks.rows, dtype=torch.bool)
+    sft_blocks = text_blocks(texts, random.blocks.texts, random.blocks.anchors, origin.num_draft_tokens)
+    off_policy = torch.zeros_like(sft_blocks.texts, dtype=torch.bool)
     sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=origin.sft_decay))
     found = {}
     for name, drafter in drafters.items():
@@ -240,7 +240,7 @@ def examine(
     """
     batches, first_rows = [], range(0, len(texts), batch_size)
     for row in tqdm(first_rows, desc="Replaying", leave=False):
-        some = texts.rows(row, min(row + batch_size, len(texts)))
+        some = texts.part(row, min(row + batch_size, len(texts)))
         batches.append(examine_batch(target, drafters, some, sampling, sample_proposals))
     return {
         name: {key: Slots.cat([batch[name][key] for batch in batches], first_rows) for key in sets}
@@ -251,7 +251,7 @@ def examine(
 def report_of(texts: Rollout, blocks: DraftBlocks, stops: Sequence[int]) -> AcceptanceReport:
     """What verification said, from all blocks of the texts."""
     runs: list[list[int]] = [[] for _ in range(len(texts))]
-    for row, run in zip(blocks.rows.tolist(), blocks.num_accepted.tolist(), strict=True):
+    for row, run in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
         runs[row].append(run)
     completions = texts.completions()
     stopped = [text[-1] in stops for text in completions]

@@ -57,9 +57,9 @@ class ScriptedDrafter:
     def start(self, batch_size: int, max_length: int) -> list[list[int]]:
         return [[] for _ in range(batch_size)]
 
-    def extend(self, state, features, positions, tokens, rows=None) -> None:
+    def extend(self, state, features, positions, tokens, lanes=None) -> None:
         """Remembers what each row holds; whoever wrote it, its prompt says how it goes on."""
-        for slot, line in zip(range(len(state)) if rows is None else rows.tolist(), tokens.tolist(), strict=True):
+        for slot, line in zip(range(len(state)) if lanes is None else lanes.tolist(), tokens.tolist(), strict=True):
             state[slot] = line
 
     def propose(self, state, tokens, anchors, limit, choose) -> Proposal:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from .errors import InputError
-from .records import DraftBlocks, pack_rows
+from .records import DraftBlocks, pack_by_text
 from .sampling import Chooser
 from .target import Target, TargetShape
 from .base import Drafter, Proposal
@@ -169,14 +169,14 @@ class DFlashDraftModel(Drafter):
         weight = attention.k_proj.weight
         return DFlashState([(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers])
 
-    def extend(self, state, features, positions, tokens, rows=None) -> None:
-        if rows is None:
-            rows = torch.arange(positions.shape[0], device=positions.device)
+    def extend(self, state, features, positions, tokens, lanes=None) -> None:
+        if lanes is None:
+            lanes = torch.arange(positions.shape[0], device=positions.device)
         for (keys, values), (new_keys, new_values) in zip(
             state.layers, self._context(features, positions), strict=True
         ):
-            keys[rows[:, None], positions] = new_keys.to(keys.dtype)
-            values[rows[:, None], positions] = new_values.to(values.dtype)
+            keys[lanes[:, None], positions] = new_keys.to(keys.dtype)
+            values[lanes[:, None], positions] = new_values.to(values.dtype)
 
     # -- drafting -----------------------------------------------------------------------------------------------
 
@@ -213,21 +213,21 @@ class DFlashDraftModel(Drafter):
         hidden = self._draft(context, tokens, anchors)
         return Proposal(*choose(nn.functional.linear(hidden.to(self.output_weight().dtype), self.output_weight())))
 
-    def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+    def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(batch, -1)
         context = self._context(features, positions)
-        columns, width = pack_rows(blocks.rows, batch)
+        columns, width = pack_by_text(blocks.texts, batch)
         # Grid cells without a block draft at position 1 and are dropped.
         anchors = torch.ones((batch, max(width, 1)), dtype=torch.long, device=tokens.device)
-        anchors[blocks.rows, columns] = blocks.anchors
+        anchors[blocks.texts, columns] = blocks.anchors
         anchor_tokens = tokens.gather(1, anchors.clamp(max=length - 1))
 
         def draft(part: slice) -> torch.Tensor:
             return self._draft(context, anchor_tokens[:, part], anchors[:, part])
 
         states = draft_in_parts(draft, anchors.shape[1], self.blocks_per_chunk, self.gradient_checkpointing)
-        return states[blocks.rows, columns]
+        return states[blocks.texts, columns]
 
     def forward(
         self,

@@ -23,7 +23,7 @@ def _map_tensors(record: Any, function: Any) -> Any:
     return replace(record, **changes)
 
 
-def pack_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
+def pack_by_text(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
     """
     Columns that lay packed items out as a padded `[num_rows, width]` grid, in their order.
 
@@ -53,7 +53,7 @@ class DraftBlocks:
     The one record of what was proposed and what verification said.
 
     Args:
-        rows (`torch.LongTensor` of shape `(N,)`):
+        texts (`torch.LongTensor` of shape `(N,)`):
             Text each block belongs to.
         anchors (`torch.LongTensor` of shape `(N,)`):
             Position of the last committed token when the block was drafted (slot 0 of the block).
@@ -65,14 +65,14 @@ class DraftBlocks:
             Proposals that verification could judge: `min(K, length - 1 - anchor)`, since text may end inside a block.
     """
 
-    rows: torch.Tensor
+    texts: torch.Tensor
     anchors: torch.Tensor
     draft_tokens: torch.Tensor
     num_accepted: torch.Tensor
     num_valid: torch.Tensor
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.texts.shape[0]
 
     @property
     def num_draft_tokens(self) -> int:
@@ -95,7 +95,7 @@ class DraftBlocks:
     def sorted(self) -> DraftBlocks:
         """Blocks in text order: by row, then by anchor."""
         stride = int(self.anchors.max()) + 1 if len(self) else 1
-        return self.select(torch.argsort(self.rows * stride + self.anchors))
+        return self.select(torch.argsort(self.texts * stride + self.anchors))
 
     def to(self, device: torch.device | str) -> DraftBlocks:
         return _map_tensors(self, lambda tensor: tensor.to(device))
@@ -144,14 +144,14 @@ class Rollout:
     def to(self, device: torch.device | str) -> Rollout:
         return _map_tensors(self, lambda value: value.to(device))
 
-    def rows(self, start: int, stop: int) -> Rollout:
+    def part(self, start: int, stop: int) -> Rollout:
         """Texts `start … stop - 1` with their blocks, trimmed to their longest row."""
         lengths = self.lengths[start:stop]
         part = Rollout(self.tokens[start:stop, : int(lengths.max())], self.prompt_lengths[start:stop], lengths)
         if self.blocks is not None:
-            chosen = (self.blocks.rows >= start) & (self.blocks.rows < stop)
+            chosen = (self.blocks.texts >= start) & (self.blocks.texts < stop)
             part.blocks = self.blocks.select(chosen)
-            part.blocks.rows = part.blocks.rows - start
+            part.blocks.texts = part.blocks.texts - start
             if self.block_states is not None:
                 part.block_states = self.block_states[chosen]
         return part
@@ -231,4 +231,4 @@ class ReplayBatch:
         """`(N, K, H)`: target states given the *text* before each slot; gathered only by losses that read them."""
         slots = torch.arange(self.labels.shape[1], device=self.labels.device)
         before = (self.blocks.anchors[:, None] + slots).clamp(max=self.states.shape[1] - 1)
-        return self.states[self.blocks.rows[:, None], before]
+        return self.states[self.blocks.texts[:, None], before]

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
-from .records import DraftBlocks, pack_rows
+from .records import DraftBlocks, pack_by_text
 
 
 class Target:
@@ -252,7 +252,7 @@ class Target:
         cache: PositionCache,
         limit: int,
         layer_ids: Sequence[int] = (),
-        rows: torch.Tensor | None = None,
+        lanes: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Prefill or verification: new tokens at their positions, on top of a cache.
@@ -262,12 +262,12 @@ class Target:
             cache ([`PositionCache`]): Written in place.
             limit (`int`): Slots to attend to, above every position in play.
             layer_ids (`Sequence[int]`): As in [`forward_text`].
-            rows (`torch.LongTensor` of shape `(R,)`, *optional*): Cache rows; all by default.
+            lanes (`torch.LongTensor` of shape `(R,)`, *optional*): Cache lanes; all by default.
 
         Returns:
             `features` `(R, Q, len(layer_ids) · H)` and `states` `(R, Q, H)`.
         """
-        cache.place(positions, limit, rows)
+        cache.place(positions, limit, lanes)
         keys = torch.arange(limit, device=tokens.device)
         windowed = visible(positions, keys, self._window) if self._window else None
         masks = self._masks(visible(positions, keys), windowed)
@@ -321,7 +321,7 @@ class Target:
         # Input i (drafted token i + 1) predicts slot i + 2. It leaves the text at the first rejected token.
         inputs = torch.arange(num_draft_tokens - 1, device=tokens.device)
         wanted = (inputs >= blocks.num_accepted[:, None]) & blocks.has_error[:, None]
-        columns, width = pack_rows(blocks.rows, tokens.shape[0])
+        columns, width = pack_by_text(blocks.texts, tokens.shape[0])
         for start in range(0, width, chunk_size):
             block, offset = (wanted & ((columns >= start) & (columns < start + chunk_size))[:, None]).nonzero().T
             if len(block):
@@ -338,8 +338,8 @@ class Target:
     ) -> torch.Tensor:
         """States `(I, H)` after drafted token `offset + 1` of each `block`, both of shape `(I,)`."""
         num_rows, text_length = shape
-        rows = blocks.rows[block]
-        columns, width = pack_rows(rows, num_rows)
+        rows = blocks.texts[block]
+        columns, width = pack_by_text(rows, num_rows)
 
         def grid(values: torch.Tensor, fill: int) -> torch.Tensor:
             return values.new_full((num_rows, width), fill).index_put((rows, columns), values)

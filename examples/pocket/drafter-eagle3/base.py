@@ -118,7 +118,7 @@ class Drafter(PreTrainedModel, ABC):
     speculators_embedding: str | None = None
     main_input_name = "features"
     supports_gradient_checkpointing = True
-    # Set by transformers' `activation_checkpointing_enable`; [`replay`] then keeps no activations of its blocks.
+    # Set by transformers' `activation_checkpointing_enable`; [`draft`] then keeps no activations of its blocks.
     gradient_checkpointing = False
     _target: Target | None = None
 
@@ -154,7 +154,7 @@ class Drafter(PreTrainedModel, ABC):
         features: torch.Tensor,
         positions: torch.Tensor,
         tokens: torch.Tensor,
-        rows: torch.Tensor | None = None,
+        lanes: torch.Tensor | None = None,
     ) -> None:
         """
         Read target features of committed positions into the state, in place.
@@ -164,7 +164,7 @@ class Drafter(PreTrainedModel, ABC):
             positions (`torch.LongTensor` of shape `(R, Q)`): Where they stand. Positions past the committed text may
                 be given; what they leave behind is overwritten before it becomes visible.
             tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
-            rows (`torch.LongTensor` of shape `(R,)`, *optional*): State rows; all by default.
+            lanes (`torch.LongTensor` of shape `(R,)`, *optional*): State lanes; all by default.
         """
 
     @abstractmethod
@@ -181,7 +181,7 @@ class Drafter(PreTrainedModel, ABC):
         """
 
     @abstractmethod
-    def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+    def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         """
         The same drafting with gradients, for many blocks of whole texts at once.
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .errors import InputError
-from .records import DraftBlocks, pack_rows
+from .records import DraftBlocks, pack_by_text
 from .sampling import Chooser
 from .target import Target, TargetShape
 from .base import Drafter, Proposal
@@ -252,12 +252,12 @@ class LlamaForCausalLMEagle3(Drafter):
         hidden = weight.new_zeros((batch_size, max_length, self.config.hidden_size))
         return Eagle3State(hidden, weight.new_zeros(shape), weight.new_zeros(shape))
 
-    def extend(self, state, features, positions, tokens, rows=None) -> None:
-        if rows is None:
-            rows = torch.arange(positions.shape[0], device=positions.device)
+    def extend(self, state, features, positions, tokens, lanes=None) -> None:
+        if lanes is None:
+            lanes = torch.arange(positions.shape[0], device=positions.device)
         following = tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))
         hidden, keys, values = self._context(features, positions, following)
-        place = rows[:, None]
+        place = lanes[:, None]
         state.hidden[place, positions] = hidden.to(state.hidden.dtype)
         state.keys[place, :, positions] = keys.to(state.keys.dtype)
         state.values[place, :, positions] = values.to(state.values.dtype)
@@ -320,17 +320,17 @@ class LlamaForCausalLMEagle3(Drafter):
             probs = wide.index_copy_(-1, self.vocab_map, probs)
         return Proposal(torch.stack(drafted, dim=-1), probs)
 
-    def replay(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+    def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(batch, -1)
         hidden, keys, values = self._context(features, positions, tokens.roll(-1, dims=1))
         context = hidden, keys.transpose(1, 2), values.transpose(1, 2)
-        columns, width = pack_rows(blocks.rows, batch)
+        columns, width = pack_by_text(blocks.texts, batch)
         # Grid cells without a block draft at position 1 and are dropped.
         anchors = tokens.new_ones((batch, max(width, 1)))
-        anchors[blocks.rows, columns] = blocks.anchors
+        anchors[blocks.texts, columns] = blocks.anchors
         read = tokens.new_zeros((*anchors.shape, self.num_draft_tokens))
-        read[blocks.rows, columns] = blocks.draft_tokens
+        read[blocks.texts, columns] = blocks.draft_tokens
         anchor_tokens = tokens.gather(1, anchors.clamp(max=length - 1))
 
         def draft(part: slice) -> torch.Tensor:
@@ -341,7 +341,7 @@ class LlamaForCausalLMEagle3(Drafter):
 
         chains, chunk = anchors.shape[1], self.chains_per_chunk
         states = draft_in_parts(draft, chains, chunk, self.gradient_checkpointing or chains > chunk)
-        return states[blocks.rows, columns]
+        return states[blocks.texts, columns]
 
     @torch.no_grad()
     def init_from_target(self, target: Target) -> LlamaForCausalLMEagle3:
