@@ -23,8 +23,8 @@ from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
 from .errors import InputError, InputTypeError
 from .limits import LIMITS
-from .rollout import RolloutSource
 from .sampling_params import SamplingParams
+from .sources import RolloutSource
 from .target import Target
 from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 

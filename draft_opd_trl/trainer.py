@@ -51,10 +51,11 @@ from .planning import announce_plan
 from .prompts import check_fit, tokenize_dataset, warn_of_open_ends
 from .records import ReplayBatch, Rollout
 from .resuming import ResumingTrainer
-from .rollout import RolloutSource, build_source
+from .rollout import build_source
 from .run_log import RunLog
 from .sampling_params import SamplingParams
 from .sharding import check_parallelism, shard
+from .sources import RolloutSource
 from .speculation import SpeculationSettings
 from .streams import StreamSettings
 from .target import Target, stop_token_ids

@@ -7,9 +7,9 @@ import torch
 from conftest import LAWS, ScriptedDrafter, counting_target, random_prompts, same_law_p, tiny_drafter
 
 from draft_opd_trl import replay
+from draft_opd_trl.coupling import Coupling
 from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import (
-    Coupling,
     draft_at,
     grid_of,
     read_text,

@@ -9,7 +9,7 @@ from conftest import tiny_model, tiny_tokenizer
 from datasets import Dataset, load_from_disk
 from test_trainer import STOP, StopAt, make_trainer, parameters_of
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, rollout, server, speculate
+from draft_opd_trl import SamplingParams, SpeculationSettings, server, sources, speculate
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.target import Target
 
@@ -57,7 +57,7 @@ def decoded(monkeypatch):
         prompts.extend(asked)
         return speculate(target, drafter, asked, *arguments, **options)
 
-    monkeypatch.setattr(rollout, "speculate", counting)
+    monkeypatch.setattr(sources, "speculate", counting)
     return prompts
 
 
