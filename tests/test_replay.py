@@ -228,7 +228,7 @@ def _always_accepted(draft_probs, target_probs, labels, uniforms):
 @pytest.mark.parametrize("law_of_proposals", [LAWS["hot"]], ids=["hot"], indirect=True)
 @pytest.mark.parametrize("wrong", [_drawn_blind, _always_accepted])
 def test_a_wrong_coupling_has_another_law(small_target, small_drafter, law_of_proposals, wrong, monkeypatch):
-    monkeypatch.setattr(replay, "couple_to_text", wrong)
+    monkeypatch.setattr("draft_opd_trl.coupling.couple_to_text", wrong)
     sampling, expected, texts = law_of_proposals
     replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
     assert min(same_law_p(ours, theirs) for ours, theirs in zip(replayed, expected, strict=True)) < 1e-6
