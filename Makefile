@@ -29,7 +29,7 @@ help:
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
-	@echo "make quality      check style; make style mends what it can"
+	@echo "make quality      check style and imports; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
 venv: .venv/installed
@@ -79,6 +79,7 @@ soak: .venv/installed
 quality: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache --no-logo
 
 style: .venv/installed
 	.venv/bin/ruff check --fix .
