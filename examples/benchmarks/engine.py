@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import SpeculationSettings, Target, load_drafter, speculate, stop_token_ids  # noqa: E402
 
