@@ -45,7 +45,7 @@ SETTINGS = (
     ("dflash, recomputed", "dflash", {"activation_checkpointing": True, **GIVEN}),
     ("dflash, rejected stream", "dflash", {"rejected_weight": 1.0, "num_anchors": 64, **GIVEN}),
     ("dflash, T = 1, forward KL", "dflash", {"temperature": 1.0, "num_anchors": 64, **SFT}),
-    ("dflash, 32 rows decoded", "dflash", {"gradient_accumulation_steps": 8, **SHORT}),
+    ("dflash, 32 texts decoded", "dflash", {"gradient_accumulation_steps": 8, **SHORT}),
     ("dflash, kept states", "dflash", {"gradient_accumulation_steps": 8, "rejected_weight": 1.0, **SHORT}),
     ("dflash, 8 batches a step", "dflash", {"gradient_accumulation_steps": 8, "num_anchors": 8, **SFT}),
     ("eagle3", "eagle3", GIVEN),

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/serving.py --prompts 64
 
-Greedy, float32. At temperature 0 the numbers of a row are equal, verification for verification. What SGLang and vLLM
+Greedy, float32. At temperature 0 the numbers of a line are equal, verification for verification. What SGLang and vLLM
 make of the same folders is printed by `make test-serving`.
 """
 
