@@ -57,9 +57,9 @@ class Engines:
                 pad_token_id=self.tokenizer.pad_token_id,
                 **options,
             )
-            for row in output[:, batch["input_ids"].shape[1] :].tolist():
-                end = next((i for i, token in enumerate(row) if token in self.stops), len(row) - 1)
-                completions.append(row[: end + 1])
+            for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+                end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids) - 1)
+                completions.append(ids[: end + 1])
         return completions
 
     def generate_batch(self, prompts: list[list[int]]) -> list[list[int]]:

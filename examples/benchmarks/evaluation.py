@@ -73,8 +73,8 @@ def recount(rollout) -> tuple[int, int]:
     committed = verifications = 0
     texts, lengths = rollout.tokens.tolist(), rollout.lengths.tolist()
     columns = (getattr(rollout.blocks, name).tolist() for name in ("texts", "anchors", "draft_tokens"))
-    for row, anchor, drafted in zip(*columns, strict=True):
-        after = texts[row][anchor + 1 : lengths[row]]
+    for text, anchor, drafted in zip(*columns, strict=True):
+        after = texts[text][anchor + 1 : lengths[text]]
         run = 0
         while run < min(len(drafted), len(after)) and drafted[run] == after[run]:
             run += 1

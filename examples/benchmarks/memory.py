@@ -101,9 +101,9 @@ def compare(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     options = {"per_device_train_batch_size": 4, "max_completion_length": 256, **settings}
     with tempfile.TemporaryDirectory() as folder:
         args = DraftOPDConfig(folder, max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, **options)
-        rows = 2 * args.per_device_train_batch_size * args.steps_per_generation
+        count = 2 * args.per_device_train_batch_size * args.steps_per_generation
         draws = torch.Generator().manual_seed(0)
-        texts = torch.randint(2, VOCAB, (rows, PROMPT_LENGTH + args.max_completion_length), generator=draws)
+        texts = torch.randint(2, VOCAB, (count, PROMPT_LENGTH + args.max_completion_length), generator=draws)
         columns = {
             "prompt_ids": texts[:, :PROMPT_LENGTH].tolist(),
             "completion_ids": texts[:, PROMPT_LENGTH:].tolist(),

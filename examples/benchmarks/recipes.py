@@ -292,7 +292,7 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
 
 
 def chosen_rates(args: StudyArguments, sweep: list[dict[str, Any]], temperature: float) -> dict[str, float]:
-    """Rates of the recipes that do not take the default recipe's; of the tuned, the best on the prompts for choosing."""
+    """Rates of recipes that do not take the default one's; of the tuned, the best on the prompts for choosing."""
     chosen = dict.fromkeys(TUNED, args.rates[0])
     for one in sorted(sweep, key=lambda one: own_tau(one, temperature, "tau_choosing")):
         chosen[one["row"]] = one["rate"]
