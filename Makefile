@@ -48,7 +48,7 @@ endef
 
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
 quickstart: .venv/installed
-	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/train.py --drafter $(DRAFTER)
+	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/quickstart.py --drafter $(DRAFTER)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
 TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
