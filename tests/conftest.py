@@ -3,6 +3,7 @@
 import itertools
 import os
 import socket
+from pathlib import Path
 
 
 # Before any import of transformers: tests reach no network, and nothing may behave differently because CI is set. What
@@ -37,28 +38,36 @@ from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
+POCKET = ROOT / "examples" / "pocket"
+SHIPPED = sorted(POCKET.glob("drafter-*"))
+
 FAMILIES = ("qwen3", "llama", "gemma3")
+# Whatever is registered goes through the general tests.
 KINDS = tuple(DRAFTERS)
+# Where one drafter will do, whichever.
+ANY_KIND = KINDS[0]
 VOCAB = 48
-# What `from_target` of each kind is given for a tiny drafter.
-TINY = {
-    "dflash": {"mask_token_id": VOCAB - 1, "block_size": 5, "num_hidden_layers": 2, "target_layer_ids": [1, 2]},
-    # Five target tokens cannot be drafted.
-    "eagle3": {
-        "num_draft_tokens": 4,
-        "target_layer_ids": [0, 1, 2],
-        "draft_token_ids": [token for token in range(VOCAB) if token % 10 != 7],
-    },
-}
-# What published EAGLE-3 checkpoints vary.
-EAGLE3_VARIANTS = {
-    "plain": {},
-    "norms": {"fc_norm": True, "norm_output": True},
-    "before-residual": {"norm_before_residual": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "narrow": {"hidden_size": 16},
-    "full-vocabulary": {"draft_token_ids": None},
-}
+
+
+def _tiny_dflash(target):
+    return {
+        "mask_token_id": target.vocab_size - 1,
+        "block_size": 5,
+        "num_hidden_layers": 2,
+        "target_layer_ids": [1, 2],
+    }
+
+
+def _tiny_eagle3(target):
+    # A tenth of the target's tokens cannot be drafted.
+    ids = [token for token in range(target.vocab_size) if token % 10 != 7]
+    return {"num_draft_tokens": 4, "target_layer_ids": [0, 1, 2], "draft_token_ids": ids}
+
+
+# The one place that knows how a drafter of a kind is made tiny: target → options of `create_drafter`. A kind that is
+# not here is made with its defaults; its own test file may put a line in.
+TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
@@ -92,19 +101,25 @@ def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **hybrid, **overrides}))
 
 
+def tiny_options(kind, target):
+    """What `create_drafter` is given for a tiny drafter of a kind."""
+    return TINY[kind](target) if kind in TINY else {}
+
+
 def tiny_drafter(kind, target, seed=1, **overrides):
     """A seeded, untrained drafter whose norms are not all ones, so that no weight is without effect."""
     torch.manual_seed(seed)
-    options = {**TINY.get(kind, {}), **overrides}
-    if "mask_token_id" in options:
-        options["mask_token_id"] = min(options["mask_token_id"], target.vocab_size - 1)
-    if options.get("draft_token_ids"):
-        options["draft_token_ids"] = [token for token in options["draft_token_ids"] if token < target.vocab_size]
+    options = {**tiny_options(kind, target), **overrides}
     drafter = create_drafter(kind, target, **options).eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return drafter
+
+
+def draft_logits(drafter, features, tokens, blocks):
+    """Logits `(N, K, DV)` of blocks, drafted with gradients."""
+    return drafter.draft(features, tokens, blocks) @ drafter.output_weight().T
 
 
 def draft_labels(drafter, tokens):
@@ -126,14 +141,14 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
     """A little SFT on the target's own greedy text, so that blocks end in every way: early, late and not at all."""
     rollout = speculate(target, None, prompts, SpeculationSettings(max_new_tokens, [], batch_size=len(prompts)))
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    rows = torch.arange(len(prompts)).repeat_interleave(12)
+    texts = torch.arange(len(prompts)).repeat_interleave(12)
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     for _ in range(steps):
-        share = torch.rand(len(rows), generator=draws)
-        anchors = rollout.prompt_lengths[rows] + (share * (max_new_tokens - 6)).long()
-        blocks = text_blocks(rollout, rows, anchors, drafter.num_draft_tokens)
-        logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+        share = torch.rand(len(texts), generator=draws)
+        anchors = rollout.prompt_lengths[texts] + (share * (max_new_tokens - 6)).long()
+        blocks = text_blocks(rollout, texts, anchors, drafter.num_draft_tokens)
+        logits = draft_logits(drafter, features, rollout.tokens, blocks)
         labels = draft_labels(drafter, blocks.draft_tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -296,6 +311,14 @@ def qwen_target():
 
 
 @pytest.fixture(scope="session")
+def target_folder(qwen_target, tmp_path_factory):
+    """The folder of `qwen_target`."""
+    folder = tmp_path_factory.mktemp("target")
+    qwen_target.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def qwen_drafter(qwen_target, kind, prompts):
     return train_drafter(qwen_target, tiny_drafter(kind, qwen_target), prompts)
 
@@ -303,19 +326,26 @@ def qwen_drafter(qwen_target, kind, prompts):
 STOP = 0  # <|end|> of the tiny tokenizer, which is also the padding
 
 
-@pytest.fixture(scope="module")
-def model():
+STOPS = [STOP, 3]
+
+
+def tiny_stopping_model(**options):
     """A target to train against, of two stop tokens."""
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
+    model = tiny_model("qwen3", **options)
+    model.generation_config.eos_token_id = STOPS
     return model
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def drafter_folder(request, model, tmp_path_factory):
+@pytest.fixture(scope="module")
+def model():
+    return tiny_stopping_model()
+
+
+@pytest.fixture(scope="module")
+def drafter_folder(kind, model, tmp_path_factory):
     """The folder of an untrained drafter for `model`, of each kind."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_drafter(request.param, Target(model)).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp(kind)
+    tiny_drafter(kind, Target(model)).save_pretrained(folder)
     return str(folder)
 
 

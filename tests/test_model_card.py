@@ -1,6 +1,5 @@
 """The model card: what it says of a run, what it does not claim, and that the Hub and a shell can read it."""
 
-import ast
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import KINDS, tiny_drafter, tiny_model
 from huggingface_hub import ModelCard
+from readers import checked
 
 import draft_opd_trl
 from draft_opd_trl.markdown import plain
@@ -53,21 +53,6 @@ def card(drafter, tmp_path):
         return checked(ModelCard.load(tmp_path / "out" / "README.md"))
 
     return write
-
-
-def checked(card):
-    """Well-formed: no leftovers of the template, whole tables, code that parses."""
-    assert not re.search(r"{{|{%|%}|}}|\bNone\b|\n\n\n", card.text), card.text
-    for table in re.findall(r"(?:^\|.*\n)+", card.text, flags=re.MULTILINE):
-        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
-        assert re.fullmatch(r"\|(-+\|)+", table.splitlines()[1]), table
-    assert len(re.findall(r"^\|---", card.text, flags=re.MULTILINE)) == len(
-        re.findall(r"(?:^\|.*\n)+", card.text, re.M)
-    )
-    for code in re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.DOTALL | re.MULTILINE):
-        ast.parse(code)
-    assert card.data.library_name == "transformers"
-    return card
 
 
 def test_before_and_after(card, drafter):

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_viewer import data_of
+from readers import data_of
 
 from draft_opd_trl import cli
 
