@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import EAGLE3_VARIANTS, random_prompts, tiny_drafter
+from conftest import EAGLE3_VARIANTS, POCKET, random_prompts, tiny_drafter
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +22,6 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 SHIPPED = sorted(POCKET.glob("drafter-*"))
 SETTINGS = SpeculationSettings(24, [], batch_size=4)
 

@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ROOT, tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from ranks import run_case
 from torch.distributed.fsdp import StateDictType
@@ -21,7 +20,6 @@ from draft_opd_trl.sharding import check_parallelism
 from draft_opd_trl.target import Target
 
 
-ROOT = Path(__file__).parents[1]
 STOP = 0
 BATCH = 12  # over all ranks and accumulated steps, so that it divides by two, three and four
 ROWS = 40  # three whole batches; what is left of an epoch is dropped, and five steps reach into the second
