@@ -1,8 +1,9 @@
 """Tiny models that behave like the real ones: three families of targets, a scripted target, drafters of every kind."""
 
-import itertools
+import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 
@@ -18,6 +19,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -25,11 +28,11 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    dynamic_module_utils,
 )
 
 from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling import probabilities  # noqa: E402
 from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
@@ -238,30 +241,13 @@ def chi_square_p(counts, law):
     return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
-def same_law_p(first, second):
-    """p-value of two histograms coming from one law; cells that hold fewer than 10 together are merged into one."""
-    counts = torch.stack([torch.as_tensor(first).double().flatten(), torch.as_tensor(second).double().flatten()])
-    small = counts.sum(0) < 10
-    counts = torch.cat([counts[:, ~small], counts[:, small].sum(1, keepdim=True)], dim=1)
-    counts = counts[:, counts.sum(0) > 0]
-    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    degrees = torch.tensor(max(counts.shape[1] - 1, 1), dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
-
-
-@torch.no_grad()
-def continuation_law(target, prompt, length, sampling):
-    """Probability of each continuation of `length` tokens, by running the target on every one: `(V,) * length`."""
-    size = target.vocab_size
-    law = torch.ones(())
-    for depth in range(length):
-        grid = torch.tensor(list(itertools.product(range(size), repeat=depth)), dtype=torch.long)
-        grid = grid.reshape(size**depth, depth)
-        texts = torch.cat([torch.tensor(prompt).expand(len(grid), -1), grid], dim=1)
-        step = probabilities(target.model(input_ids=texts).logits[:, -1], sampling)
-        law = (law.reshape(-1, 1) * step).reshape((size,) * (depth + 1))
-    return law
+def pocket_target_and_prompts(count):
+    """The shipped target and held-out prompts."""
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    lines = (POCKET / "prompts" / "heldout.jsonl").read_text().splitlines()[:count]
+    messages = [json.loads(line)["prompt"] for line in lines]
+    return Target(model), tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -316,6 +302,36 @@ def target_folder(qwen_target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
     qwen_target.model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_folder(qwen_target, tmp_path):
+    """`make_folder(kind, change)`: a folder of that kind for `qwen_target`, whose config went through `change`."""
+
+    def folder(kind, change=lambda config: None, **options):
+        tiny_drafter(kind, qwen_target, **options).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        change(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return folder
+
+
+def set_field(path, value):
+    """A change of a config, for `make_folder`."""
+    *outer, name = path.split(".")
+
+    def change(config):
+        for part in outer:
+            config = config[part]
+        config[name] = value
+
+    return change
+
+
+def drop_fields(*names):
+    return lambda config: [config.pop(name) for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -374,3 +390,13 @@ def tiny_tokenizer():
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

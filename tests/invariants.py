@@ -4,14 +4,14 @@ What every drafter must keep, as functions: general tests call them for each of 
 The numbers are those of DESIGN's invariants.
 """
 
+import itertools
+
 import torch
 from conftest import (
     chi_square_p,
-    continuation_law,
     draft_labels,
     draft_logits,
     random_prompts,
-    same_law_p,
     tiny_options,
 )
 from runs import StopAt, figures_of, parameters_of
@@ -21,7 +21,7 @@ from draft_opd_trl.checkpoints import load_drafter
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import Coupling, read_text, replay_text, text_blocks
-from draft_opd_trl.sampling import Chooser
+from draft_opd_trl.sampling import Chooser, probabilities
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
@@ -80,6 +80,32 @@ def assert_lossless(target, drafter, prompts, settings):
 
 
 # -- 2: drawn texts and drawn proposals have the right law ----------------------------------------------------------
+
+
+def same_law_p(first, second):
+    """p-value of two histograms coming from one law; cells that hold fewer than 10 together are merged into one."""
+    counts = torch.stack([torch.as_tensor(first).double().flatten(), torch.as_tensor(second).double().flatten()])
+    small = counts.sum(0) < 10
+    counts = torch.cat([counts[:, ~small], counts[:, small].sum(1, keepdim=True)], dim=1)
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    degrees = torch.tensor(max(counts.shape[1] - 1, 1), dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
+
+
+@torch.no_grad()
+def continuation_law(target, prompt, length, sampling):
+    """Probability of each continuation of `length` tokens, by running the target on every one: `(V,) * length`."""
+    size = target.vocab_size
+    law = torch.ones(())
+    for depth in range(length):
+        grid = torch.tensor(list(itertools.product(range(size), repeat=depth)), dtype=torch.long)
+        grid = grid.reshape(size**depth, depth)
+        texts = torch.cat([torch.tensor(prompt).expand(len(grid), -1), grid], dim=1)
+        step = probabilities(target.model(input_ids=texts).logits[:, -1], sampling)
+        law = (law.reshape(-1, 1) * step).reshape((size,) * (depth + 1))
+    return law
 
 
 def assert_texts_follow_the_targets_law(target, drafter, sampling, sample_proposals):

@@ -1,12 +1,15 @@
 """DFlash by an independent reference: the model block by block, what a block sees, and transformers' own decoding."""
 
+import pytest
 import torch
 from by_hand import attention, rms, rope
-from conftest import tiny_drafter, tiny_model, train_drafter
+from conftest import SHIPPED, pocket_target_and_prompts, tiny_drafter, tiny_model, train_drafter
 from invariants import assert_starts_from_the_targets_layers, every_anchor, generated, sample_texts
 from torch.nn import functional
+from transformers import AutoModel
 from transformers.generation import candidate_generator
 
+from draft_opd_trl.checkpoints import load_drafter
 from draft_opd_trl.records import DraftBlocks
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
@@ -123,3 +126,21 @@ def test_transformers_own_decoding_says_the_same(target, prompts, monkeypatch):
                 assert tokens == proposals[anchor][: len(tokens)]
                 compared += 1
     assert compared > 40
+
+
+@pytest.mark.parametrize("folder", [path for path in SHIPPED if "dflash" in path.name], ids=lambda path: path.name)
+def test_transformers_own_decoding_writes_the_same_with_a_trained_drafter(folder):
+    target, prompts = pocket_target_and_prompts(3)
+    drafter = load_drafter(str(folder)).bind(target)
+    texts = speculate(target, drafter, prompts, SpeculationSettings(40, [])).completions()
+    options = {"assistant_model": drafter, "speculation_type": "dflash"}
+    assert [generated(target, prompt, 40, **options) for prompt in prompts] == texts
+
+
+def test_transformers_own_decoding_takes_the_code_that_travels(qwen_target, tmp_path, code_cache):
+    tiny_drafter("dflash", qwen_target).save_pretrained(tmp_path)
+    drafter = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval().bind(qwen_target)
+    assert type(drafter).__module__.startswith("transformers_modules.")
+    prompt = list(range(3, 12))
+    options = {"assistant_model": drafter, "speculation_type": "dflash"}
+    assert generated(qwen_target, prompt, 20, **options) == generated(qwen_target, prompt, 20)

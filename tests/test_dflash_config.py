@@ -3,10 +3,14 @@
 import json
 
 import pytest
-from conftest import tiny_drafter
+from conftest import drop_fields, set_field, tiny_drafter
+from readers import assert_config_fault, assert_engines_refuse, assert_written_for_engines, launch_options
+from safetensors.torch import load_file
 
+from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig, DFlashDraftModel, create_drafter
 from draft_opd_trl.drafters.dflash_config import default_layer_ids
+from draft_opd_trl.inspection import LOADERS
 
 
 @pytest.mark.parametrize(
@@ -53,16 +57,33 @@ def test_an_older_config_with_top_level_rope_theta_only(qwen_target, tmp_path):
     assert DFlashConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 777.0
 
 
-def test_exact_key_set(qwen_target):
-    drafter = tiny_drafter("dflash", qwen_target)
-    expected = {"fc.weight", "hidden_norm.weight", "norm.weight"}
-    for layer in range(2):
-        expected |= {f"layers.{layer}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")}
-        expected |= {f"layers.{layer}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
-        expected |= {f"layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo"}
-        expected |= {f"layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    assert set(drafter.state_dict()) == expected
-    assert drafter.state_dict()["fc.weight"].shape == (32, 2 * 32)
+# Field → value for the tiny drafter, and where it is read: SGLang 0.5.23 (in sglang/srt/), vLLM 0.33.0 (in vllm/).
+CONTRACT = {
+    "architectures": ["DFlashDraftModel"],  # sglang models/dflash.py:1317; vllm .../configs/eagle.py
+    "model_type": "qwen3",  # both: AutoConfig, before anything else
+    "block_size": 5,  # sglang speculative/dflash_utils.py:610
+    "num_target_layers": 4,  # sglang speculative/dflash_utils.py:599
+    "dflash_config.target_layer_ids": [1, 2],  # sglang dflash_utils.py:658; vllm v1/.../eagle/eagle3_utils.py:124
+    "dflash_config.mask_token_id": 47,  # sglang dflash_utils.py:689; vllm v1/worker/gpu/spec_decode/utils.py:101
+    "layer_types": ["full_attention"] * 2,  # sglang get_dflash_layer_types; vllm qwen3_dflash.py:70
+    "hidden_act": "silu",  # sglang models/dflash.py:DFlashMLP
+}
+KEYS = {"fc.weight", "hidden_norm.weight", "norm.weight"} | {
+    f"layers.{layer}.{name}.weight"
+    for layer in range(2)
+    for name in ("input_layernorm", "post_attention_layernorm")
+    + tuple(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
+    + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+}
+
+
+def test_the_written_folder(qwen_target, tmp_path):
+    tiny_drafter("dflash", qwen_target).save_pretrained(tmp_path)
+    tensors = assert_written_for_engines(tmp_path, CONTRACT, KEYS)
+    assert tensors["fc.weight"].shape == (32, 2 * 32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # vLLM reads these where they are present, and drafts otherwise: qwen3_dflash.py:60, sglang models/dflash.py.
+    assert not {"is_causal", "use_swa", "draft_is_causal"} & {*config, *config["dflash_config"]}
 
 
 def test_sft_decay_is_the_published_recipe(qwen_target):
@@ -120,3 +141,91 @@ def test_a_drafter_deeper_than_its_target_can_be_made(qwen_target):
 def test_a_misspelt_option_is_not_swallowed(qwen_target, option, near):
     with pytest.raises(TypeError, match=f"DFlashConfig has no option '{option}'. Did you mean {near}"):
         create_drafter("dflash", qwen_target, mask_token_id=3, **{option: 2})
+
+
+# -- speculators ---------------------------------------------------------------------------------------------------
+
+
+def test_a_speculators_folder(qwen_target, target_folder, tmp_path):
+    drafter = tiny_drafter("dflash", qwen_target)
+    drafter.save_pretrained(tmp_path / "flat")
+    export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    config = json.loads((tmp_path / "spec" / "config.json").read_text())
+    assert config["sliding_window_non_causal"] is True and config["sample_from_anchor"] is False
+    assert config["block_size"] == 5 and config["mask_token_id"] == 47
+    # Four target layers: layer 1's output is hidden_states[2]. Both engines agree on DFlash's flat count.
+    assert config["aux_hidden_state_layer_ids"] == [2, 3]
+    assert "dflash_config" not in config["transformer_layer_config"]
+    assert load_file(tmp_path / "spec" / "model.safetensors").keys() == KEYS
+    assert load_drafter(str(tmp_path / "spec")).target_layer_ids == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["transformer_layer_config", "mask_token_id", "aux_hidden_state_layer_ids"])
+def test_a_speculators_config_that_lacks_a_field(name):
+    config = {"transformer_layer_config": {}, "block_size": 4, "mask_token_id": 1, "aux_hidden_state_layer_ids": [1]}
+    with pytest.raises(ValueError, match=rf"lacks \['{name}'\]"):
+        DFlashConfig.from_speculators({key: value for key, value in config.items() if key != name})
+
+
+# -- what is not computed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dflash_config": {"sample_from_anchor": True}}, "'dflash_config.sample_from_anchor': True"),
+        ({"dflash_config": {"attention_value_scale": 0.7}}, "'dflash_config.attention_value_scale': 0.7"),
+        ({"dflash_config": {"use_aux_hidden_state": False}}, "'dflash_config.use_aux_hidden_state': False"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "'layer_types'"),
+        ({"is_causal": True}, "'is_causal': True"),
+        ({"draft_vocab_size": 100}, "'draft_vocab_size': 100"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "'rope_scaling'"),
+    ],
+)
+def test_a_config_that_asks_for_what_is_not_computed(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DFlashConfig(**{"num_hidden_layers": 2, **fields})
+
+
+def test_newer_folders_keep_the_block_size_inside():
+    config = DFlashConfig(num_hidden_layers=2, dflash_config={"block_size": 8, "num_target_layers": 28})
+    assert (config.block_size, config.num_target_layers, config.target_layer_ids) == (8, 28, [1, 25])
+    assert DFlashConfig(num_hidden_layers=2, num_target_layers=28, dflash_config={"target_layer_ids": None}) == (
+        DFlashConfig(num_hidden_layers=2, num_target_layers=28)
+    )
+    assert config.tie_word_embeddings is False
+    assert DFlashConfig(tie_word_embeddings=True).tie_word_embeddings is False
+
+
+# -- what engines make of a folder ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "breaks"),
+    [
+        (set_field("dflash_config.mask_token_id", 48), "mask_token_id 48 is not a token", set(LOADERS)),
+        (set_field("dflash_config.target_layer_ids", [1, 3]), "must name layers 0 … 2", set(LOADERS)),
+        (set_field("dflash_config.sample_from_anchor", True), "asks for what is not computed here", set(LOADERS)),
+        (set_field("dflash_config.target_layer_ids", None), "taps EAGLE-3's layers", {"vLLM"}),
+        (drop_fields("block_size"), "no block_size, so 16 is assumed", set()),
+        (set_field("tie_word_embeddings", True), "nothing to tie", set()),
+    ],
+)
+def test_a_config_that_an_engine_reads_otherwise(make_folder, change, words, breaks):
+    assert_config_fault(make_folder("dflash", change), words, breaks)
+
+
+@pytest.mark.parametrize(("family", "refuse"), [("qwen3", set()), ("llama", set()), ("gemma3", {"SGLang", "vLLM"})])
+def test_engines_that_refuse_the_target_are_not_promised(family, refuse, tmp_path):
+    assert_engines_refuse("dflash", family, refuse, tmp_path)
+
+
+def test_the_engines_are_told_what_it_is(make_folder):
+    folder = make_folder("dflash")
+    vllm, sglang = launch_options(folder)
+    assert vllm == {"method": "dflash", "model": folder, "num_speculative_tokens": 4}
+    assert sglang == {
+        "--model-path": "TARGET",
+        "--speculative-draft-model-path": folder,
+        "--speculative-algorithm": "DFLASH",
+    }

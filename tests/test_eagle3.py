@@ -6,9 +6,17 @@ import pytest
 import torch
 from by_hand import attention, rms, rope
 from conftest import VOCAB, draft_logits, random_prompts, tiny_drafter
-from invariants import assert_starts_from_the_targets_layers, every_anchor, sample_texts
+from invariants import (
+    assert_same_drafter,
+    assert_same_weights,
+    assert_saves_and_loads,
+    assert_starts_from_the_targets_layers,
+    every_anchor,
+    sample_texts,
+)
 from torch.nn import functional
 
+from draft_opd_trl.checkpoints import export_drafter
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
 from draft_opd_trl.drafters.eagle3_config import Eagle3Config, default_layer_ids
@@ -26,6 +34,7 @@ VARIANTS = {
     "before-residual": {"norm_before_residual": True},
     "biased": {"attention_bias": True, "mlp_bias": True},
     "narrow": {"hidden_size": 16},
+    "own-embeddings": {"own_embeddings": True},
     "full-vocabulary": {"draft_token_ids": None},
 }
 
@@ -374,3 +383,20 @@ def test_embeddings_of_its_own_are_frozen_where_serving_lends_the_targets(qwen_t
     copy = tiny_drafter("eagle3", qwen_target, own_embeddings=True)
     assert not copy.embed_tokens.weight.requires_grad
     assert "embed_tokens.weight" not in tiny_drafter("eagle3", qwen_target).state_dict()
+
+
+# -- folders of every variant --------------------------------------------------------------------------------------
+
+
+def test_every_variant_survives_saving_and_loading(variant, qwen_target, tmp_path):
+    assert_saves_and_loads(qwen_target, variant, tmp_path)
+    loaded, told = type(variant).from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_weights(variant, loaded)
+    assert not any(told.values())
+
+
+def test_every_variant_survives_both_layouts(variant, qwen_target, target_folder, tmp_path):
+    variant.save_pretrained(tmp_path / "flat")
+    export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    again = export_drafter(str(tmp_path / "spec"), str(tmp_path / "again"), "eagle3")
+    assert_same_drafter(qwen_target, variant, again)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import LoraConfig
 from runs import make_trainer
 from safetensors.torch import load
-from transformers import AutoModel, dynamic_module_utils
+from transformers import AutoModel
 
 from draft_opd_trl import (
     DraftOPDConfig,
@@ -135,16 +134,6 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     drafter.push_to_hub("user/large")
     assert len(hub.blobs) == 1
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
-
-
-@pytest.fixture
-def code_cache(tmp_path, monkeypatch):
-    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
 
 
 def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
