@@ -120,11 +120,6 @@ def tiny_drafter(kind, target, seed=1, **overrides):
     return drafter
 
 
-def draft_logits(drafter, features, tokens, blocks):
-    """Logits `(N, K, DV)` of blocks, drafted with gradients."""
-    return drafter.draft(features, tokens, blocks) @ drafter.output_weight().T
-
-
 def draft_labels(drafter, tokens):
     """Target ids as labels of the drafter's own vocabulary; where it has none −100, which cross-entropy leaves out."""
     if drafter.vocab_map is None:
@@ -151,7 +146,7 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
         share = torch.rand(len(texts), generator=draws)
         anchors = rollout.prompt_lengths[texts] + (share * (max_new_tokens - 6)).long()
         blocks = text_blocks(rollout, texts, anchors, drafter.num_draft_tokens)
-        logits = draft_logits(drafter, features, rollout.tokens, blocks)
+        logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
         labels = draft_labels(drafter, blocks.draft_tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()

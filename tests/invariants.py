@@ -10,7 +10,6 @@ import torch
 from conftest import (
     chi_square_p,
     draft_labels,
-    draft_logits,
     random_prompts,
     tiny_options,
 )
@@ -204,7 +203,7 @@ def assert_draft_is_propose(target, drafter):
     blocks.draft_tokens = torch.cat(
         [propose_one(drafter, features, rollout, text, anchor, choose).tokens[0] for text, anchor in places]
     )
-    logits = draft_logits(drafter, features, rollout.tokens, blocks)
+    logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     expected = torch.cat([part.reshape(-1, logits.shape[-1]) for part in seen]).view_as(logits)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(drafter.to_target_ids(logits.argmax(-1)), blocks.draft_tokens)
@@ -250,7 +249,7 @@ def assert_every_parameter_gets_a_gradient(target, drafter):
     rollout = sample_texts()
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = every_anchor(rollout, drafter.num_draft_tokens)
-    logits = draft_logits(drafter, features, rollout.tokens, blocks)
+    logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     labels = draft_labels(drafter, blocks.draft_tokens)
     functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     for name, parameter in drafter.named_parameters():

@@ -93,7 +93,7 @@ def test_a_block_sees_neither_its_anchors_features_nor_the_future(qwen_target):
 def test_tied_target_lends_its_embedding_as_head():
     target = Target(tiny_model("qwen3", tie_word_embeddings=True))
     drafter = tiny_drafter("dflash", target)
-    assert drafter.output_weight().data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
+    assert drafter.linear_head.data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
 
 
 # -- transformers' own DFlash as an outside reference --------------------------------------------------------------

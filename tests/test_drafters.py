@@ -72,7 +72,7 @@ def test_what_starts_from_the_target_is_what_its_kind_says(target, kind):
     started, untouched = started_and_untouched(kind, target)
     pairs = zip(started.parameters(), untouched.parameters(), strict=True)
     same = all(torch.equal(mine, other) for mine, other in pairs)
-    assert same == (DRAFTERS[kind].init_from_target is getattr(Drafter, "init_from_target", None))
+    assert same == (DRAFTERS[kind].init_from_target is Drafter.init_from_target)
 
 
 def test_options_that_nothing_is_like(qwen_target, kind):
