@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from conftest import STOP, tiny_drafter
+from conftest import ANY_KIND, STOPS, tiny_drafter
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig
+from runs import make_trainer, spelled_prompts
 from safetensors.torch import load_file, save_file
-from test_trainer import make_trainer
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
 from draft_opd_trl.commands.options import AdapterArguments, QuantizationArguments
@@ -27,8 +27,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def prompts():
-    draws = torch.Generator().manual_seed(5)
-    return [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(8)]
+    return spelled_prompts(8)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -53,7 +52,7 @@ def test_an_adapter_folder_reads_as_the_trained_drafter_and_exports_as_a_plain_o
     merged.save_pretrained(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("adapter*"))
     exported = load_drafter(str(tmp_path / "plain"))
-    settings = SpeculationSettings(20, [STOP, 3], batch_size=8)
+    settings = SpeculationSettings(20, STOPS, batch_size=8)
     trainer.model.eval()
     trained = speculate(trainer.target, trainer.drafter, prompts, settings).blocks
     for drafter in (merged, exported):
@@ -64,7 +63,7 @@ def test_an_adapter_folder_reads_as_the_trained_drafter_and_exports_as_a_plain_o
 
 
 def test_an_adapter_of_a_drafter_without_a_path_says_so(model, tmp_path):
-    add_adapter(tiny_drafter("dflash", Target(model)), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
+    add_adapter(tiny_drafter(ANY_KIND, Target(model)), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not name the drafter it was trained on"):
         load_drafter(str(tmp_path))
 
@@ -135,9 +134,9 @@ def test_the_card_beside_an_adapter_is_ours(drafter_folder, model, prompts, tmp_
 
 def test_what_an_adapter_cannot_reach_is_refused(model):
     with pytest.raises(TypeError, match="must be a `peft.PeftConfig`, not dict"):
-        add_adapter(tiny_drafter("dflash", Target(model)), {"r": 2})
+        add_adapter(tiny_drafter(ANY_KIND, Target(model)), {"r": 2})
     with pytest.raises(ValueError, match="PromptTuningConfig trains a prompt"):
-        add_adapter(tiny_drafter("dflash", Target(model)), PromptTuningConfig(num_virtual_tokens=4))
+        add_adapter(tiny_drafter(ANY_KIND, Target(model)), PromptTuningConfig(num_virtual_tokens=4))
     for options in ({"target_modules": ["fc", "lm_head"]}, {"target_modules": ["fc"], "modules_to_save": ["lm_head"]}):
         with pytest.raises(ValueError, match="adapts the drafter's head"):
             add_adapter(tiny_drafter("eagle3", Target(model)), LoraConfig(**options))

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import VOCAB, random_prompts, tiny_drafter, tiny_model
+from conftest import VOCAB, tiny_drafter, tiny_model
+from invariants import assert_saves_and_loads
 from safetensors.torch import load_file, save_file
 
 from draft_opd_trl.checkpoints import check_tensors, drafter_folder, load_drafter
 from draft_opd_trl.errors import InputError
-from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
 @pytest.fixture
@@ -27,17 +27,7 @@ def _rewrite(folder, change):
 
 def test_save_then_load_proposes_the_same(target, drafter, tmp_path):
     """Invariant 7, save/load part."""
-    drafter.save_pretrained(tmp_path)
-    loaded = load_drafter(str(tmp_path)).bind(target)
-    assert type(loaded) is type(drafter)
-    assert loaded.state_dict().keys() == drafter.state_dict().keys()
-    for name, value in drafter.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    settings = SpeculationSettings(16, [])
-    first, second = (speculate(target, model, random_prompts(5, seed=2), settings) for model in (drafter, loaded))
-    assert first.completions() == second.completions()
-    assert torch.equal(first.blocks.draft_tokens, second.blocks.draft_tokens)
-    assert torch.equal(first.blocks.anchors, second.blocks.anchors)
+    assert_saves_and_loads(target, drafter, tmp_path)
 
 
 def test_the_saved_folder_holds_the_drafter_alone(qwen_drafter, folder):

@@ -1,15 +1,13 @@
 """What the commands check before they load anything, and what they say."""
 
-from pathlib import Path
-
 import pytest
+from conftest import POCKET
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.commands.evaluate import show
 from draft_opd_trl.commands.options import drafters_by_name
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 PAIR = ["--model", "drafter", "--teacher", "target"]
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import draft_opd_trl
 from draft_opd_trl._trl_compat import _BaseConfig
@@ -18,7 +19,6 @@ from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.config import DraftOPDConfig
 
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
 PACKAGE = ROOT / "draft_opd_trl"
 PAGES = [ROOT / "README.md", *sorted(SOURCE.glob("*.md"))]

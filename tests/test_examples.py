@@ -5,10 +5,10 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl import (
@@ -21,7 +21,6 @@ from draft_opd_trl import (
 )
 
 
-ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 
 

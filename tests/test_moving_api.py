@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from transformers import HfArgumentParser, Trainer
 from transformers.cache_utils import CacheLayerMixin
 from trl import TrlParser
@@ -20,7 +21,7 @@ from draft_opd_trl.cli import CommandParser
 from draft_opd_trl.trainer import DraftOPDTrainer
 
 
-PACKAGE = Path(__file__).parents[1] / "draft_opd_trl"
+PACKAGE = ROOT / "draft_opd_trl"
 # Methods and attributes of the Trainer that ours override, call or read, private by name or by habit.
 TRAINER = {
     "_finish_current_push",

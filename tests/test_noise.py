@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
+
+from conftest import POCKET
 
 from draft_opd_trl.cli import COMMANDS
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 PAIR = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
 PROMPTS = str(POCKET / "prompts" / "quickstart.jsonl")
 

@@ -5,11 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ROOT, tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from ranks import run_case
 
@@ -18,7 +17,6 @@ from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.target import Target
 
 
-ROOT = Path(__file__).parents[1]
 STOP = 0
 BATCH = 12  # over all ranks and accumulated steps, so that it divides by two, three and four
 ROWS = 40  # three whole batches; what is left of an epoch is dropped, and five steps reach into the second

@@ -5,24 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STOP
-from datasets import Dataset
-from test_trainer import make_trainer
+from runs import make_trainer, spelled_prompts, written_texts
 from transformers import TrainerCallback
 
-from draft_opd_trl import SpeculationSettings, load_drafter, speculate
+from draft_opd_trl import load_drafter
 from draft_opd_trl.run_log import RunLog
 from draft_opd_trl.stopwatch import Stopwatch
-from draft_opd_trl.target import Target
 
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """Twelve texts the target wrote, of unequal lengths."""
-    draws = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(5, 30, (2 + i % 5,), generator=draws).tolist() for i in range(12)]
-    rollout = speculate(Target(model), None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=12))
-    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()})
+    """Of unequal lengths."""
+    return written_texts(model, spelled_prompts(12))
 
 
 class Ranks:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from hostile_folders import RunsCode
 
 from draft_opd_trl.errors import EnvironmentFault, ExistsError, InputError, NotFoundError
 from draft_opd_trl.files import writing
@@ -201,19 +202,9 @@ def test_state_is_tensors_and_plain_values(tmp_path):
         load_state(tmp_path, 1, 2)
 
 
-class Touch:
-    """Writes a file when it is unpickled, as a stranger's checkpoint might run anything."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
-
-
 @pytest.mark.parametrize("dump", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
 def test_pickled_objects_are_not_read(tmp_path, dump):
-    dump({"feed": Touch(tmp_path / "run")}, tmp_path / "draft_opd_state_0.pt")
+    dump({"feed": RunsCode(tmp_path / "run")}, tmp_path / "draft_opd_state_0.pt")
     with pytest.raises(InputError, match="could run code"):
         load_state(tmp_path, 0, 1)
     assert not (tmp_path / "run").exists()

@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from datasets import load_from_disk
 
 from draft_opd_trl.errors import EnvironmentFault
 from draft_opd_trl.text_cache import TextCache
 
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"target": "t", "temperature": 0.0}
 
 

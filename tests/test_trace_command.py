@@ -2,15 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-from test_viewer import data_of
+from conftest import POCKET
+from readers import data_of
 
 from draft_opd_trl import cli
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 DRAFTER, OTHER = POCKET / "drafter-dflash", "other"
 
 

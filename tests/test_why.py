@@ -3,10 +3,10 @@
 import argparse
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from draft_opd_trl.evaluation import measure_acceptance
 from draft_opd_trl.records import DraftBlocks
@@ -16,7 +16,7 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.vocabulary import to_draft_ids
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 LENGTH = 24
 
 
