@@ -1,5 +1,5 @@
 """
-The contracts of `.importlinter`, and what import-linter cannot say: it reads which module imports which, and not what is
+The contracts of `.importlinter`, and what import-linter cannot say: it reads which module imports which, not what is
 taken from one, nor what code does.
 """
 
