@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ..errors import InputError
-from ..records import DraftBlocks, pack_by_text
-from ..sampling import Chooser
-from ..target import Target, TargetShape
+from ..records import pack_by_text
 from .base import Drafter, Proposal
 from .dflash_config import DFlashConfig
 from .parts import copy_norm, draft_in_parts, init_layer, rotate
+
+
+if TYPE_CHECKING:
+    from ..records import DraftBlocks
+    from ..sampling import Chooser
+    from ..target import Target, TargetShape
 
 
 class DFlashAttention(nn.Module):
