@@ -41,14 +41,14 @@ LAYERS = (
         "cache",
         "optim",
         "vocabulary",
-        "serving",
+        "travel",
         "folder_files",
         "stopwatch",
         "run_log",
         "endpoint",
     ),
     ("server", "text_cache", "run_state", "interrupts"),
-    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config", "probing"),
+    ("target", "drafters.base", "drafters.drafter_config", "drafters.fields", "drafters.parts", "config", "probing"),
     ("drafters",),
     ("speculation", "consistency"),
     (
@@ -60,6 +60,7 @@ LAYERS = (
         "adapters",
         "before_after",
         "checkpoints",
+        "serving",
         "inspection",
         "model_card",
         "hub",
@@ -109,8 +110,11 @@ def _is_within(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(ancestor + ".")
 
 
+SHARED = {"drafters.base", "drafters.drafter_config", "drafters.fields", "drafters.parts"}
+
+
 def _is_concrete_drafter(module: str) -> bool:
-    return module.startswith("drafters.") and module not in ("drafters.base", "drafters.fields", "drafters.parts")
+    return module.startswith("drafters.") and module not in SHARED
 
 
 def _same_drafter(module: str, other: str) -> bool:

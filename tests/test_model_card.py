@@ -258,7 +258,7 @@ def test_the_card_of_an_adapter_sends_nobody_to_an_engine_with_it(card, drafter,
     export = f"draft-opd export user/mine --format {drafter.kind} --output_dir user/mine-whole"
     assert "holds an adapter (LORA) on [`user/base`]" in text and f"```bash\n{export}\n```" in text
     assert 'AutoModel.from_pretrained("user/mine-whole"' in text and 'load_drafter("user/mine")' in text
-    for command in launch_commands(drafter.kind, ID, "user/mine-whole", drafter.num_draft_tokens).values():
+    for command in launch_commands(drafter, ID, "user/mine-whole").values():
         assert command in text
     assert "adapter" not in card(ID).text
 
@@ -278,24 +278,22 @@ def test_the_card_promises_no_engine_that_refuses_the_target(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "$(touch x)", '"', "a;b", "a\nb", "`id`"])
-def test_commands_are_quoted(name):
-    for kind in KINDS:
-        commands = launch_commands(kind, f"/{name}/target", f"/{name}/drafter", 7)
-        vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
-        assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
-        sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
-        assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
+def test_commands_are_quoted(name, drafter):
+    commands = launch_commands(drafter, f"/{name}/target", f"/{name}/drafter")
+    vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
+    assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
+    sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
+    assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_commands_are_what_a_shell_takes(kind):
-    commands = launch_commands(kind, ID, "user/mine", 7)
+def test_commands_are_what_a_shell_takes(drafter):
+    kind, commands = drafter.kind, launch_commands(drafter, ID, "user/mine")
     vllm = shlex.split(commands["vLLM"].replace("\\\n", ""))
     assert vllm[:3] == ["vllm", "serve", ID]
-    assert json.loads(vllm[4]) == {"method": kind, "model": "user/mine", "num_speculative_tokens": 7}
+    assert json.loads(vllm[4]) == {"method": kind, "model": "user/mine", "num_speculative_tokens": 4}
     sglang = shlex.split(commands["SGLang"].replace("\\\n", ""))
     options = dict(zip(sglang[3::2], sglang[4::2], strict=True))
-    lengths = {"--speculative-num-steps": "7", "--speculative-eagle-topk": "1", "--speculative-num-draft-tokens": "8"}
+    lengths = {"--speculative-num-steps": "4", "--speculative-eagle-topk": "1", "--speculative-num-draft-tokens": "5"}
     assert options == {
         "--model-path": ID,
         "--speculative-algorithm": {"dflash": "DFLASH", "eagle3": "EAGLE3"}[kind],
@@ -306,5 +304,5 @@ def test_commands_are_what_a_shell_takes(kind):
 
 def test_the_card_shows_the_commands(card, drafter):
     text = card(ID).text
-    for engine, command in launch_commands(drafter.kind, ID, "user/mine", drafter.num_draft_tokens).items():
+    for engine, command in launch_commands(drafter, ID, "user/mine").items():
         assert f"With {engine}:\n\n```bash\n{command}\n```" in text

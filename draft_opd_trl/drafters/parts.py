@@ -6,9 +6,7 @@ Knows no drafter kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
-from inspect import signature
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,32 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
 
 
-def check_options(config_class: type[PreTrainedConfig], options: Iterable[str]) -> None:
-    """
-    Refuse options that no config field answers to; transformers' configs would keep them without a word.
-
-    Args:
-        config_class (`type`): Of the drafter, with a `from_target`.
-        options (`Iterable[str]`): Names of what is passed on to the config.
-
-    Raises:
-        `TypeError`: There is no such field.
-    """
-    own = [
-        name for name in signature(config_class.from_target).parameters if name not in ("target_config", "overrides")
-    ]
-    known = {*own, *signature(config_class.__init__).parameters, *config_class.__base__().to_dict()} - {
-        "self",
-        "kwargs",
-    }
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, own, 1, 0.7) or get_close_matches(name, sorted(known), 1, 0.7)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(own)}, and fields of the config."
-            raise InputTypeError(f"{config_class.__name__} has no option {name!r}. {hint}")
+# Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
+# states there. One without it refuses to start.
+TAPPED_BY_VLLM = frozenset(
+    "apertus deepseek_v3 gpt_oss granite llama ministral3 mistral phi3 qwen2 qwen3 qwen3_moe".split()
+)
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -76,6 +56,20 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """The part of RoPE's parameters that no drafter here computes, by name; empty if there is none."""
     kind = rope.get("rope_type", rope.get("type"))
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
+
+
+def layer_faults(written: dict[str, Any]) -> list[tuple[str, set[str]]]:
+    """Where engines read a draft layer's fields otherwise, in a flat `config.json` or one of `speculators`."""
+    fields = written.get("transformer_layer_config") or {} if "speculators_model_type" in written else written
+    faults, both = [], {"SGLang", "vLLM"}
+    if (fields.get("hidden_act") or "silu") != "silu":
+        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", both))
+    top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
+    if top is None and inner is None:
+        faults.append(("no rope_theta is written, and each loader has a default of its own", both))
+    elif None not in (top, inner) and top != inner:
+        faults.append((f"rope_theta is {top} at the top level and {inner} in rope_parameters", both))
+    return faults
 
 
 def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
@@ -124,6 +118,11 @@ def init_layer(layer: nn.Module, source: nn.Module) -> None:
             copy_fitting(module.weight[:, -weight.shape[1] :], weight)
         elif "norm" in name:
             copy_norm(module, theirs[name])
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor | None:
+    """A linear map's weight, if the map is a product with it and nothing more: no bias, and no adapter on it."""
+    return linear.weight if type(linear) is nn.Linear and linear.bias is None else None
 
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:
