@@ -33,7 +33,8 @@ def _fault(node: ast.AST, package: str, top_level: list[ast.stmt]) -> str | None
             return "a relative import must name its module and what it takes of it"
         return None
     roots = {name.partition(".")[0] for name in ([node.module] if isinstance(node, ast.ImportFrom) else names)}
-    return "its own package must be imported relatively" if package.partition(".")[0] in roots else None
+    stays = {package.partition(".")[0], __name__.partition(".")[0]}
+    return "its own package must be imported relatively" if roots & stays else None
 
 
 def _carried(module: str, source: str) -> tuple[str, list[str]]:
@@ -77,12 +78,12 @@ def travelling_code(module: str) -> dict[str, str]:
         module (`str`): Name of the module that holds the class, which has been imported.
 
     Returns:
-        Sources by file name.
+        Sources by file name; none of a module outside of any package, such as a script, whose imports are absolute.
 
     Raises:
         `ImportError`: An import cannot be carried, or two modules would be one file.
     """
-    carried, waiting, files = set(), [module], {}
+    carried, waiting, files = set(), [module] if "." in module else [], {}
     while waiting:
         name = waiting.pop()
         if name in carried:

@@ -280,14 +280,15 @@ class Drafter(PreTrainedModel, ABC):
             state_dict = self.state_dict()
         else:
             check_tensors(self.state_dict(), state_dict, "the state to save")
-        if self.code_travels and self.travelling_code is not None:
-            module = type(self).__module__
+        module = type(self).__module__
+        code = self.travelling_code(module) if self.code_travels and self.travelling_code is not None else {}
+        if code:
             # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
             self.config.auto_map = {self.auto_class: f"{module.rpartition('.')[2]}.{type(self).__name__}"}
-            if is_main_process:
-                os.makedirs(save_directory, exist_ok=True)
-                for name, source in self.travelling_code(module).items():
-                    Path(save_directory, name).write_text(source, encoding="utf-8")
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            for name, source in code.items():
+                Path(save_directory, name).write_text(source, encoding="utf-8")
         tensors = self.folder_tensors(state_dict)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=tensors, **kwargs)
         if is_main_process:
