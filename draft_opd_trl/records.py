@@ -23,25 +23,6 @@ def _map_tensors(record: Any, function: Any) -> Any:
     return replace(record, **changes)
 
 
-def pack_by_text(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
-    """
-    Columns that lay packed items out as a padded `[num_rows, width]` grid, in their order.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(N,)`): Row of each item.
-        num_rows (`int`): Rows of the grid.
-
-    Returns:
-        Column of each item `(N,)` and the grid's width (one host sync).
-    """
-    counts = torch.bincount(rows, minlength=num_rows)
-    order = torch.argsort(rows, stable=True)
-    starts = (counts.cumsum(0) - counts)[rows[order]]
-    columns = torch.empty_like(rows)
-    columns[order] = torch.arange(len(rows), device=rows.device) - starts
-    return columns, int(counts.max()) if len(rows) else 0
-
-
 def num_valid_slots(anchors: torch.Tensor, lengths: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
     """Slots of a block that lie inside its text: `min(K, length - 1 - anchor)`."""
     return (lengths - 1 - anchors).clamp(max=num_draft_tokens)

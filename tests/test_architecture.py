@@ -29,7 +29,7 @@ LAYERS = (
         "metrics",
         "metrics.acceptance_length.acceptance_length",
     ),
-    ("records",),
+    ("records", "packing"),
     (
         "sampling_params",
         "sampling",
@@ -48,7 +48,16 @@ LAYERS = (
         "endpoint",
     ),
     ("server", "text_cache", "run_state", "interrupts"),
-    ("target", "drafters.base", "drafters.drafter_config", "drafters.fields", "drafters.parts", "config", "probing"),
+    (
+        "target",
+        "drafters.base",
+        "drafters.block_backbone",
+        "drafters.drafter_config",
+        "drafters.fields",
+        "drafters.parts",
+        "config",
+        "probing",
+    ),
     ("drafters",),
     ("speculation", "consistency"),
     (
@@ -110,7 +119,7 @@ def _is_within(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(ancestor + ".")
 
 
-SHARED = {"drafters.base", "drafters.drafter_config", "drafters.fields", "drafters.parts"}
+SHARED = {"drafters.base", "drafters.block_backbone", "drafters.drafter_config", "drafters.fields", "drafters.parts"}
 
 
 def _is_concrete_drafter(module: str) -> bool:
