@@ -221,7 +221,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return f"{options} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        empty = action.default is None or action.default is False
+        # A default may be one that only shows itself as what it stands for.
+        empty = str(action.default) in ("None", "False")
         return action.help if empty else super()._get_help_string(action)
 
 

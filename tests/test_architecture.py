@@ -26,6 +26,7 @@ LAYERS = (
         "markdown",
         "checks",
         "limits",
+        "recipe",
         "metrics",
         "metrics.acceptance_length.acceptance_length",
     ),
@@ -48,7 +49,7 @@ LAYERS = (
         "endpoint",
     ),
     ("server", "text_cache", "run_state", "interrupts"),
-    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config", "probing"),
+    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config", "contradictions", "probing"),
     ("drafters",),
     ("speculation", "consistency"),
     (
