@@ -22,7 +22,7 @@ from ..sampling import Chooser
 from ..target import Target, TargetShape
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
-from .parts import copy_norm, draft_in_parts, init_layer, rotate
+from .parts import copy_norm, draft_in_parts, init_layer, plain_weight, rotate
 
 
 class Eagle3Attention(nn.Module):
@@ -220,12 +220,12 @@ class LlamaForCausalLMEagle3(Drafter):
                 + ". Take the drafter made for this target, or make one with `create_drafter`."
             )
 
-    def get_output_embeddings(self) -> nn.Module:
-        # Adapters ask for it, to leave the head alone: losses read its weight, not the module.
-        return self.lm_head
+    @property
+    def linear_head(self) -> torch.Tensor | None:
+        return plain_weight(self.lm_head)
 
-    def output_weight(self) -> torch.Tensor:
-        return self.lm_head.weight
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(states.to(self.lm_head.weight.dtype))
 
     def _embed(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         # Raw rows, as the engines lend them: without the scale that Gemma's own embedding applies.
@@ -304,7 +304,7 @@ class LlamaForCausalLMEagle3(Drafter):
         drafted, drawn_from = [], []
 
         def draft(slot: int, states: torch.Tensor) -> torch.Tensor:
-            ids, probs = choose(self.lm_head(states.to(self.lm_head.weight.dtype)))
+            ids, probs = choose(self.logits(states))
             drafted.append(self.to_target_ids(ids))
             drawn_from.append(probs)
             return drafted[-1]

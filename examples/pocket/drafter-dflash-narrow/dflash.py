@@ -153,8 +153,13 @@ class DFlashDraftModel(Drafter):
                 + ". Take the drafter made for this target, or make one with `create_drafter`."
             )
 
-    def output_weight(self) -> torch.Tensor:
+    @property
+    def linear_head(self) -> torch.Tensor:
         return self.target.head.weight
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        weight = self.linear_head
+        return nn.functional.linear(states.to(weight.dtype), weight)
 
     # -- context ------------------------------------------------------------------------------------------------
 
@@ -210,8 +215,7 @@ class DFlashDraftModel(Drafter):
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
         context = [(keys[:, :limit], values[:, :limit]) for keys, values in state.layers]
-        hidden = self._draft(context, tokens, anchors)
-        return Proposal(*choose(nn.functional.linear(hidden.to(self.output_weight().dtype), self.output_weight())))
+        return Proposal(*choose(self.logits(self._draft(context, tokens, anchors))))
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         batch, length = tokens.shape

@@ -6,9 +6,7 @@ Knows no drafter kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
-from inspect import signature
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,32 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .errors import InputError, InputTypeError
-
-
-def check_options(config_class: type[PreTrainedConfig], options: Iterable[str]) -> None:
-    """
-    Refuse options that no config field answers to; transformers' configs would keep them without a word.
-
-    Args:
-        config_class (`type`): Of the drafter, with a `from_target`.
-        options (`Iterable[str]`): Names of what is passed on to the config.
-
-    Raises:
-        `TypeError`: There is no such field.
-    """
-    own = [
-        name for name in signature(config_class.from_target).parameters if name not in ("target_config", "overrides")
-    ]
-    known = {*own, *signature(config_class.__init__).parameters, *config_class.__base__().to_dict()} - {
-        "self",
-        "kwargs",
-    }
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, own, 1, 0.7) or get_close_matches(name, sorted(known), 1, 0.7)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(own)}, and fields of the config."
-            raise InputTypeError(f"{config_class.__name__} has no option {name!r}. {hint}")
+from .errors import InputError
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -124,6 +97,11 @@ def init_layer(layer: nn.Module, source: nn.Module) -> None:
             copy_fitting(module.weight[:, -weight.shape[1] :], weight)
         elif "norm" in name:
             copy_norm(module, theirs[name])
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor | None:
+    """A linear map's weight, if the map is a product with it and nothing more: no bias, and no adapter on it."""
+    return linear.weight if type(linear) is nn.Linear and linear.bias is None else None
 
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:
