@@ -119,6 +119,12 @@ def test_random_anchors_with_the_drafters_own_proposals(qwen_target, qwen_drafte
     assert "acceptance/length" not in counts and counts["replay/blocks"] == (48, None)
 
 
+def test_sft_blocks_decay_as_the_drafter_has_it_where_nothing_is_set(qwen_target, qwen_drafter):
+    for given, expected in ((None, qwen_drafter.sft_decay), (0.3, 0.3)):
+        maker = BatchMaker(qwen_target, qwen_drafter, StreamSettings(sft_decay=given), OnPolicySettings(), seed=0)
+        assert maker.streams.sft_decay == expected
+
+
 def test_sft_and_opd_see_the_same_text(qwen_target, qwen_drafter, rollout):
     """What an SFT block teaches at a slot is the text there."""
     (batch,), _ = _maker(qwen_target, qwen_drafter, num_anchors=6)([rollout], step=0, lmbda=0.0)
