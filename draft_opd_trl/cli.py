@@ -167,7 +167,7 @@ class CommandParser(TrlParser):
             if inherited:
                 self.epilog = (
                     f"And {len(inherited)} options of transformers.TrainingArguments, such as --output_dir, "
-                    "--max_steps and --per_device_train_batch_size; --help_all lists them."
+                    "--max_steps and --save_steps; --help_all lists them."
                 )
 
     def error(self, message: str) -> NoReturn:
