@@ -44,6 +44,9 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 SHIPPED = sorted(POCKET.glob("drafter-*"))
+# Options of commands that take a drafter and its target.
+SHIPPED_PAIR = ["--model", str(SHIPPED[0]), "--teacher", str(POCKET / "target")]
+HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 # Whatever is registered goes through the general tests.
