@@ -201,7 +201,9 @@ def test_no_range_is_of_a_field_that_does_not_exist():
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_defaults_and_copies_pass(kind):
     made = kind(**CLASSES[kind])
-    dataclasses.replace(made)
+    copied = dataclasses.replace(made)
+    names = [field.name for field in dataclasses.fields(kind)]
+    assert [name for name in names if getattr(made, name) != getattr(copied, name)] == []
 
 
 def test_what_means_the_same_is_taken():

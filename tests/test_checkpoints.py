@@ -98,7 +98,7 @@ def test_a_value_that_is_not_finite_is_named(folder, value):
         ("rms_norm_eps", "NaN", "NaN is not a number that JSON knows"),
         ("rope_parameters", '{"rope_theta": "x"}', "rope_parameters.rope_theta is 'x', but must be a number"),
         ("tie_word_embeddings", "0", "tie_word_embeddings is 0, but must be true or false"),
-        ("architectures", '"DFlashDraftModel"', "architectures is 'DFlashDraftModel', but must be a list of strings"),
+        ("architectures", '"Mine"', "architectures is 'Mine', but must be a list of strings"),
         ("hidden_act", '"x"', "hidden_act is 'x', which transformers does not know"),
         ("num_key_value_heads", "3", "make no attention"),
         ("x", "[" * 100_000, "nested too deeply"),

@@ -177,7 +177,6 @@ def test_mixed_precision_halves_activations(model, kind):
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
 def test_a_quantised_target_is_as_large_as_bitsandbytes_makes_it(model, kind, tmp_path, options):
-    pytest.importorskip("bitsandbytes")
     model.save_pretrained(tmp_path)
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options))
     drafter = drafter_for(model, kind)

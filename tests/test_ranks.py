@@ -197,7 +197,7 @@ def test_sharded_ranks_train_what_one_process_trains_and_resume(world, alone, tm
 
 
 def test_zero_ranks_train_what_one_process_trains(world, alone, tmp_path):
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is optional, and has no wheels")
     names = taken_in_turn()
     runs = {name: cases(world)[name] for name in names}
     runs["resumed"] = case_of(world, ANY_KIND, options=RESUMED)
@@ -209,7 +209,7 @@ def test_zero_ranks_train_what_one_process_trains(world, alone, tmp_path):
 
 def test_without_deepspeed_its_configuration_says_so(world, tmp_path):
     if importlib.util.find_spec("deepspeed") is not None:
-        pytest.skip("deepspeed is installed")
+        pytest.skip("deepspeed is installed, so nothing is missing")
     with pytest.raises(AssertionError, match="DeepSpeed is not installed"):
         launch(tmp_path, {}, 2, "deepspeed_zero2")
 
