@@ -31,7 +31,7 @@ from transformers import (  # noqa: E402
     dynamic_module_utils,
 )
 
-from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
+from draft_opd_trl.drafters import DRAFTERS, DrafterConfig, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
 from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
@@ -51,6 +51,12 @@ HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
 FAMILIES = ("qwen3", "llama", "gemma3")
 # Whatever is registered goes through the general tests.
 KINDS = tuple(DRAFTERS)
+# Those that have a `speculators` layout.
+IN_SPECULATORS = [
+    kind
+    for kind, drafter_class in DRAFTERS.items()
+    if drafter_class.config_class.to_speculators is not DrafterConfig.to_speculators
+]
 # Where one drafter will do, whichever.
 ANY_KIND = KINDS[0]
 VOCAB = 48
