@@ -131,9 +131,10 @@ def warn_about_quantization(target: Target) -> None:
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    """The padding token; texts carry lengths, so a stop token may serve as one."""
+    """The padding token; texts carry lengths, so a stop token may serve as one. The target reads it, so it has it."""
+    vocab_size = teacher.get_input_embeddings().num_embeddings
     for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
-        if candidate is not None:
+        if candidate is not None and 0 <= candidate < vocab_size:
             return candidate
     return stops[0]
 

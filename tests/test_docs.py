@@ -52,6 +52,12 @@ def _options(command: str) -> set[str]:
     return {option.removeprefix("--") for option in parser._option_string_actions} | {"help_all"}
 
 
+def _quickstart_options() -> set[str]:
+    module = ast.parse(_read(ROOT / "examples" / "quickstart.py"))
+    arguments = next(node for node in module.body if getattr(node, "name", None) == "QuickstartArguments")
+    return {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+
+
 def test_architecture_names_every_module():
     picture = _read(SOURCE / "architecture.md")
     modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
@@ -113,8 +119,9 @@ def test_readme_commands_are_make_targets():
 
 def test_options_of_commands_exist():
     known = {command: _options(command) for command in COMMANDS}
-    # The quickstart, which examples/train.py runs where it is given no drafter, has an option of its own.
-    known["train"] |= {"drafter", "config_file", "num_processes"}
+    known["quickstart"] = _quickstart_options()
+    for script in ("train", "quickstart"):
+        known[script] |= {"config_file", "num_processes"}  # of `accelerate launch`
     unknown = []
     for page in PAGES:
         lines = "\n".join(_code_blocks(_read(page))).replace("\\\n", " ").splitlines()

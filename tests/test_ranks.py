@@ -6,17 +6,14 @@ import os
 import subprocess
 import sys
 from itertools import cycle
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ANY_KIND, KINDS, ROOT, STOPS, tiny_drafter, tiny_stopping_model, tiny_tokenizer
 from datasets import Dataset
 from ranks import run_case
-from torch.distributed.fsdp import StateDictType
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
-from draft_opd_trl.sharding import check_parallelism
 from draft_opd_trl.target import Target
 
 
@@ -217,29 +214,3 @@ def test_without_deepspeed_its_configuration_says_so(world, tmp_path):
 def test_the_configuration_of_a_single_process_launches(world, tmp_path):
     runs = {"one": case_of(world, ANY_KIND, options={"max_steps": 1})}
     assert launch(tmp_path, runs, 1, "single_cpu")["one"][0]["logs"]
-
-
-def plugins(zero_stage=None, **fsdp):
-    """An accelerator as far as `check_parallelism` looks."""
-    deepspeed = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
-    state_dict_type = StateDictType[fsdp.pop("state_dict_type", "FULL_STATE_DICT")]
-    plugin = SimpleNamespace(state_dict_type=state_dict_type, **fsdp) if fsdp else None
-    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=plugin))
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "message"),
-    [
-        (plugins(zero_stage=3), "ZeRO-3 partitions embeddings"),
-        (plugins(fsdp_version=1), "fsdp_version is 1"),
-        (plugins(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT"), "fsdp_state_dict_type is SHARDED_STATE_DICT"),
-    ],
-)
-def test_ways_of_sharding_that_do_not_work_are_refused(accelerator, message):
-    with pytest.raises(ValueError, match=message):
-        check_parallelism(accelerator)
-
-
-def test_ways_of_sharding_that_work_are_not_refused():
-    for accelerator in (plugins(), plugins(zero_stage=2), plugins(fsdp_version=2)):
-        check_parallelism(accelerator)
