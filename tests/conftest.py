@@ -44,6 +44,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 SHIPPED = sorted(POCKET.glob("drafter-*"))
+SHIPPED_KINDS = [kind for kind in DRAFTERS if (POCKET / f"drafter-{kind}").is_dir()]
 # Options of commands that take a drafter and its target.
 SHIPPED_PAIR = ["--model", str(SHIPPED[0]), "--teacher", str(POCKET / "target")]
 HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
