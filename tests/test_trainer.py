@@ -28,10 +28,12 @@ def texts(model):
     return written_texts(model, spelled_prompts(16))
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("source", ["speculation", "generate", "dataset"])
+@pytest.mark.parametrize(
+    ("source", "lmbda"),
+    [("speculation", 0.0), ("speculation", 1.0), ("generate", 0.5), ("dataset", 0.0), ("dataset", 1.0)],
+)
 def test_training_moves_every_drafter_parameter_and_no_target_weight(
-    drafter_folder, model, texts, tmp_path, lmbda, source
+    drafter_folder, model, texts, tmp_path, source, lmbda
 ):
     before_target = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(drafter_folder, model, texts, tmp_path, lmbda=lmbda, rollout_source=source)
