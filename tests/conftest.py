@@ -323,22 +323,6 @@ def make_folder(qwen_target, tmp_path):
     return folder
 
 
-def set_field(path, value):
-    """A change of a config, for `make_folder`."""
-    *outer, name = path.split(".")
-
-    def change(config):
-        for part in outer:
-            config = config[part]
-        config[name] = value
-
-    return change
-
-
-def drop_fields(*names):
-    return lambda config: [config.pop(name) for name in names]
-
-
 @pytest.fixture(scope="session")
 def qwen_drafter(qwen_target, kind, prompts):
     return train_drafter(qwen_target, tiny_drafter(kind, qwen_target), prompts)

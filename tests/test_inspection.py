@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IN_SPECULATORS, drop_fields, set_field
+from conftest import IN_SPECULATORS
 from peft import LoraConfig
-from readers import assert_config_fault
+from readers import assert_config_fault, drop_fields, set_field
 from safetensors.torch import load_file, save_file
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
