@@ -31,7 +31,7 @@ from transformers import (  # noqa: E402
     dynamic_module_utils,
 )
 
-from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
+from draft_opd_trl.drafters import DRAFTERS, DrafterConfig, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
 from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
@@ -44,10 +44,20 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 SHIPPED = sorted(POCKET.glob("drafter-*"))
+SHIPPED_KINDS = [kind for kind in DRAFTERS if (POCKET / f"drafter-{kind}").is_dir()]
+# Options of commands that take a drafter and its target.
+SHIPPED_PAIR = ["--model", str(SHIPPED[0]), "--teacher", str(POCKET / "target")]
+HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 # Whatever is registered goes through the general tests.
 KINDS = tuple(DRAFTERS)
+# Those that have a `speculators` layout.
+IN_SPECULATORS = [
+    kind
+    for kind, drafter_class in DRAFTERS.items()
+    if drafter_class.config_class.to_speculators is not DrafterConfig.to_speculators
+]
 # Where one drafter will do, whichever.
 ANY_KIND = KINDS[0]
 VOCAB = 48
@@ -311,22 +321,6 @@ def make_folder(qwen_target, tmp_path):
         return str(tmp_path)
 
     return folder
-
-
-def set_field(path, value):
-    """A change of a config, for `make_folder`."""
-    *outer, name = path.split(".")
-
-    def change(config):
-        for part in outer:
-            config = config[part]
-        config[name] = value
-
-    return change
-
-
-def drop_fields(*names):
-    return lambda config: [config.pop(name) for name in names]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the package writes for people, read back."""
+"""What the package writes for people and engines, read back, and changed."""
 
 import ast
 import json
@@ -54,6 +54,22 @@ def assert_written_for_engines(folder, fields, tensors):
             value = value[name]
         assert value == expected, path
     return written
+
+
+def set_field(path, value):
+    """A change of a config, for the fixture `make_folder`."""
+    *outer, name = path.split(".")
+
+    def change(config):
+        for part in outer:
+            config = config[part]
+        config[name] = value
+
+    return change
+
+
+def drop_fields(*names):
+    return lambda config: [config.pop(name) for name in names]
 
 
 def assert_config_fault(folder, words, breaks):

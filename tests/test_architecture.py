@@ -11,9 +11,9 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 NAME = "draft_opd_trl"
 # Each name stands for itself and all below it.
 UNKNOWN_TO = {"speculation.py": ("torch.optim",), "replay.py": ("torch.optim",)}

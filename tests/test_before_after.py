@@ -112,7 +112,6 @@ def test_best_weights_that_were_loaded_are_evaluated_as_those_of_their_step(draf
 
 
 def test_tensorboard_shows_before_and_after_in_one_run(drafter_folder, model, prompts, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "here").mkdir()

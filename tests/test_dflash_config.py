@@ -3,8 +3,15 @@
 import json
 
 import pytest
-from conftest import drop_fields, set_field, tiny_drafter
-from readers import assert_config_fault, assert_engines_refuse, assert_written_for_engines, launch_options
+from conftest import tiny_drafter
+from readers import (
+    assert_config_fault,
+    assert_engines_refuse,
+    assert_written_for_engines,
+    drop_fields,
+    launch_options,
+    set_field,
+)
 from safetensors.torch import load_file
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter

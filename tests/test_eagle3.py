@@ -19,7 +19,7 @@ from torch.nn import functional
 from draft_opd_trl.checkpoints import export_drafter
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
-from draft_opd_trl.drafters.eagle3_config import Eagle3Config, default_layer_ids
+from draft_opd_trl.drafters.eagle3_config import Eagle3Config
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import text_blocks
 from draft_opd_trl.sampling import Chooser
@@ -104,17 +104,6 @@ def test_both_spellings_name_the_same_states(target):
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(features, torch.cat(seen, dim=-1))
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "published"), [(36, [2, 18, 33]), (28, [2, 14, 25]), (32, [2, 16, 29]), (7, [2, 3, 4])]
-)
-def test_published_taps(num_layers, published):
-    assert [index + 1 for index in default_layer_ids(num_layers)] == published
-
-
-def test_taps_of_shallow_targets_still_ascend():
-    assert [default_layer_ids(depth) for depth in (4, 5, 6)] == [[0, 1, 2], [0, 1, 3], [0, 2, 4]]
 
 
 def test_taps_in_any_spelling_are_read(tmp_path, qwen_target):

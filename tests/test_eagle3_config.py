@@ -4,15 +4,22 @@ import json
 
 import pytest
 import torch
-from conftest import VOCAB, drop_fields, random_prompts, set_field, tiny_drafter
+from conftest import VOCAB, random_prompts, tiny_drafter
 from invariants import assert_same_weights
-from readers import assert_config_fault, assert_engines_refuse, assert_written_for_engines, launch_options
+from readers import (
+    assert_config_fault,
+    assert_engines_refuse,
+    assert_written_for_engines,
+    drop_fields,
+    launch_options,
+    set_field,
+)
 from safetensors.torch import load_file, save_file
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
-from draft_opd_trl.drafters.eagle3_config import Eagle3Config
+from draft_opd_trl.drafters.eagle3_config import Eagle3Config, default_layer_ids
 from draft_opd_trl.errors import InputError
 from draft_opd_trl.inspection import LOADERS, inspect_drafter
 from draft_opd_trl.speculation import SpeculationSettings, speculate
@@ -57,6 +64,17 @@ def test_draft_tokens_outside_the_vocabulary_are_refused(qwen_target, ids):
 def test_a_size_without_tokens_is_refused(qwen_target):
     with pytest.raises(ValueError, match="draft_vocab_size=20 says how many tokens, not which"):
         create_drafter("eagle3", qwen_target, draft_vocab_size=20)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "published"), [(36, [2, 18, 33]), (28, [2, 14, 25]), (32, [2, 16, 29]), (7, [2, 3, 4])]
+)
+def test_published_taps(num_layers, published):
+    assert [index + 1 for index in default_layer_ids(num_layers)] == published
+
+
+def test_taps_of_shallow_targets_still_ascend():
+    assert [default_layer_ids(depth) for depth in (4, 5, 6)] == [[0, 1, 2], [0, 1, 3], [0, 2, 4]]
 
 
 # -- folders -------------------------------------------------------------------------------------------------------

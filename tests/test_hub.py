@@ -233,7 +233,9 @@ def test_the_card_tells_the_optimizer_that_was_given(model, texts, tmp_path):
     for output_dir, options in ((tmp_path / "given", given), (tmp_path / "own", {"optim": "sgd"})):
         build(drafter, model, texts, output_dir, **options).create_model_card()
     told = (tmp_path / "given" / "README.md").read_text()
-    assert "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | cosine |" in told
+    assert (
+        "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | constant |" in told
+    )
     assert "| `optim` | sgd |\n| `learning_rate` | 0.01 |" in (tmp_path / "own" / "README.md").read_text()
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import STOPS, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
@@ -121,7 +121,7 @@ def test_a_data_set_holds_at_least_one_generation_batch():
 
 def test_texts_of_another_writer_are_warned_of_and_the_targets_own_are_not(model, prompts, caplog):
     target, sampling = Target(model), SamplingParams()
-    law = SpeculationSettings(12, [0, 3], sampling)
+    law = SpeculationSettings(12, STOPS, sampling)
     source = DatasetSource(target, law)
     rollout = speculate(target, None, prompts, law)
     columns = {"prompt_ids": prompts, "completion_ids": rollout.completions()}

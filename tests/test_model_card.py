@@ -173,7 +173,11 @@ def test_nothing_in_a_targets_card_stops_a_run(drafter, tmp_path, field, value):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "README.md").write_text(f"---\n{field}: {value}\n---\n# Target")
     write_model_card(tmp_path / "README.md", "user/mine", drafter, str(tmp_path / "target"))
-    checked(ModelCard.load(tmp_path / "README.md"))
+    card = checked(ModelCard.load(tmp_path / "README.md"))
+    # Nothing of it is taken over but a licence that is a word.
+    assert set(card.data.tags) == {drafter.kind, "draft-opd", "speculative-decoding"}
+    assert card.data.base_model is None and card.data.eval_results is None
+    assert card.data.license is None or (field == "license" and isinstance(card.data.license, str))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe---", b"---\n", b"", b"---\n- a\n---\n", b"---\n\x00: 1\n---\n"])

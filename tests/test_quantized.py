@@ -21,7 +21,6 @@ from draft_opd_trl.loading import warn_about_quantization
 from draft_opd_trl.target import Target
 
 
-pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 KINDS_OF_BITS = {

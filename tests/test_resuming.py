@@ -48,10 +48,12 @@ def world(tmp_path_factory):
     return model, str(folder), written_texts(model, prompts)
 
 
-def build(world, output_dir, **options):
+def build(world, output_dir, callbacks=(), **options):
     model, drafter, texts = world
     saved = {"save_strategy": "steps", "save_steps": 1, "replay_buffer_size": 8, "replay_ratio": 0.5}
-    trainer = make_trainer(drafter, model, texts, output_dir, **{"max_steps": 3, **saved, **options})
+    trainer = make_trainer(
+        drafter, model, texts, output_dir, callbacks=list(callbacks), **{"max_steps": 3, **saved, **options}
+    )
     trainer._before_training = lambda: None  # the memory plan takes longer than the runs
     return trainer
 

@@ -28,10 +28,12 @@ def texts(model):
     return written_texts(model, spelled_prompts(16))
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("source", ["speculation", "generate", "dataset"])
+@pytest.mark.parametrize(
+    ("source", "lmbda"),
+    [("speculation", 0.0), ("speculation", 1.0), ("generate", 0.5), ("dataset", 0.0), ("dataset", 1.0)],
+)
 def test_training_moves_every_drafter_parameter_and_no_target_weight(
-    drafter_folder, model, texts, tmp_path, lmbda, source
+    drafter_folder, model, texts, tmp_path, source, lmbda
 ):
     before_target = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(drafter_folder, model, texts, tmp_path, lmbda=lmbda, rollout_source=source)
@@ -245,32 +247,29 @@ def test_in_the_kernel_a_run_is_what_it_is_in_chunks(drafter_folder, model, text
         assert not torch.equal(before[name], value), name
 
 
-def refuses(message, drafter_folder, model, dataset, tmp_path, error=ValueError, **options):
-    with pytest.raises(error, match=message):
-        make_trainer(drafter_folder, model, dataset, tmp_path, **options)
-
-
 def test_bad_input_is_refused_before_any_work(drafter_folder, model, texts, tmp_path):
+    def assert_refused(message, drafter=drafter_folder, dataset=texts, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            make_trainer(drafter, model, dataset, tmp_path, **options)
+
     empty, unknown = Dataset.from_dict({"prompt": []}), Dataset.from_dict({"question": ["a"] * 8})
-    source = {"rollout_source": "generate"}
-    refuses("`train_dataset` is empty", drafter_folder, model, empty, tmp_path, **source)
-    refuses(r"columns \['question'\]", drafter_folder, model, unknown, tmp_path, **source)
-    refuses("16 rows, fewer than one generation batch of 32", drafter_folder, model, texts, tmp_path,
-            per_device_train_batch_size=32)  # fmt: skip
-    refuses("prompt of 3 tokens, more than max_prompt_length=2", drafter_folder, model, texts, tmp_path,
-            max_prompt_length=2)  # fmt: skip
-    refuses("none of which is 'completion'", drafter_folder, model, texts.select_columns(["prompt_ids"]), tmp_path)
-    refuses("is not a folder here", str(tmp_path / "nowhere"), model, texts, tmp_path, FileNotFoundError)
-    refuses("task_type is", drafter_folder, model, texts, tmp_path, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    assert_refused("`train_dataset` is empty", dataset=empty, rollout_source="generate")
+    assert_refused(r"columns \['question'\]", dataset=unknown, rollout_source="generate")
+    assert_refused("16 rows, fewer than one generation batch of 32", per_device_train_batch_size=32)
+    assert_refused("prompt of 3 tokens, more than max_prompt_length=2", max_prompt_length=2)
+    assert_refused("none of which is 'completion'", dataset=texts.select_columns(["prompt_ids"]))
+    assert_refused("is not a folder here", drafter=str(tmp_path / "nowhere"), error=FileNotFoundError)
+    assert_refused("task_type is", peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="needs a `train_dataset`"):
         make_trainer(drafter_folder, model, None, tmp_path).train()
     with pytest.raises(ValueError, match="needs prompts"):
         make_trainer(drafter_folder, model, texts, tmp_path).evaluate()
 
 
-def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path):
-    refuses("does not fit the target", drafter_folder, tiny_model("qwen3", vocab_size=40), texts, tmp_path)
-    refuses("does not fit the target", drafter_folder, tiny_model("qwen3", hidden_size=16), texts, tmp_path)
+@pytest.mark.parametrize("other", [{"vocab_size": 40}, {"hidden_size": 16}])
+def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path, other):
+    with pytest.raises(ValueError, match="does not fit the target"):
+        make_trainer(drafter_folder, tiny_model("qwen3", **other), texts, tmp_path)
 
 
 def test_a_target_without_stop_tokens_is_refused(drafter_folder, texts, tmp_path):
