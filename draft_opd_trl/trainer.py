@@ -202,7 +202,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             drafter.sft_decay if args.sft_decay is None else args.sft_decay,
             args.whole_blocks,
         )
-        self.run_log = RunLog(self.accelerator, drafter.num_draft_tokens)
+        self.run_log = RunLog(self.accelerator)
         self._measure = self.run_log.stopwatch.measure
         batch_maker = BatchMaker(
             self.target,
