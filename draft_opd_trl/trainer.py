@@ -179,7 +179,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         args = self.args
         self.losses = args.losses
         self.error_buffer = ErrorBuffer(args.replay_buffer_size, by_loss=args.replay_by_loss)
-        self.run_log = RunLog(self.accelerator, self.drafter.num_draft_tokens)
+        self.run_log = RunLog(self.accelerator)
         self._measure = self.run_log.stopwatch.measure
         batch_maker = BatchMaker(
             self.target,
