@@ -7,6 +7,7 @@ Knows no drafter kinds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ..errors import InputError
+from ..records import DraftBlocks, pack_by_text
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -68,6 +70,35 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     return states * cos + rotate_half(states) * sin
+
+
+@dataclass
+class BlockGrid:
+    """
+    Packed blocks as a grid, a row a text. Cells without a block draft at position 1.
+
+    Args:
+        anchors, tokens (`torch.LongTensor` of shape `(B, M)`): Anchors and the text's tokens there.
+        drafted (`torch.LongTensor` of shape `(B, M, K)`): Proposals.
+        cells (`tuple`): Index of the packed blocks, `(N,)` twice.
+    """
+
+    anchors: torch.Tensor
+    tokens: torch.Tensor
+    drafted: torch.Tensor
+    cells: tuple[torch.Tensor, torch.Tensor]
+
+
+def lay_out(blocks: DraftBlocks, tokens: torch.Tensor) -> BlockGrid:
+    """Blocks over texts `(B, T)` as a grid, at least one column wide."""
+    batch, length = tokens.shape
+    columns, width = pack_by_text(blocks.texts, batch)
+    cells = blocks.texts, columns
+    anchors = tokens.new_ones((batch, max(width, 1)))
+    anchors[cells] = blocks.anchors
+    drafted = tokens.new_zeros((*anchors.shape, blocks.num_draft_tokens))
+    drafted[cells] = blocks.draft_tokens
+    return BlockGrid(anchors, tokens.gather(1, anchors.clamp(max=length - 1)), drafted, cells)
 
 
 def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:

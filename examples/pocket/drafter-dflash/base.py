@@ -304,6 +304,17 @@ class Drafter(PreTrainedModel, ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
+    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+        """
+        Raises:
+            `ValueError`: There are faults; it names all of them.
+        """
+        if faults:
+            raise InputError(
+                f"This {self.kind} drafter does not fit the target {target.name}: {'; '.join(faults)}. Take the "
+                "drafter made for this target, or make one with `create_drafter`."
+            )
+
     def fit(self, target: Target | TargetShape) -> None:
         """
         Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
@@ -336,3 +347,17 @@ class Drafter(PreTrainedModel, ABC):
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Draft vocabulary ids → target ids."""
         return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]
+
+    def as_proposal(self, draft_ids: torch.Tensor, probs: torch.Tensor | None) -> Proposal:
+        """What a [`Chooser`] gave for all slots `(B, M, K)`, over the target's vocabulary."""
+        if probs is not None and self.vocab_map is not None:
+            wide = probs.new_zeros((*probs.shape[:-1], self.config.vocab_size))
+            probs = wide.index_copy_(-1, self.vocab_map, probs)
+        return Proposal(self.to_target_ids(draft_ids), probs)
+
+    def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
+        """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
+        draft_ids, probs = zip(*steps, strict=True)
+        return self.as_proposal(
+            torch.stack(draft_ids, dim=-1), None if probs[0] is None else torch.stack(probs, dim=2)
+        )
