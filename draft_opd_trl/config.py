@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from ._trl_compat import _BaseConfig
+from .block_choice import ANCHORS
 from .checks import check_settings, one_of
 from .errors import InputError
 from .limits import LIMITS
@@ -30,7 +31,6 @@ from .redaction import drop_secrets, redact_url, shown, without_secrets
 
 
 ROLLOUT_SOURCES = ("speculation", "generate", "server", "dataset")
-ANCHORS = ("exposed", "random")
 # What fields take beyond their annotations, given or as transformers leaves them.
 _ALSO = {
     "debug": list[DebugOption] | str | None,

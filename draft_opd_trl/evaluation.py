@@ -21,7 +21,8 @@ from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, spee
 from .drafters.base import Drafter
 from .report import save_report
 from .results import ResultsFile
-from .speculation import SpeculationSettings, seed_of, speculate
+from .seeding import seed_of
+from .speculation import SpeculationSettings, speculate
 from .stopwatch import Stopwatch
 from .target import Target
 

@@ -23,11 +23,13 @@ from ._trl_compat import (
     disable_dropout_in_model,
     identity,
 )
-from .batching import BatchMaker, StreamSettings
+from .batching import BatchMaker
+from .block_choice import OnPolicySettings
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter
+from .error_buffer import ErrorBuffer
 from .errors import InputError
 from .evaluating_trainer import EvaluatingTrainer
 from .feed import BatchFeed, EpochSampler
@@ -48,13 +50,13 @@ from .model_card import cached_revision
 from .planning import announce_plan
 from .prompts import check_fit, tokenize_dataset, warn_of_open_ends
 from .records import ReplayBatch, Rollout
-from .replay import ErrorBuffer
 from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
 from .run_log import RunLog
 from .sampling_params import SamplingParams
 from .sharding import check_parallelism, shard
 from .speculation import SpeculationSettings
+from .streams import StreamSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
 
@@ -208,14 +210,10 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             self.target,
             drafter,
             streams,
-            args.lmbda,
-            args.num_anchors,
-            args.num_chains,
+            OnPolicySettings(args.anchors, args.num_anchors, args.num_chains, args.replay_ratio),
             args.seed,
             self.error_buffer if args.replay_buffer_size else None,
-            args.replay_ratio,
             self.speculation_settings().sampling if args.sample_proposals else None,
-            args.anchors,
             self.run_log.stopwatch,
         )
         self.feed = BatchFeed(
@@ -297,18 +295,22 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
-        if self.args.lmbda_end is not None:
-            done = self.state.global_step / max(self.state.max_steps - 1, 1)
-            self.feed.make_batches.lmbda = self.args.lmbda + done * (self.args.lmbda_end - self.args.lmbda)
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
         with self._measure("prepare"), self._drafter_as_served():
-            batch, met = self.feed.next(generation_batch, self.state.global_step)
-        if met is not None:
-            for name, counts in met.figures().items():
-                self.run_log.add(name, *counts)
-            if self.args.replay_buffer_size:
-                self.run_log.add("replay/buffer", len(self.error_buffer))
+            batch, counts = self.feed.next(generation_batch, self.state.global_step, self._on_policy_share())
+        for name, count in counts.items():
+            self.run_log.add(name, *count)
+        if counts and self.args.replay_buffer_size:
+            self.run_log.add("replay/buffer", len(self.error_buffer))
         return batch
+
+    def _on_policy_share(self) -> float:
+        """λ of this step: from `lmbda` to `lmbda_end` over the run."""
+        args = self.args
+        if args.lmbda_end is None:
+            return args.lmbda
+        done = self.state.global_step / max(self.state.max_steps - 1, 1)
+        return args.lmbda + done * (args.lmbda_end - args.lmbda)
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
         draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draft_opd_trl.batching import StreamSettings
+from draft_opd_trl.block_choice import OnPolicySettings
 from draft_opd_trl.commands.evaluate import EvaluateArguments
 from draft_opd_trl.commands.export import ExportArguments
 from draft_opd_trl.commands.inspect import InspectArguments
@@ -27,6 +27,7 @@ from draft_opd_trl.limits import LIMITS
 from draft_opd_trl.losses import LossSettings
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings
+from draft_opd_trl.streams import StreamSettings
 
 
 PAIR = {"model_name_or_path": "drafter", "teacher_model_name_or_path": "target"}
@@ -36,6 +37,7 @@ CLASSES = {
     SamplingParams: {},
     SpeculationSettings: {"max_new_tokens": 8, "stop_token_ids": [0]},
     StreamSettings: {},
+    OnPolicySettings: {},
     LossSettings: {"kind": "ce", "temperature": 1.0},
     EvaluateArguments: {**PAIR, "suite": ["pocket"]},
     TraceArguments: {**PAIR, "suite": "pocket"},
