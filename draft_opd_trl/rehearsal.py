@@ -353,9 +353,7 @@ class Rehearsal:
     def train(self, batch: ReplayBatch) -> dict[str, int]:
         """The drafter forward and backward."""
         args = self.args
-        heads = Heads(
-            self.drafter.output_weight(), self.target.logits, self.drafter.vocab_map, self.target.linear_head
-        )
+        heads = Heads.of(self.drafter, self.target)
         loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
         accepted, rejected = (
             LossSettings(kind, args.teacher_temperature, **loss) for kind in (args.accepted_loss, args.rejected_loss)

@@ -80,11 +80,15 @@ class RunLog:
         Count something of this rank's share of the step.
 
         Args:
-            name (`str`): One of `FIGURES`, or `acceptance/slot_<k>`.
+            name (`str`): One of `FIGURES`, `acceptance/slot_<k>`, or `auxiliary/<name>` of a drafter's own loss.
             part (`float` or `torch.Tensor`): A scalar; on a device it stays there until the step ends.
             whole (`float` or `torch.Tensor`, *optional*): What it is a part of; of 0 there is no figure. By default
                 the optimizer step: the figure is then a step's sum over ranks. Such a one is counted once a step.
         """
+        if name.startswith("auxiliary/") and name not in self._step:
+            # A drafter's own; every rank adds it in every step, in the same order.
+            self._names.append(name)
+            self._step[name] = []
         self._step[name].append((part, 1 / self.accelerator.num_processes if whole is None else whole))
 
     def end_step(self) -> dict[str, Count]:

@@ -348,6 +348,8 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         self.run_log.add("loss/accepted", parts["accepted_loss"], weight)
         if inputs.draft_states is not None:
             self.run_log.add("loss/rejected", parts["rejected_loss"], weight)
+        for name, value in parts["auxiliary"].items():
+            self.run_log.add(f"auxiliary/{name}", value, weight)
         if self.args.replay_by_loss:
             self.error_buffer.note(inputs.tokens, inputs.lengths, inputs.blocks, parts["block_losses"])
         return (parts["loss"], None) if return_outputs else parts["loss"]
@@ -357,7 +359,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
             hidden = drafter.draft(inputs.features, inputs.tokens, inputs.blocks)
-            heads = Heads(drafter.output_weight(), self.target.logits, drafter.vocab_map, self.target.linear_head)
+            heads = Heads.of(drafter, self.target)
             return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

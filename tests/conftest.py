@@ -133,7 +133,7 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
         share = torch.rand(len(rows), generator=draws)
         anchors = rollout.prompt_lengths[rows] + (share * (max_new_tokens - 6)).long()
         blocks = text_blocks(rollout, rows, anchors, drafter.num_draft_tokens)
-        logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+        logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
         labels = draft_labels(drafter, blocks.draft_tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()

@@ -53,7 +53,16 @@ LAYERS = (
         "endpoint",
     ),
     ("server", "text_cache", "run_state", "interrupts"),
-    ("target", "drafters.base", "drafters.fields", "drafters.parts", "config", "probing"),
+    (
+        "target",
+        "drafters.base",
+        "drafters.block_backbone",
+        "drafters.drafter_config",
+        "drafters.fields",
+        "drafters.parts",
+        "config",
+        "probing",
+    ),
     ("drafters",),
     ("speculation", "consistency"),
     (
@@ -118,8 +127,11 @@ def _is_within(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(ancestor + ".")
 
 
+SHARED = {"drafters.base", "drafters.block_backbone", "drafters.drafter_config", "drafters.fields", "drafters.parts"}
+
+
 def _is_concrete_drafter(module: str) -> bool:
-    return module.startswith("drafters.") and module not in ("drafters.base", "drafters.fields", "drafters.parts")
+    return module.startswith("drafters.") and module not in SHARED
 
 
 def _same_drafter(module: str, other: str) -> bool:

@@ -32,7 +32,7 @@ def _maker(target, drafter, **on_policy):
 
 def _losses(target, drafter, batches):
     total = sum(batch.denominator for batch in batches)
-    heads = Heads(drafter.output_weight(), target.logits, drafter.vocab_map)
+    heads = Heads.of(drafter, target)
     sums = 0.0
     for batch in batches:
         batch.denominator = total

@@ -57,7 +57,7 @@ def test_replay_equals_cached_proposing_at_every_anchor(target, drafter):
             ]
         )
         blocks.draft_tokens = proposals
-        logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+        logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     assert len(blocks) > 30
     expected = torch.cat([part.reshape(-1, logits.shape[-1]) for part in seen]).view_as(logits)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
@@ -95,7 +95,7 @@ def test_every_parameter_gets_a_gradient(target, kind):
     rollout = _texts()
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _every_anchor(rollout, drafter.num_draft_tokens)
-    logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     labels = draft_labels(drafter, blocks.draft_tokens)
     functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     for name, parameter in drafter.named_parameters():
@@ -367,7 +367,7 @@ def test_registry_names_each_class_by_its_kind():
 def test_tied_target_lends_its_embedding_as_head():
     target = Target(tiny_model("qwen3", tie_word_embeddings=True))
     drafter = tiny_drafter("dflash", target)
-    assert drafter.output_weight().data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
+    assert drafter.linear_head.data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def test_the_vocabulary_map_by_hand(qwen_target):
     assert drafter.t2d.tolist() == [index in (0, 2, 5) for index in range(VOCAB)] and drafter.t2d.dtype == torch.bool
     assert drafter.vocab_map.tolist() == [0, 2, 5]
     assert drafter.to_target_ids(torch.tensor([[2, 0], [1, 1]])).tolist() == [[5, 0], [2, 2]]
-    assert drafter.output_weight().shape == (3, 32)
+    assert drafter.linear_head.shape == (3, 32)
     # Created from the target, row i of the head is the target's row of the token it stands for.
-    assert torch.equal(drafter.output_weight(), qwen_target.head.weight[[0, 2, 5]])
+    assert torch.equal(drafter.linear_head, qwen_target.head.weight[[0, 2, 5]])
 
 
 def test_a_whole_vocabulary_needs_no_map(qwen_target):
@@ -211,7 +211,7 @@ def test_replay_equals_the_uncached_reference(qwen_target, variant):
     rollout, reference = _texts(), Reference(variant, qwen_target)
     features, _ = qwen_target.forward_text(rollout.tokens, variant.target_layer_ids)
     blocks = _blocks(rollout, variant.num_draft_tokens, torch.Generator().manual_seed(0))
-    got = variant.draft(features, rollout.tokens, blocks) @ variant.output_weight().T
+    got = variant.logits(variant.draft(features, rollout.tokens, blocks))
     for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = reference.chain(features[row], rollout.tokens[row], anchor, blocks.draft_tokens[index])
         torch.testing.assert_close(got[index], expected, rtol=1e-5, atol=1e-5)
@@ -234,7 +234,7 @@ def test_the_reference_on_every_family(target):
     rollout, reference = _texts(), Reference(drafter, target)
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = _blocks(rollout, drafter.num_draft_tokens)
-    got = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    got = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     for index, (row, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = reference.chain(features[row], rollout.tokens[row], anchor, blocks.draft_tokens[index])
         torch.testing.assert_close(got[index], expected, rtol=1e-4, atol=1e-4)
@@ -282,7 +282,7 @@ def test_test_time_training_on_eight_tokens(qwen_target):
     rollout = Rollout.from_ids([[11, 3, 20]], [[5, 31, 8, 16, 2]])
     features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = text_blocks(rollout, torch.zeros(4, dtype=torch.long), torch.arange(3, 7), 4)
-    logits = drafter.draft(features, rollout.tokens, blocks) @ drafter.output_weight().T
+    logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     expected = _published_objective(reference, features[0], rollout.tokens[0])
     supervised = 0
     for step in range(4):

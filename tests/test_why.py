@@ -73,7 +73,7 @@ def by_hand(target, drafter, texts, blocks, temperature):
     for states, row, anchor, proposals in zip(
         hidden, blocks.texts, blocks.anchors.tolist(), blocks.draft_tokens, strict=True
     ):
-        log_q = (states @ drafter.output_weight().T).log_softmax(-1)
+        log_q = drafter.logits(states).log_softmax(-1)
         prefix = torch.cat([texts.tokens[row, : anchor + 1], proposals[:-1]])
         logits = target.model(input_ids=prefix[None]).logits[0, anchor:]
         best, inside = logits.argmax(-1), True

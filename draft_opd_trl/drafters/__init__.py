@@ -9,6 +9,7 @@ from ..target import Target
 from .base import Drafter, Proposal
 from .dflash import DFlashDraftModel
 from .dflash_config import DFlashConfig
+from .drafter_config import DrafterConfig
 from .eagle3 import LlamaForCausalLMEagle3
 
 
@@ -39,4 +40,4 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
     return drafter
 
 
-__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "Proposal", "create_drafter"]
+__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "DrafterConfig", "Proposal", "create_drafter"]

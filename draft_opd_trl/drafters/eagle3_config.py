@@ -7,8 +7,9 @@ from typing import Any
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ..errors import InputError
+from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import check_options, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 NUM_TAPS = 3
@@ -25,7 +26,7 @@ _NOT_IN_A_LAYER = {"_name_or_path", "architectures", "auto_map", "eagle_config",
 _NOT_IN_A_LAYER |= set(_SPECULATORS_FIELDS)
 
 
-class Eagle3Config(LlamaConfig):
+class Eagle3Config(DrafterConfig, LlamaConfig):
     """
     Flat EAGLE-3 config.
 
@@ -212,7 +213,7 @@ class Eagle3Config(LlamaConfig):
             `TypeError`: There is no such field.
             `ValueError`: The size of a draft vocabulary without its tokens.
         """
-        check_options(cls, overrides)
+        cls.check_options(overrides)
         if draft_token_ids is None and overrides.get("draft_vocab_size") not in (None, target_config.vocab_size):
             raise InputError(
                 f"draft_vocab_size={overrides['draft_vocab_size']} says how many tokens, not which. Pass "

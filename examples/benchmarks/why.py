@@ -147,19 +147,19 @@ def divergences(
         states (`torch.Tensor` of shape `(N, K, H)`): The target's.
         tokens (`torch.LongTensor` of shape `(N, K)`): What it holds right, where it is a point mass.
     """
-    heads = Heads(drafter.output_weight(), drafter.target.logits, drafter.vocab_map)
+    heads = Heads.of(drafter, drafter.target)
     hidden = drafter.draft(batch.features, batch.tokens, blocks)
     # Each slot as a block of its own: `stream_loss` sums over blocks.
     hidden, states, labels = (part.flatten(0, 1)[:, None] for part in (hidden, states, tokens))
     ones = torch.ones(labels.shape, device=labels.device)
-    return {one.kind: stream_loss(hidden, states, labels, ones, heads, one).view_as(tokens) for one in settings}
+    return {one.kind: stream_loss(hidden, states, labels, ones, heads, one)[0].view_as(tokens) for one in settings}
 
 
 def drafted(drafter: Drafter, batch: ReplayBatch, settings: Sequence[LossSettings]) -> dict[str, torch.Tensor]:
     """Divergences where the target reads the drafted prefix, which is the text up to the first rejected slot."""
     tokens = batch.labels
     if settings[0].hard:
-        heads = Heads(drafter.output_weight(), drafter.target.logits)
+        heads = Heads.of(drafter, drafter.target)
         on_text = torch.arange(tokens.shape[1], device=tokens.device) <= batch.blocks.num_accepted[:, None]
         wanted = hard_tokens(batch.draft_states, torch.ones_like(batch.accepted_weights), heads)
         tokens = torch.where(on_text, tokens, wanted)

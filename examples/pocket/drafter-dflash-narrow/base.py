@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import resolve_name
@@ -26,6 +26,7 @@ from .errors import InputError
 from .records import DraftBlocks
 from .sampling import Chooser
 from .target import Target, TargetShape
+from .drafter_config import DrafterConfig
 
 
 @contextmanager
@@ -105,14 +106,17 @@ def modelling_files(module: str) -> dict[str, str]:
 
 class Drafter(PreTrainedModel, ABC):
     """
-    A small model that proposes `num_draft_tokens` tokens after an anchor from tapped target states.
+    A small model that proposes `num_draft_tokens` tokens after an anchor, from tapped target states or from the text.
+    What it proposes is a chain; there are no trees.
 
     Attributes:
         kind (`str`): Key in `DRAFTERS`.
+        config_class (`type[DrafterConfig]`): Its config.
         vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; `None` when they are equal.
     """
 
     kind: str
+    config_class: type[DrafterConfig]
     vocab_map: torch.Tensor | None = None
     # Under which a `speculators` folder holds the embedding that the drafter borrows; its library fills it with noise.
     speculators_embedding: str | None = None
@@ -126,18 +130,8 @@ class Drafter(PreTrainedModel, ABC):
 
     @property
     @abstractmethod
-    def target_layer_ids(self) -> list[int]:
-        """Target layers read, counted from 0, as outputs of those layers."""
-
-    @property
-    @abstractmethod
     def num_draft_tokens(self) -> int:
         """K, proposals a block."""
-
-    @property
-    @abstractmethod
-    def sft_decay(self) -> float:
-        """Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it."""
 
     @abstractmethod
     def check_target(self, target: Target | TargetShape) -> None:
@@ -145,7 +139,10 @@ class Drafter(PreTrainedModel, ABC):
 
     @abstractmethod
     def start(self, batch_size: int, max_length: int) -> Any:
-        """An empty drafting state for texts of up to `max_length` positions."""
+        """
+        An empty drafting state for texts of up to `max_length` positions. What it is, is nobody else's business: keys
+        of a context, or a whole KV cache of the drafter's own. Rolling back is overwriting, by position.
+        """
 
     @abstractmethod
     def extend(
@@ -160,7 +157,7 @@ class Drafter(PreTrainedModel, ABC):
         Read target features of committed positions into the state, in place.
 
         Args:
-            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states.
+            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states; F is 0 without taps.
             positions (`torch.LongTensor` of shape `(R, Q)`): Where they stand. Positions past the committed text may
                 be given; what they leave behind is overwritten before it becomes visible.
             tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
@@ -191,12 +188,47 @@ class Drafter(PreTrainedModel, ABC):
             blocks ([`DraftBlocks`]): Blocks to draft; drafters that read their own proposals read `draft_tokens`.
 
         Returns:
-            `torch.Tensor` of shape `(N, K, H)`: states that [`output_weight`] turns into draft logits.
+            `torch.Tensor` of shape `(N, K, S)`: states that [`logits`] turns into draft logits. What they hold, and
+            how wide they are, is the drafter's own.
         """
 
     @abstractmethod
-    def output_weight(self) -> torch.Tensor:
-        """Head `(DV, H)` that turns states into draft logits."""
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        States of [`draft`], `(…, S)` → draft logits `(…, DV)`, in the dtype they are computed in. Through the head's
+        modules, so that what adapts them counts.
+        """
+
+    # -- with a default --------------------------------------------------------------------------------------------
+
+    # Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it.
+    sft_decay: float = 1.0
+    # Whether [`auxiliary_loss`] reads the target's distribution also where the teacher is its hard token alone.
+    auxiliary_reads_target = False
+    # A loss of the drafter's own: `auxiliary_loss(states, draft_logps, target_logps)` of states `(S', S)` and both
+    # log-probabilities `(S', DV)`, float32, the target's `None` where nobody reads them. It gives values `(S',)` by
+    # name: `loss` is added to the slot's loss, and all of them are logged as `auxiliary/<name>`, the same ones each
+    # time. It is called inside the loss's chunks, so what it holds is not kept; with no slots too (S' = 0).
+    auxiliary_loss: Callable[..., dict[str, torch.Tensor]] | None = None
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """
+        Target layers read, counted from 0, as outputs of those layers. Without any, features have width 0.
+        """
+        return []
+
+    @property
+    def linear_head(self) -> torch.Tensor | None:
+        """
+        The head `(DV, S)`, where [`logits`] is a product of states with it and nothing more (no adapter on it), so
+        that a fused kernel can take it.
+        """
+        return None
+
+    def init_from_target(self, target: Target) -> Drafter:
+        """Start from the target's weights where shapes fit; nothing by default."""
+        return self
 
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
@@ -272,6 +304,17 @@ class Drafter(PreTrainedModel, ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
+    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+        """
+        Raises:
+            `ValueError`: There are faults; it names all of them.
+        """
+        if faults:
+            raise InputError(
+                f"This {self.kind} drafter does not fit the target {target.name}: {'; '.join(faults)}. Take the "
+                "drafter made for this target, or make one with `create_drafter`."
+            )
+
     def fit(self, target: Target | TargetShape) -> None:
         """
         Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
@@ -304,3 +347,17 @@ class Drafter(PreTrainedModel, ABC):
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Draft vocabulary ids → target ids."""
         return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]
+
+    def as_proposal(self, draft_ids: torch.Tensor, probs: torch.Tensor | None) -> Proposal:
+        """What a [`Chooser`] gave for all slots `(B, M, K)`, over the target's vocabulary."""
+        if probs is not None and self.vocab_map is not None:
+            wide = probs.new_zeros((*probs.shape[:-1], self.config.vocab_size))
+            probs = wide.index_copy_(-1, self.vocab_map, probs)
+        return Proposal(self.to_target_ids(draft_ids), probs)
+
+    def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
+        """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
+        draft_ids, probs = zip(*steps, strict=True)
+        return self.as_proposal(
+            torch.stack(draft_ids, dim=-1), None if probs[0] is None else torch.stack(probs, dim=2)
+        )

@@ -7,15 +7,16 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 
 from .errors import InputError
+from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import check_options, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 # Fields of `dflash_config` that are computed here. Any other that asks for something is refused.
 _KNOWN = {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "use_aux_hidden_state"}
 
 
-class DFlashConfig(Qwen3Config):
+class DFlashConfig(DrafterConfig, Qwen3Config):
     """
     Flat DFlash config.
 
@@ -160,7 +161,7 @@ class DFlashConfig(Qwen3Config):
         Raises:
             `TypeError`: There is no such field.
         """
-        check_options(cls, overrides)
+        cls.check_options(overrides)
         shape = {**shape_of(target_config), "num_hidden_layers": num_hidden_layers}
         return cls(
             block_size=block_size,
