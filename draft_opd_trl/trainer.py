@@ -23,6 +23,7 @@ from ._trl_compat import (
     disable_dropout_in_model,
     identity,
 )
+from .adapters import check_reach
 from .batching import BatchMaker
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
@@ -151,6 +152,9 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
         self._forward_redirection = _ForwardRedirection()
         self._place_models()
+        if peft_config is not None:
+            with self._drafter_as_served():
+                check_reach(self.model, drafter)
         self._set_up_callbacks()
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
