@@ -7,6 +7,8 @@ that verification exposed, the drafter's own proposals) in one path, so that the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional
 
@@ -100,6 +102,8 @@ class BatchMaker:
         proposals: SamplingParams | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
+        if streams.sft_decay is None:
+            streams = replace(streams, sft_decay=drafter.sft_decay)
         self.target, self.drafter = target, drafter
         self.streams, self.on_policy, self.seed = streams, on_policy, seed
         self.buffer, self.proposals = buffer, proposals

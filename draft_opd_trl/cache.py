@@ -1,6 +1,6 @@
-"""A KV cache in which a token's place is its position.
+"""A KV cache with a place for each position.
 
-Texts of a batch advance by different lengths in speculation. With a place for each position, every text is
+Texts of a batch advance by different lengths in speculation. With a place for each position, every lane is
 right-padded, rolling back is overwriting, and sliding windows stay exact (a left-padded cache with holes is wrong on
 them). Holds keys, values and visibility. It does not know what the tokens mean.
 """
@@ -93,7 +93,7 @@ class _PositionLayer(CacheLayerMixin):
 
 class PositionCache(Cache):
     """
-    A cache by position for a transformers model.
+    Cache for a transformers model that holds each token at its position.
 
     Args:
         num_layers (`int`): Attention layers of the model.

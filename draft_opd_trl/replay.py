@@ -12,7 +12,8 @@ import torch
 from .chains import Chains
 from .coupling import Coupling, TextChooser
 from .drafters.base import Drafter
-from .records import DraftBlocks, Rollout, num_valid_slots, pack_by_text
+from .packing import pack_by_text
+from .records import DraftBlocks, Rollout, num_valid_slots
 from .sampling import Chooser
 from .verification import judge_against_text
 

@@ -5,7 +5,7 @@ Counts are by name a part and its whole; without one, the part is counted a step
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,6 +14,21 @@ from .vocabulary import to_draft_ids
 
 
 Counts = dict[str, tuple[int, int | None]]
+
+
+def count_texts(rollout: Rollout, stop_token_ids: Sequence[int]) -> Counts:
+    """What was written: lengths of completions, those that were cut off, and all tokens read."""
+    lengths = rollout.completion_lengths
+    ends = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)
+    clipped = ~torch.isin(ends, torch.tensor(stop_token_ids, device=ends.device))
+    texts = len(rollout)
+    return {
+        "completions/mean_length": (int(lengths.sum()), texts),
+        "completions/min_length": (int(lengths.min()), texts),
+        "completions/max_length": (int(lengths.max()), texts),
+        "completions/clipped_ratio": (int(clipped.sum()), texts),
+        "num_tokens": (int(rollout.lengths.sum()), None),
+    }
 
 
 def count_verification(rollout: Rollout, blocks: DraftBlocks) -> Counts:

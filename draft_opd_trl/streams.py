@@ -24,7 +24,8 @@ class StreamSettings:
         rejected_weight (`float`): λ of the rejected stream: drafted tokens from the first rejected slot on.
         rejected_decay (`float`): γ; weight of the i-th rejected slot is `γ ** (i − 1)`.
         accepted_decay (`float`): Weight of slot k of the accepted stream is `accepted_decay ** (k − 1)`.
-        sft_decay (`float`): The same for blocks of random anchors (`lmbda < 1`).
+        sft_decay (`float`, *optional*): The same for blocks of random anchors (`lmbda < 1`); `None` leaves it to the
+            drafter, whose own [`BatchMaker`] puts in.
         whole_blocks (`bool`): The accepted stream goes on behind the error position, to the end of the block; what
             it teaches there is the text, whatever was drafted.
     """
@@ -33,7 +34,7 @@ class StreamSettings:
     rejected_weight: float = 0.0
     rejected_decay: float = 0.8
     accepted_decay: float = 1.0
-    sft_decay: float = 1.0
+    sft_decay: float | None = 1.0
     whole_blocks: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -206,7 +205,7 @@ def _slot_probabilities(
     slots = torch.arange(num_draft_tokens, device=batch.labels.device)
     given = (slots <= batch.blocks.num_accepted[:, None]).flatten()
     hidden = drafter.draft(batch.features, batch.tokens, batch.blocks).flatten(0, 1)
-    states, weight = batch.draft_states.flatten(0, 1), drafter.output_weight()
+    states = batch.draft_states.flatten(0, 1)
     drafts, labels = batch.blocks.draft_tokens.flatten(), batch.labels.flatten()
     parts = []
     for start in range(0, max(len(drafts), 1), chunk_size):
@@ -214,7 +213,7 @@ def _slot_probabilities(
         target_probs = probabilities(target.logits(states[part]), sampling)
         choices = torch.where(given[part], labels[part], target_probs.argmax(-1))
         tokens = torch.stack([drafts[part], choices], dim=-1)
-        draft_probs = probabilities(linear(hidden[part].to(weight.dtype), weight), sampling)
+        draft_probs = probabilities(drafter.logits(hidden[part]), sampling)
         ids, inside = (tokens, True) if drafter.vocab_map is None else to_draft_ids(tokens, drafter.vocab_map)
         parts.append((choices, draft_probs.gather(-1, ids) * inside, target_probs.gather(-1, tokens)))
     return tuple(torch.cat(values).unflatten(0, (-1, num_draft_tokens)) for values in zip(*parts, strict=True))

@@ -32,7 +32,7 @@ def _maker(target, drafter, **on_policy):
 
 def _losses(target, drafter, batches):
     total = sum(batch.denominator for batch in batches)
-    heads = Heads(drafter.output_weight(), target.logits, drafter.vocab_map)
+    heads = Heads.of(drafter, target)
     sums = 0.0
     for batch in batches:
         batch.denominator = total
@@ -117,6 +117,12 @@ def test_random_anchors_with_the_drafters_own_proposals(qwen_target, qwen_drafte
     assert torch.equal(batch.blocks.num_accepted, again.num_accepted)
     # They are no verification of the text, so they count in no acceptance.
     assert "acceptance/length" not in counts and counts["replay/blocks"] == (48, None)
+
+
+def test_sft_blocks_decay_as_the_drafter_has_it_where_nothing_is_set(qwen_target, qwen_drafter):
+    for given, expected in ((None, qwen_drafter.sft_decay), (0.3, 0.3)):
+        maker = BatchMaker(qwen_target, qwen_drafter, StreamSettings(sft_decay=given), OnPolicySettings(), seed=0)
+        assert maker.streams.sft_decay == expected
 
 
 def test_sft_and_opd_see_the_same_text(qwen_target, qwen_drafter, rollout):

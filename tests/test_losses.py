@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
+from torch.nn import functional
 
 from draft_opd_trl.losses import (
     HARD_LOSSES,
@@ -158,6 +159,15 @@ def test_k3_without_a_clamp_explodes_where_the_clamped_one_does_not():
 # -- the chunked path ----------------------------------------------------------------------------------------------
 
 
+def _heads(weight, target_logits, vocab_map=None, target_weight=None):
+    """A drafter whose head is a plain product."""
+
+    def draft_logits(states):
+        return functional.linear(states.to(weight.dtype), weight)
+
+    return Heads(draft_logits, target_logits, vocab_map, weight, target_weight)
+
+
 def _problem(reduced, dtype=torch.float32, slots=13, width=6, size=11):
     draws = torch.Generator().manual_seed(0)
     vocab_map = torch.tensor([1, 2, 5, 7, 10]) if reduced else None
@@ -170,7 +180,7 @@ def _problem(reduced, dtype=torch.float32, slots=13, width=6, size=11):
     def target_logits(states):
         return states.float() @ head.float().T
 
-    return hidden, states, tokens, Heads(draft_weight, target_logits, vocab_map, head)
+    return hidden, states, tokens, _heads(draft_weight, target_logits, vocab_map, head)
 
 
 def _reference(hidden, states, tokens, heads, settings):
@@ -197,7 +207,7 @@ def test_chunked_equals_reference(kind, temperature, reduced, chunk_size):
     settings = LossSettings(kind, temperature, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
     weights = torch.linspace(0.1, 1, 13)
     results = []
-    for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)):
+    for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)[0]):
         hidden, states, tokens, heads = _problem(reduced)
         losses = function(hidden, states, tokens, heads, settings)
         (losses * weights).sum().backward()
@@ -221,7 +231,7 @@ def test_the_kernel_equals_the_reference(monkeypatch, kind, beta, temperature, r
     settings = LossSettings(kind, temperature, beta=beta, max_clamp=ceiling)
     monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_: True)
     results = []
-    for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)):
+    for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)[0]):
         hidden, states, tokens, heads = _problem(reduced, dtype)
         losses = function(hidden, states, tokens, heads, settings)
         (losses * torch.linspace(0.1, 1, 13)).sum().backward()
@@ -251,9 +261,9 @@ def test_half_precision_states_lose_little(kind):
     """Heads multiply in the states' dtype; everything behind them is float32."""
     settings = LossSettings(kind, 0.7, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
     hidden, states, tokens, heads = _problem(False)
-    expected = slot_losses(hidden, states, tokens, heads, settings)
-    half = Heads(heads.draft_weight.bfloat16(), heads.target_logits, None)
-    got = slot_losses(hidden.bfloat16(), states, tokens, half, settings, chunk_size=4)
+    expected, _ = slot_losses(hidden, states, tokens, heads, settings)
+    half = _heads(heads.draft_weight.bfloat16(), heads.target_logits)
+    got, _ = slot_losses(hidden.bfloat16(), states, tokens, half, settings, chunk_size=4)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
 
@@ -261,13 +271,14 @@ def test_half_precision_states_lose_little(kind):
 def test_no_slots():
     hidden, states, tokens, heads = _problem(False)
     none = slice(0, 0)
-    assert slot_losses(hidden[none], states[none], tokens[none], heads, LossSettings("ce", 0.0)).shape == (0,)
+    losses, _ = slot_losses(hidden[none], states[none], tokens[none], heads, LossSettings("ce", 0.0))
+    assert losses.shape == (0,)
 
 
 def test_the_teacher_temperature_sharpens():
     hidden, states, tokens, heads = _problem(False)
     expected = _reference(hidden, states / 0.5, tokens, heads, LossSettings("forward_kl", 1.0))
-    got = slot_losses(hidden, states, tokens, heads, LossSettings("forward_kl", 0.5))
+    got, _ = slot_losses(hidden, states, tokens, heads, LossSettings("forward_kl", 0.5))
     torch.testing.assert_close(got, expected)
 
 
@@ -282,8 +293,8 @@ def test_the_soft_cap_of_the_target_is_honoured():
         teacher = target.model(input_ids=tokens).logits[0].log_softmax(-1)
         draft = (hidden @ target.head.weight.T).log_softmax(-1)
     expected = (teacher.exp() * (teacher - draft)).sum(-1)
-    heads = Heads(target.head.weight, target.logits)
-    got = slot_losses(hidden, states[0], tokens[0], heads, LossSettings("forward_kl", 1.0), chunk_size=4)
+    heads = _heads(target.head.weight, target.logits)
+    got, _ = slot_losses(hidden, states[0], tokens[0], heads, LossSettings("forward_kl", 1.0), chunk_size=4)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -293,16 +304,18 @@ def test_the_soft_cap_of_the_target_is_honoured():
 def _identity_heads(size=3, vocab_map=None):
     """States are log-probabilities themselves."""
     weight = torch.eye(size)
-    return Heads(weight if vocab_map is None else weight[vocab_map], lambda states: states, vocab_map)
+    return _heads(weight if vocab_map is None else weight[vocab_map], lambda states: states, vocab_map)
 
 
 def test_stream_loss_by_hand():
     hidden = torch.tensor([[Q, P]]).log().requires_grad_()
     tokens = torch.tensor([[0, 2]])
     settings = LossSettings("ce", 0.0)
-    loss = stream_loss(hidden, hidden.detach(), tokens, torch.tensor([[1.0, 0.5]]), _identity_heads(), settings)
+    loss, _ = stream_loss(hidden, hidden.detach(), tokens, torch.tensor([[1.0, 0.5]]), _identity_heads(), settings)
     assert loss.item() == pytest.approx(1.5 * math.log(2))
-    only_second = stream_loss(hidden, hidden.detach(), tokens, torch.tensor([[0.0, 1.0]]), _identity_heads(), settings)
+    only_second, _ = stream_loss(
+        hidden, hidden.detach(), tokens, torch.tensor([[0.0, 1.0]]), _identity_heads(), settings
+    )
     only_second.backward()
     assert hidden.grad[0, 0].abs().sum() == 0 and hidden.grad[0, 1].abs().sum() > 0
 
@@ -316,7 +329,7 @@ def test_accepted_length_counts_slots_while_all_before_are_accepted(temperature)
     first, second = ((0.5, 0.5, 0.25), (0.25, 0.5)) if temperature == 0 else ((0.75, 1.0, 0.75), (0.75, 1.0))
     weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
     settings = LossSettings("accepted_length", temperature)
-    loss = stream_loss(hidden, states, tokens, weights, _identity_heads(), settings)
+    loss, _ = stream_loss(hidden, states, tokens, weights, _identity_heads(), settings)
     expected = [3 - first[0] * (1 + first[1] * (1 + first[2])), 1.5 - second[0] * (1 + 0.5 * second[1])]
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
     loss.sum().backward()
@@ -326,8 +339,8 @@ def test_accepted_length_counts_slots_while_all_before_are_accepted(temperature)
 def test_a_stream_without_slots_is_zero_and_differentiable():
     hidden = torch.zeros(2, 2, 3, requires_grad=True)
     tokens = torch.zeros((2, 2), dtype=torch.long)
-    heads = Heads(torch.eye(3, requires_grad=True), lambda states: states)
-    loss = stream_loss(hidden, hidden, tokens, torch.zeros(2, 2), heads, LossSettings("ce", 0.0))
+    heads = _heads(torch.eye(3, requires_grad=True), lambda states: states)
+    loss, _ = stream_loss(hidden, hidden, tokens, torch.zeros(2, 2), heads, LossSettings("ce", 0.0))
     loss.sum().backward()
     assert loss.tolist() == [0, 0] and hidden.grad.abs().sum() == 0
     assert heads.draft_weight.grad.abs().sum() == 0, "a drafter's own head must not be without a gradient"
@@ -338,7 +351,7 @@ def test_tokens_outside_the_draft_vocabulary_carry_no_loss():
     hidden = torch.tensor([[Q, Q, Q]]).log().requires_grad_()
     tokens = torch.tensor([[0, 1, 2]])
     heads = _identity_heads(vocab_map=vocab_map)
-    loss = stream_loss(hidden, hidden.detach(), tokens, torch.ones(1, 3), heads, LossSettings("ce", 0.0))
+    loss, _ = stream_loss(hidden, hidden.detach(), tokens, torch.ones(1, 3), heads, LossSettings("ce", 0.0))
     # Over tokens 0 and 2 the drafter says 2/3 and 1/3; token 1 is not there to be said.
     assert loss.item() == pytest.approx(math.log(1.5) + math.log(3))
 
@@ -351,7 +364,7 @@ def test_slots_whose_target_argmax_lies_outside_the_draft_vocabulary_carry_no_lo
     outside, within = (0.2, 0.6, 0.2), P
     states = torch.tensor([[outside, within]]).log()
     text = torch.tensor([[0, 1]])
-    loss = stream_loss(hidden, states, text, torch.ones(1, 2), heads, LossSettings(kind, 1.0))
+    loss, _ = stream_loss(hidden, states, text, torch.ones(1, 2), heads, LossSettings(kind, 1.0))
     # Over tokens 0 and 2 the drafter says 2/3 and 1/3, the target of the second slot 1/3 and 2/3.
     draft, target = torch.tensor([[2 / 3, 1 / 3]]).log(), torch.tensor([[1 / 3, 2 / 3]]).log()
     expected = divergence(draft, target, torch.tensor([0]), LossSettings(kind, 1.0))
@@ -434,10 +447,10 @@ def test_a_token_that_cannot_be_drafted_ends_an_accepted_run(temperature):
     sure = [[1 - 2e-6, 1e-6, 1e-6], [1e-6, 1 - 2e-6, 1e-6]]
     states = torch.tensor([[sure[0], sure[1], sure[0]], [sure[0]] * 3]).log()
     tokens = torch.tensor([[0, 1, 0], [0, 0, 0]])
-    loss = stream_loss(hidden, states, tokens, torch.ones(2, 3), _identity_heads(vocab_map=vocab_map), settings)
+    loss, _ = stream_loss(hidden, states, tokens, torch.ones(2, 3), _identity_heads(vocab_map=vocab_map), settings)
     dense = hidden.detach().clone()
     dense[..., 1] = -1e4
-    expected = stream_loss(dense, states, tokens, torch.ones(2, 3), _identity_heads(), settings)
+    expected, _ = stream_loss(dense, states, tokens, torch.ones(2, 3), _identity_heads(), settings)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     assert loss[0].item() == pytest.approx(1 / 3 + 1 + 1, rel=1e-4)
     loss[0].backward()

@@ -3,7 +3,7 @@
 import torch
 
 from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
-from draft_opd_trl.replay_counts import add_counts, count_outside, count_taught, count_verification
+from draft_opd_trl.replay_counts import add_counts, count_outside, count_taught, count_texts, count_verification
 
 
 ROLLOUT = Rollout.from_ids([[1], [4, 5], [6]], [[2, 3, 4, 5, 6], [6, 7], [7]])
@@ -15,6 +15,17 @@ BLOCKS = DraftBlocks(
     torch.tensor([2, 0, 1]),
     torch.tensor([2, 1, 1]),
 )
+
+
+def test_texts_by_hand():
+    assert count_texts(ROLLOUT, [7]) == {
+        "completions/mean_length": (5 + 2 + 1, 3),
+        "completions/min_length": (1, 3),
+        "completions/max_length": (5, 3),
+        "completions/clipped_ratio": (1, 3),
+        "num_tokens": (6 + 4 + 2, None),
+    }
+    assert count_texts(ROLLOUT, [])["completions/clipped_ratio"] == (3, 3)
 
 
 def test_verification_by_hand():

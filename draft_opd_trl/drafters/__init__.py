@@ -6,13 +6,16 @@ from typing import Any
 
 from ..errors import InputError
 from ..target import Target
+from ..travel import travelling_code
 from .base import Drafter, Proposal
 from .dflash import DFlashDraftModel
 from .dflash_config import DFlashConfig
+from .drafter_config import DrafterConfig
 from .eagle3 import LlamaForCausalLMEagle3
 
 
 DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": LlamaForCausalLMEagle3}
+Drafter.travelling_code = staticmethod(travelling_code)
 
 
 def create_drafter(kind: str, target: Target, init_from_target: bool = True, **config: Any) -> Drafter:
@@ -39,4 +42,4 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
     return drafter
 
 
-__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "Proposal", "create_drafter"]
+__all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "DrafterConfig", "Proposal", "create_drafter"]

@@ -6,26 +6,26 @@ one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come 
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import shutil
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from ..records import DraftBlocks
-from ..sampling import Chooser
-from ..target import Target, TargetShape
+from .drafter_config import DrafterConfig
+
+
+if TYPE_CHECKING:
+    from ..records import DraftBlocks
+    from ..sampling import Chooser
+    from ..target import Target, TargetShape
 
 
 @contextmanager
@@ -78,66 +78,38 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
         )
 
 
-def modelling_files(module: str) -> dict[str, str]:
-    """
-    The code that a drafter class needs, as files of one flat folder.
-
-    transformers takes code along with a checkpoint only from a single folder. So these are the very modules that run
-    here, whose imports of a parent package are written as imports of a sibling.
-
-    Args:
-        module (`str`): Name of the module that holds the class.
-
-    Returns:
-        Sources by file name.
-    """
-    files, waiting = {}, [module]
-    while waiting:
-        name = waiting.pop()
-        package, _, stem = name.rpartition(".")
-        if f"{stem}.py" not in files:
-            source = Path(sys.modules[name].__file__).read_text(encoding="utf-8")
-            siblings = re.findall(r"^from (\.+\w+) import", source, flags=re.M)
-            waiting += [resolve_name(sibling, package) for sibling in siblings]
-            files[f"{stem}.py"] = re.sub(r"^from \.+(\w+) import", r"from .\1 import", source, flags=re.M)
-    return files
-
-
 class Drafter(PreTrainedModel, ABC):
     """
-    A small model that proposes `num_draft_tokens` tokens after an anchor from tapped target states.
+    A small model that proposes `num_draft_tokens` tokens after an anchor, from tapped target states or from the text.
+    What it proposes is a chain; there are no trees.
 
     Attributes:
         kind (`str`): Key in `DRAFTERS`.
+        config_class (`type[DrafterConfig]`): Its config.
         vocab_map (`torch.LongTensor` of shape `(DV,)`, *optional*): Draft id → target id; `None` when they are equal.
     """
 
     kind: str
+    config_class: type[DrafterConfig]
     vocab_map: torch.Tensor | None = None
-    # Under which a `speculators` folder holds the embedding that the drafter borrows; its library fills it with noise.
-    speculators_embedding: str | None = None
+    # The class of transformers that reads a folder of this kind, and whether with code that lies beside the weights.
+    auto_class = "AutoModel"
+    code_travels = True
+    # A module's code as files of one folder. The registry sets it: it stays behind where this file has travelled, and
+    # transformers copies the files that it loaded.
+    travelling_code: Callable[[str], dict[str, str]] | None = None
     main_input_name = "features"
     supports_gradient_checkpointing = True
     # Set by transformers' `activation_checkpointing_enable`; [`draft`] then keeps no activations of its blocks.
     gradient_checkpointing = False
-    _target: Target | None = None
+    _target = None  # A [`Target`]; transformers evaluates annotations of a class.
 
     # -- to be provided by each architecture ---------------------------------------------------------------------
 
     @property
     @abstractmethod
-    def target_layer_ids(self) -> list[int]:
-        """Target layers read, counted from 0, as outputs of those layers."""
-
-    @property
-    @abstractmethod
     def num_draft_tokens(self) -> int:
         """K, proposals a block."""
-
-    @property
-    @abstractmethod
-    def sft_decay(self) -> float:
-        """Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it."""
 
     @abstractmethod
     def check_target(self, target: Target | TargetShape) -> None:
@@ -145,7 +117,10 @@ class Drafter(PreTrainedModel, ABC):
 
     @abstractmethod
     def start(self, batch_size: int, max_length: int) -> Any:
-        """An empty drafting state for texts of up to `max_length` positions."""
+        """
+        An empty drafting state for texts of up to `max_length` positions. What it is, is nobody else's business: keys
+        of a context, or a whole KV cache of the drafter's own. Rolling back is overwriting, by position.
+        """
 
     @abstractmethod
     def extend(
@@ -160,7 +135,7 @@ class Drafter(PreTrainedModel, ABC):
         Read target features of committed positions into the state, in place.
 
         Args:
-            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states.
+            features (`torch.Tensor` of shape `(R, Q, F)`): Tapped states; F is 0 without taps.
             positions (`torch.LongTensor` of shape `(R, Q)`): Where they stand. Positions past the committed text may
                 be given; what they leave behind is overwritten before it becomes visible.
             tokens (`torch.LongTensor` of shape `(R, S)`): The texts so far, by position.
@@ -191,12 +166,47 @@ class Drafter(PreTrainedModel, ABC):
             blocks ([`DraftBlocks`]): Blocks to draft; drafters that read their own proposals read `draft_tokens`.
 
         Returns:
-            `torch.Tensor` of shape `(N, K, H)`: states that [`output_weight`] turns into draft logits.
+            `torch.Tensor` of shape `(N, K, S)`: states that [`logits`] turns into draft logits. What they hold, and
+            how wide they are, is the drafter's own.
         """
 
     @abstractmethod
-    def output_weight(self) -> torch.Tensor:
-        """Head `(DV, H)` that turns states into draft logits."""
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        States of [`draft`], `(…, S)` → draft logits `(…, DV)`, in the dtype they are computed in. Through the head's
+        modules, so that what adapts them counts.
+        """
+
+    # -- with a default --------------------------------------------------------------------------------------------
+
+    # Weight of slot k in SFT is `sft_decay ** (k - 1)`, as the architecture's recipe has it.
+    sft_decay: float = 1.0
+    # Whether [`auxiliary_loss`] reads the target's distribution also where the teacher is its hard token alone.
+    auxiliary_reads_target = False
+    # A loss of the drafter's own: `auxiliary_loss(states, draft_logps, target_logps)` of states `(S', S)` and both
+    # log-probabilities `(S', DV)`, float32, the target's `None` where nobody reads them. It gives values `(S',)` by
+    # name: `loss` is added to the slot's loss, and all of them are logged as `auxiliary/<name>`, the same ones each
+    # time. It is called inside the loss's chunks, so what it holds is not kept; with no slots too (S' = 0).
+    auxiliary_loss: Callable[..., dict[str, torch.Tensor]] | None = None
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """
+        Target layers read, counted from 0, as outputs of those layers. Without any, features have width 0.
+        """
+        return []
+
+    @property
+    def linear_head(self) -> torch.Tensor | None:
+        """
+        The head `(DV, S)`, where [`logits`] is a product of states with it and nothing more (no adapter on it), so
+        that a fused kernel can take it.
+        """
+        return None
+
+    def init_from_target(self, target: Target) -> Drafter:
+        """Start from the target's weights where shapes fit; nothing by default."""
+        return self
 
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
@@ -209,6 +219,22 @@ class Drafter(PreTrainedModel, ABC):
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """A folder's tensors under the names this class gives them; what only they tell is settled in `config`."""
+        return tensors
+
+    def folder_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse: this class's tensors under the names that they have in its folder."""
+        return tensors
+
+    def speculators_tensors(
+        self, tensors: dict[str, torch.Tensor], target_embedding: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        The same in a `speculators` folder.
+
+        Args:
+            tensors (`dict`): This class's.
+            target_embedding (`Callable`): Fetches the target's input embedding, for layouts that hold it.
+        """
         return tensors
 
     @classmethod
@@ -250,27 +276,38 @@ class Drafter(PreTrainedModel, ABC):
         Raises:
             `ValueError`: `state_dict` lacks a tensor, or holds one that is not the drafter's, by name.
         """
-        if state_dict is not None:
+        if state_dict is None:
+            state_dict = self.state_dict()
+        else:
             check_tensors(self.state_dict(), state_dict, "the state to save")
-        # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
         module = type(self).__module__
-        self.config.auto_map = {"AutoModel": f"{module.rpartition('.')[2]}.{type(self).__name__}"}
+        code = self.travelling_code(module) if self.code_travels and self.travelling_code is not None else {}
+        if code:
+            # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
+            self.config.auto_map = {self.auto_class: f"{module.rpartition('.')[2]}.{type(self).__name__}"}
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
-            for name, source in modelling_files(module).items():
+            for name, source in code.items():
                 Path(save_directory, name).write_text(source, encoding="utf-8")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        tensors = self.folder_tensors(state_dict)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=tensors, **kwargs)
         if is_main_process:
             # safetensors lets nobody but its owner read a file; the config has the mode that this process gives files.
             for file in Path(save_directory).glob("*.safetensors"):
                 shutil.copymode(Path(save_directory, "config.json"), file)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Push the folder, with a card of its own; see [`~draft_opd_trl.hub.push_drafter`]."""
-        # By name: the copy of this file that travels with a checkpoint stands without the package.
-        return importlib.import_module("draft_opd_trl.hub").push_drafter(self, repo_id, **kwargs)
-
     # -- shared --------------------------------------------------------------------------------------------------
+
+    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+        """
+        Raises:
+            `ValueError`: There are faults; it names all of them.
+        """
+        if faults:
+            raise InputError(
+                f"This {self.kind} drafter does not fit the target {target.name}: {'; '.join(faults)}. Take the "
+                "drafter made for this target, or make one with `create_drafter`."
+            )
 
     def fit(self, target: Target | TargetShape) -> None:
         """
@@ -288,6 +325,10 @@ class Drafter(PreTrainedModel, ABC):
         """
         Lend the target's embedding and head; they never become parameters of the drafter.
 
+        Args:
+            target ([`Target`]): Where this file has travelled, anything that has the target's `name`, `config`,
+                `hidden_size`, `vocab_size`, `num_layers`, `embedding`, `embed` and `head`.
+
         Raises:
             `ValueError`: The two do not fit.
         """
@@ -304,3 +345,17 @@ class Drafter(PreTrainedModel, ABC):
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Draft vocabulary ids → target ids."""
         return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]
+
+    def as_proposal(self, draft_ids: torch.Tensor, probs: torch.Tensor | None) -> Proposal:
+        """What a [`Chooser`] gave for all slots `(B, M, K)`, over the target's vocabulary."""
+        if probs is not None and self.vocab_map is not None:
+            wide = probs.new_zeros((*probs.shape[:-1], self.config.vocab_size))
+            probs = wide.index_copy_(-1, self.vocab_map, probs)
+        return Proposal(self.to_target_ids(draft_ids), probs)
+
+    def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
+        """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
+        draft_ids, probs = zip(*steps, strict=True)
+        return self.as_proposal(
+            torch.stack(draft_ids, dim=-1), None if probs[0] is None else torch.stack(probs, dim=2)
+        )

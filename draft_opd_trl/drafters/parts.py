@@ -6,10 +6,9 @@ Knows no drafter kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
-from inspect import signature
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,32 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
+from ..packing import pack_by_text
 
 
-def check_options(config_class: type[PreTrainedConfig], options: Iterable[str]) -> None:
-    """
-    Refuse options that no config field answers to; transformers' configs would keep them without a word.
+if TYPE_CHECKING:
+    from ..records import DraftBlocks
 
-    Args:
-        config_class (`type`): Of the drafter, with a `from_target`.
-        options (`Iterable[str]`): Names of what is passed on to the config.
 
-    Raises:
-        `TypeError`: There is no such field.
-    """
-    own = [
-        name for name in signature(config_class.from_target).parameters if name not in ("target_config", "overrides")
-    ]
-    known = {*own, *signature(config_class.__init__).parameters, *config_class.__base__().to_dict()} - {
-        "self",
-        "kwargs",
-    }
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, own, 1, 0.7) or get_close_matches(name, sorted(known), 1, 0.7)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(own)}, and fields of the config."
-            raise InputTypeError(f"{config_class.__name__} has no option {name!r}. {hint}")
+# Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
+# states there. One without it refuses to start.
+TAPPED_BY_VLLM = frozenset(
+    "apertus deepseek_v3 gpt_oss granite llama ministral3 mistral phi3 qwen2 qwen3 qwen3_moe".split()
+)
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -78,6 +64,20 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
 
 
+def layer_faults(written: dict[str, Any]) -> list[tuple[str, set[str]]]:
+    """Where engines read a draft layer's fields otherwise, in a flat `config.json` or one of `speculators`."""
+    fields = written.get("transformer_layer_config") or {} if "speculators_model_type" in written else written
+    faults, both = [], {"SGLang", "vLLM"}
+    if (fields.get("hidden_act") or "silu") != "silu":
+        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", both))
+    top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
+    if top is None and inner is None:
+        faults.append(("no rope_theta is written, and each loader has a default of its own", both))
+    elif None not in (top, inner) and top != inner:
+        faults.append((f"rope_theta is {top} at the top level and {inner} in rope_parameters", both))
+    return faults
+
+
 def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
     """
     The flat fields in the `config.json` of a `speculators` folder.
@@ -95,6 +95,35 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     return states * cos + rotate_half(states) * sin
+
+
+@dataclass
+class BlockGrid:
+    """
+    Packed blocks as a grid, a row a text. Cells without a block draft at position 1.
+
+    Args:
+        anchors, tokens (`torch.LongTensor` of shape `(B, M)`): Anchors and the text's tokens there.
+        drafted (`torch.LongTensor` of shape `(B, M, K)`): Proposals.
+        cells (`tuple`): Index of the packed blocks, `(N,)` twice.
+    """
+
+    anchors: torch.Tensor
+    tokens: torch.Tensor
+    drafted: torch.Tensor
+    cells: tuple[torch.Tensor, torch.Tensor]
+
+
+def lay_out(blocks: DraftBlocks, tokens: torch.Tensor) -> BlockGrid:
+    """Blocks over texts `(B, T)` as a grid, at least one column wide."""
+    batch, length = tokens.shape
+    columns, width = pack_by_text(blocks.texts, batch)
+    cells = blocks.texts, columns
+    anchors = tokens.new_ones((batch, max(width, 1)))
+    anchors[cells] = blocks.anchors
+    drafted = tokens.new_zeros((*anchors.shape, blocks.num_draft_tokens))
+    drafted[cells] = blocks.draft_tokens
+    return BlockGrid(anchors, tokens.gather(1, anchors.clamp(max=length - 1)), drafted, cells)
 
 
 def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:
@@ -124,6 +153,11 @@ def init_layer(layer: nn.Module, source: nn.Module) -> None:
             copy_fitting(module.weight[:, -weight.shape[1] :], weight)
         elif "norm" in name:
             copy_norm(module, theirs[name])
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor | None:
+    """A linear map's weight, if the map is a product with it and nothing more: no bias, and no adapter on it."""
+    return linear.weight if type(linear) is nn.Linear and linear.bias is None else None
 
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:

@@ -118,7 +118,7 @@ def _ours(folder: Path, dtype: str) -> dict:
     anchor = torch.tensor([[length - 1]])
     drafted = drafter.propose(state, tokens[:, -1:], anchor, length, Chooser()).tokens[0]
     blocks = DraftBlocks(*torch.tensor([[0], [length - 1]]), drafted, *torch.tensor([[0], [proposals]]))
-    logits = drafter.draft(features, tokens, blocks)[0] @ drafter.output_weight().T
+    logits = drafter.logits(drafter.draft(features, tokens, blocks)[0])
     if drafter.vocab_map is not None:
         logits = logits.new_full((proposals, target.vocab_size), -torch.inf).index_copy_(1, drafter.vocab_map, logits)
     return {
