@@ -93,7 +93,8 @@ def push_drafter(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Push a drafter folder that engines load by id, with a card unless the repository has one.
+    Push a drafter folder that engines load by id, with a card unless the repository has one. What transformers' own
+    `drafter.push_to_hub` pushes is the same folder with a blank card.
 
     Args:
         drafter ([`Drafter`]): The drafter; one that is bound to its target gets it named in the card.

@@ -23,25 +23,6 @@ def _map_tensors(record: Any, function: Any) -> Any:
     return replace(record, **changes)
 
 
-def pack_by_text(texts: torch.Tensor, num_texts: int) -> tuple[torch.Tensor, int]:
-    """
-    Columns that lay packed items out as a padded `[num_texts, width]` grid, in their order.
-
-    Args:
-        texts (`torch.LongTensor` of shape `(N,)`): Text of each item.
-        num_texts (`int`): Texts of the grid.
-
-    Returns:
-        Column of each item `(N,)` and the grid's width (one host sync).
-    """
-    counts = torch.bincount(texts, minlength=num_texts)
-    order = torch.argsort(texts, stable=True)
-    starts = (counts.cumsum(0) - counts)[texts[order]]
-    columns = torch.empty_like(texts)
-    columns[order] = torch.arange(len(texts), device=texts.device) - starts
-    return columns, int(counts.max()) if len(texts) else 0
-
-
 def num_valid_slots(anchors: torch.Tensor, lengths: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
     """Slots of a block that lie inside its text: `min(K, length - 1 - anchor)`."""
     return (lengths - 1 - anchors).clamp(max=num_draft_tokens)

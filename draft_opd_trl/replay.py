@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .drafters.base import Drafter
-from .records import DraftBlocks, Rollout, num_valid_slots, pack_by_text
+from .packing import pack_by_text
+from .records import DraftBlocks, Rollout, num_valid_slots
 from .sampling import Chooser, probabilities
 from .sampling_params import SamplingParams
 from .target import Target

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
-from draft_opd_trl.drafters.base import modelling_files
 from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.sampling import Chooser
 from draft_opd_trl.speculation import SpeculationSettings, speculate
+from draft_opd_trl.travel import travelling_code
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda folder: folder.name)
@@ -147,23 +147,27 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is not installed here")
 sys.meta_path.insert(0, Blocker())
 
+from types import SimpleNamespace
+
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 target_folder, folder, again, job = sys.argv[1:]
 drafter = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-code = {name.rpartition(".")[2]: module for name, module in sys.modules.items() if "transformers_modules" in name}
 model = AutoModelForCausalLM.from_pretrained(target_folder)
-target = code["target"].Target(model)
-drafter.bind(target)
+config, embedding = model.config, model.get_input_embeddings()
+sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "num_layers": config.num_hidden_layers}
+lent = {"embedding": embedding, "embed": embedding, "head": model.get_output_embeddings()}
+drafter.bind(SimpleNamespace(name="the target", config=config, **sizes, **lent))
 
 prompt = torch.load(job)
-features, _ = target.forward_text(prompt, drafter.target_layer_ids)
+states = model(prompt, output_hidden_states=True).hidden_states
+features = torch.cat([states[index + 1] for index in drafter.target_layer_ids], dim=-1)
 state = drafter.start(1, 64)
 positions = torch.arange(prompt.shape[1])[None]
 drafter.extend(state, features, positions, prompt)
 anchor = torch.tensor([[prompt.shape[1] - 1]])
-proposal = drafter.propose(state, prompt[:, -1:], anchor, prompt.shape[1], code["sampling"].Chooser())
+proposal = drafter.propose(state, prompt[:, -1:], anchor, prompt.shape[1], lambda logits: (logits.argmax(-1), None))
 drafter.save_pretrained(again)
 assert not any(name.startswith("draft_opd_trl") for name in sys.modules)
 torch.save({"state": drafter.state_dict(), "tokens": proposal.tokens}, job)
@@ -191,7 +195,7 @@ def test_the_shipped_folders_load_where_this_package_is_not(shipped, tmp_path):
 
 def test_the_shipped_code_is_the_packages(shipped):
     """Otherwise renew it: `python examples/pocket/build.py code`."""
-    code = modelling_files(type(load_drafter(str(shipped))).__module__)
+    code = travelling_code(type(load_drafter(str(shipped))).__module__)
     assert {path.name: path.read_text() for path in shipped.glob("*.py")} == code
 
 

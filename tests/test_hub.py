@@ -22,6 +22,7 @@ from draft_opd_trl import (
     SpeculationSettings,
     hub_trainer,
     load_drafter,
+    push_drafter,
     speculate,
 )
 from draft_opd_trl._trl_compat import _BaseConfig
@@ -131,7 +132,7 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     hub.large = (".safetensors",)
     target = Target(model)
     drafter = tiny_drafter(ANY_KIND, target)
-    drafter.push_to_hub("user/large")
+    push_drafter(drafter, "user/large")
     assert len(hub.blobs) == 1
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
 
@@ -140,7 +141,7 @@ def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
     """With the code that came along, not with this package's."""
     target = Target(model)
     drafter = tiny_drafter(kind, target)
-    drafter.push_to_hub("user/mine")
+    push_drafter(drafter, "user/mine")
     loaded = AutoModel.from_pretrained("user/mine", trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules.user.mine.")
     assert torch.equal(proposals(loaded, target), proposals(drafter, target))
@@ -259,10 +260,10 @@ def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, t
     assert card.data.eval_results[0].metric_value == round(trainer.evaluate()["eval_acceptance_length"], 4)
 
 
-def test_a_drafter_pushes_itself_and_leaves_a_card_that_is_there(hub, model, tmp_path):
+def test_a_drafter_is_pushed_and_leaves_a_card_that_is_there(hub, model, tmp_path):
     target = Target(model)
     drafter = tiny_drafter(ANY_KIND, target)
-    drafter.push_to_hub("user/mine")
+    push_drafter(drafter, "user/mine")
     files = hub.files("user/mine")
     drafter.save_pretrained(tmp_path / "saved")
     assert set(files) == {*os.listdir(tmp_path / "saved"), "README.md"}
@@ -270,7 +271,7 @@ def test_a_drafter_pushes_itself_and_leaves_a_card_that_is_there(hub, model, tmp
     card = files["README.md"].decode()
     assert f"A drafter (**{ANY_KIND}**) for speculative decoding with `Qwen3ForCausalLM`" in card
     hub.commit("user/mine", {"README.md": b"---\nlicense: mit\n---\nby hand"}, "edit")
-    load_drafter("user/mine").push_to_hub("user/mine")
+    push_drafter(load_drafter("user/mine"), "user/mine")
     assert hub.files("user/mine")["README.md"].endswith(b"by hand")
 
 
@@ -363,9 +364,9 @@ def test_no_token_or_no_network_is_said_before_anything_is_loaded(hub, texts, tm
         build(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
 
 
-def test_a_drafter_that_cannot_push_itself_says_why(hub, model):
+def test_a_drafter_that_cannot_be_pushed_says_why(hub, model):
     hub.refuse = {"preupload": (403, "no")}
     with pytest.raises(
         OSError, match="Could not push to user/mine.*The token may not write there.*Nothing was pushed"
     ):
-        tiny_drafter(ANY_KIND, Target(model)).push_to_hub("user/mine")
+        push_drafter(tiny_drafter(ANY_KIND, Target(model)), "user/mine")

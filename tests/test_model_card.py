@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import KINDS, tiny_drafter, tiny_model
+from conftest import tiny_drafter, tiny_model
 from huggingface_hub import ModelCard
 from readers import checked
 
@@ -248,7 +248,7 @@ def test_the_card_of_an_adapter_sends_nobody_to_an_engine_with_it(card, drafter,
     export = f"draft-opd export user/mine --format {drafter.kind} --output_dir user/mine-whole"
     assert "holds an adapter (LORA) on [`user/base`]" in text and f"```bash\n{export}\n```" in text
     assert 'AutoModel.from_pretrained("user/mine-whole"' in text and 'load_drafter("user/mine")' in text
-    for command in launch_commands(drafter.kind, ID, "user/mine-whole", drafter.num_draft_tokens).values():
+    for command in launch_commands(drafter, ID, "user/mine-whole").values():
         assert command in text
     assert "adapter" not in card(ID).text
 
@@ -270,16 +270,15 @@ def test_the_card_promises_the_engines_that_inspection_does(kind, family, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "$(touch x)", '"', "a;b", "a\nb", "`id`"])
-def test_commands_are_quoted(name):
-    for kind in KINDS:
-        commands = launch_commands(kind, f"/{name}/target", f"/{name}/drafter", 7)
-        vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
-        assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
-        sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
-        assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
+def test_commands_are_quoted(name, drafter):
+    commands = launch_commands(drafter, f"/{name}/target", f"/{name}/drafter")
+    vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
+    assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
+    sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
+    assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
 
 
 def test_the_card_shows_the_commands(card, drafter):
     text = card(ID).text
-    for engine, command in launch_commands(drafter.kind, ID, "user/mine", drafter.num_draft_tokens).items():
+    for engine, command in launch_commands(drafter, ID, "user/mine").items():
         assert f"With {engine}:\n\n```bash\n{command}\n```" in text

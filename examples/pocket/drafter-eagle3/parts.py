@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,16 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .errors import InputError
-from .records import DraftBlocks, pack_by_text
+from .packing import pack_by_text
+
+
+
+
+# Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
+# states there. One without it refuses to start.
+TAPPED_BY_VLLM = frozenset(
+    "apertus deepseek_v3 gpt_oss granite llama ministral3 mistral phi3 qwen2 qwen3 qwen3_moe".split()
+)
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -51,6 +60,20 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """The part of RoPE's parameters that no drafter here computes, by name; empty if there is none."""
     kind = rope.get("rope_type", rope.get("type"))
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
+
+
+def layer_faults(written: dict[str, Any]) -> list[tuple[str, set[str]]]:
+    """Where engines read a draft layer's fields otherwise, in a flat `config.json` or one of `speculators`."""
+    fields = written.get("transformer_layer_config") or {} if "speculators_model_type" in written else written
+    faults, both = [], {"SGLang", "vLLM"}
+    if (fields.get("hidden_act") or "silu") != "silu":
+        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", both))
+    top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
+    if top is None and inner is None:
+        faults.append(("no rope_theta is written, and each loader has a default of its own", both))
+    elif None not in (top, inner) and top != inner:
+        faults.append((f"rope_theta is {top} at the top level and {inner} in rope_parameters", both))
+    return faults
 
 
 def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
