@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -16,15 +16,19 @@ from transformers import (
 )
 
 from ._trl_compat import create_model_from_path
+from .adapters import AdaptedDrafter
 from .checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config
 from .checks import check_value
 from .config import DraftOPDConfig
 from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
 from .errors import InputError, InputTypeError
+from .files import check_writable
+from .hub import check_hub_access
 from .limits import LIMITS
-from .rollout import RolloutSource
+from .prompts import tokenize_dataset
 from .sampling_params import SamplingParams
+from .sources import RolloutSource
 from .target import Target
 from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 
@@ -67,6 +71,31 @@ def check_drafter(name: str, revision: str | None = None, token: str | None = No
         drafter_class_of(read_config(folder), folder)
 
 
+def check_run(args: DraftOPDConfig, has_eval_dataset: bool) -> None:
+    """
+    What a run must have around it, before anything is read.
+
+    Raises:
+        `ValueError`: It is started as what it cannot be, or shall evaluate on nothing.
+        `OSError`: The Hub or the output folder refuses.
+    """
+    if args.push_to_hub:
+        check_hub_access(args.hub_token)
+    check_writable(args.output_dir)
+    if args.fsdp and args.world_size == 1:
+        raise InputError("fsdp shards over several processes, and there is one. Start with `accelerate launch`.")
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
+            "one target. Launch with `accelerate launch`, or make one GPU visible."
+        )
+    if not has_eval_dataset and (args.eval_strategy != "no" or args.eval_on_start):
+        raise InputError(
+            f"eval_strategy is {args.eval_strategy.value!r} and eval_on_start is {args.eval_on_start}, but there "
+            "is no `eval_dataset` (--num_eval_prompts 0). Give one, or set eval_strategy to 'no'."
+        )
+
+
 def load_tokenizer(
     teacher_model: str | PreTrainedModel, args: DraftOPDConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
@@ -84,6 +113,25 @@ def load_tokenizer(
     if not teacher_model.config._name_or_path:
         raise InputError("The target was given as an instance without a path: pass its tokenizer too.")
     return read_tokenizer(teacher_model.config._name_or_path, teacher_model.config, **hub)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    args: DraftOPDConfig,
+    dataset: Dataset,
+    name: str,
+    needs_completions: bool = False,
+) -> Dataset:
+    """[`tokenize_dataset`] as the settings say."""
+    return tokenize_dataset(
+        dataset,
+        tokenizer,
+        args.max_prompt_length,
+        args.chat_template_kwargs,
+        needs_completions,
+        truncate_prompts=args.truncate_prompts,
+        name=name,
+    )
 
 
 def load_target(
@@ -188,8 +236,8 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
 
     Raises:
         `TypeError`: Not a PEFT config.
-        `ValueError`: It names a task type, and PEFT would look for a model of that task; or it adapts what drafters
-            and losses do not reach through a forward: prompts, or the head.
+        `ValueError`: It names a task type, and PEFT would look for a model of that task; or it trains a prompt, or
+            adapts what the drafter keeps as it is.
     """
     if not isinstance(peft_config, PeftConfig):
         raise InputTypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
@@ -202,17 +250,19 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
             f"{type(peft_config).__name__} trains a prompt, but a drafter reads target states. Use a method that "
             "adapts weights, such as LoraConfig."
         )
-    before = drafter.get_output_embeddings()
+    # What the drafter itself does not train, it keeps as it is for a reason, such as engines that lend their own.
+    kept = {name.rpartition(".")[0] for name, value in drafter.named_parameters() if not value.requires_grad}
+    before = {name: drafter.get_submodule(name) for name in kept}
     try:
-        model = get_peft_model(drafter, peft_config, revision=revision)
+        model = AdaptedDrafter.of(drafter, peft_config, revision)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"The drafter takes no adapter of this peft_config ({told(error)}). Correct its target_modules "
             "(--lora_target_modules), or leave them out."
         ) from error
-    if drafter.get_output_embeddings() is not before:
+    if adapted := sorted(name for name, module in before.items() if drafter.get_submodule(name) is not module):
         raise InputError(
-            "peft_config adapts the drafter's head, whose weight the losses read directly, so the adapter there would "
-            "train nothing. Leave lm_head out of target_modules and modules_to_save."
+            f"peft_config adapts {adapted}, which a {drafter.kind} drafter of this config keeps as it is, because "
+            "engines take the target's. Leave it out of target_modules and modules_to_save."
         )
     return model

@@ -19,7 +19,7 @@ accelerate launch examples/train.py \
 An adapter instead of all weights, and a target in 4 bits, take more options; all of them can stand in a YAML file:
 
 ```bash
-accelerate launch examples/train.py --config recipe.yaml \
+accelerate launch examples/train.py --config train.yaml \
     --use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 1e-3 --load_in_4bit
 ```
 

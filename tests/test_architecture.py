@@ -1,6 +1,6 @@
 """
-The contracts of `.importlinter`, and what import-linter cannot say: it reads which module imports which, not what is
-taken from one, nor what code does.
+The contracts of `.importlinter`, and what import-linter cannot say: it reads which module imports which, and not what
+is taken from one, nor what code does.
 """
 
 import ast

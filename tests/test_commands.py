@@ -113,7 +113,7 @@ def test_texts_beyond_the_context_are_found_before_decoding(capsys):
         (["--suite", "pocket", "--suite_path", "pocket"], "--suite_path pocket must be name=path of one of"),
         (["--suite", "pocket,gone.jsonl"], "gone.jsonl is not a file here"),
         (["--suite", "pocket", "--temperature", "0", "-1"], "`temperature` is -1.0"),
-        (["--suite", "pocket", "--chat_template_kwargs", "{enable_thinking"], "{enable_thinking is not JSON"),
+        (["--suite", "pocket", "--chat_template_kwargs", "{on"], "`chat_template_kwargs` is '{on', which is not JSON"),
     ],
 )
 def test_evaluate_checks_before_it_loads_models(words, why, capsys):

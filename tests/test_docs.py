@@ -78,6 +78,17 @@ def test_every_setting_is_documented(where):
     assert OUR_FIELDS - words == set()
 
 
+@pytest.mark.parametrize("where", ["docstring", "api.md"])
+def test_settings_are_documented_in_their_order(where):
+    if where == "docstring":
+        lines = re.findall(r"^    (\w.*) \(`", inspect.getdoc(DraftOPDConfig), flags=re.MULTILINE)
+    else:
+        section = _read(SOURCE / "api.md").split("### DraftOPDConfig\n")[1].split("\n### ")[0]
+        lines = re.findall(r"^\| (`.*?`) \| ", section, flags=re.MULTILINE)
+    documented = [name for line in lines for name in re.findall(r"\w+", line)]
+    assert documented == [field.name for field in dataclasses.fields(DraftOPDConfig) if field.name in OUR_FIELDS]
+
+
 def test_api_has_every_public_name_with_its_parameters():
     sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", _read(SOURCE / "api.md"), flags=re.M | re.S))
     assert set(sections) == set(draft_opd_trl.__all__)

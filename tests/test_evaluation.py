@@ -211,9 +211,9 @@ def test_a_kill_loses_at_most_the_texts_in_flight(
     decoded = []
     measure = evaluation.measure_acceptance
 
-    def counted(target, drafter, waiting, *rest):
+    def counted(target, drafter, waiting, *rest, **options):
         decoded.append(len(waiting))
-        return measure(target, drafter, waiting, *rest)
+        return measure(target, drafter, waiting, *rest, **options)
 
     monkeypatch.setattr(evaluation, "measure_acceptance", counted)
     again = evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "run")

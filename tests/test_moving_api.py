@@ -43,7 +43,6 @@ TRAINER_ATTRIBUTES = {"_signature_columns", "_train_batch_size"}
 PARSER = {"_parse_dataclass_field", "set_defaults_with_config", "parse_args_and_config"}
 # Modules that are nobody's public API, and what is taken from them.
 MODULES = {
-    "datasets.arrow_writer": {"ArrowWriter"},
     "datasets.utils": {"logging"},
     "transformers.activations": {"ACT2FN"},
     "transformers.convert_slow_tokenizer": {"bytes_to_unicode"},

@@ -276,12 +276,12 @@ def test_texts_written_after_the_checkpoint_change_nothing(world, tmp_path, temp
     wanted = weights(run)
     for path in checkpoints_in(tmp_path)[1:]:
         shutil.rmtree(path)
-    shards = sorted(tmp_path.glob("_text_cache/*/*.arrow"))
+    shards = sorted(tmp_path.glob("_text_cache/*/*.parquet"))
     resumed = build(world, tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed), wanted)
     # A text is on disk once, and known once it has been written again.
-    assert sorted(tmp_path.glob("_text_cache/*/*.arrow")) == shards
+    assert sorted(tmp_path.glob("_text_cache/*/*.parquet")) == shards
     assert len(resumed.source.cache) == 16
 
 

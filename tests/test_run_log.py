@@ -8,7 +8,7 @@ import torch
 from runs import make_trainer, spelled_prompts, written_texts
 from transformers import TrainerCallback
 
-from draft_opd_trl import load_drafter
+from draft_opd_trl import load_drafter, run_log
 from draft_opd_trl.run_log import RunLog
 
 
@@ -18,23 +18,11 @@ def texts(model):
     return written_texts(model, spelled_prompts(12))
 
 
-class Ranks:
-    """An accelerator of two ranks, the other of which adds what `other` holds."""
-
-    num_processes, device = 2, torch.device("cpu")
-
-    def __init__(self, other):
-        self.other = other
-
-    def gather(self, row):
-        return torch.cat([row, torch.tensor([self.other], dtype=row.dtype)])
-
-
 ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 
 
 def test_a_window_is_a_ratio_of_sums_and_an_extreme_an_extreme():
-    log = RunLog(ALONE, 2)
+    log = RunLog(ALONE)
     for part, whole, length in ((1, 1, 7), (9, 2, 3), (2, 5, 5)):
         log.add("acceptance/length", part, whole)
         log.add("loss/accepted", torch.tensor(float(part)), torch.tensor(float(whole)))
@@ -57,21 +45,17 @@ def test_a_window_is_a_ratio_of_sums_and_an_extreme_an_extreme():
         "replay/blocks": 4,
     }
     assert log.take() == {}
-    with pytest.raises(KeyError):
-        log.add("a name no other rank expects", 1)
 
 
-def test_ranks_are_added_and_one_that_met_nothing_counts_nothing():
-    other = RunLog(ALONE, 1)
-    other._begin_step()
-    flat = [0.0, 0.0] * len(other._names)
-    place = other._names.index("replay/blocks")
-    flat[2 * place : 2 * place + 2] = [5.0, 0.5]
-    log = RunLog(Ranks(flat), 1)
+def test_ranks_are_added_and_one_that_met_nothing_counts_nothing(monkeypatch):
+    other = {"replay/blocks": (5.0, 0.5), "replay/error_share": (1, 4)}
+    monkeypatch.setattr(run_log, "gather_object", lambda own: [*own, other])
+    log = RunLog(SimpleNamespace(num_processes=2, device=torch.device("cpu")))
     log.add("replay/blocks", 3)
     log.add("completions/min_length", 4, 2)
+    log.add("completions/min_length", 1, 0)
     log.end_step()
-    assert log.take() == {"replay/blocks": 8, "completions/min_length": 4}
+    assert log.take() == {"replay/blocks": 8, "completions/min_length": 4, "replay/error_share": 0.25}
 
 
 RUN = {

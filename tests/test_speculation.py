@@ -23,7 +23,7 @@ from invariants import (
 )
 
 from draft_opd_trl.sampling_params import SamplingParams
-from draft_opd_trl.speculation import SpeculationSettings, speculate, text_uniforms
+from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
 # -- scripted: after t comes t + 1, modulo 12 --------------------------------------------------------------------
@@ -213,23 +213,6 @@ def test_a_drawn_text_depends_on_its_prompt_and_seed_alone(target, drafter, samp
         assert part == {index: whole[index] for index in order}
     seeds = [seed + 1 for seed in seeds]
     assert texts(range(9), 16) != whole
-
-
-def test_numbers_of_texts_are_even_and_apart():
-    """Each of 64 cells as often as the others; neighbours in seed, position and purpose know nothing of each other."""
-    seeds, positions = torch.arange(200), torch.arange(1, 201).expand(200, -1)
-    even = torch.full((64,), 1 / 64)
-    by_purpose = [text_uniforms(seeds, positions, purpose) for purpose in range(3)]
-    for values in by_purpose:
-        assert 0 <= values.min() and values.max() < 1
-        assert chi_square_p(torch.bincount((values.flatten() * 64).long(), minlength=64), even) > 1e-4
-    pairs = [(by_purpose[0][1:], by_purpose[0][:-1]), (by_purpose[0][:, 1:], by_purpose[0][:, :-1]), by_purpose[:2]]
-    for first, second in [*pairs, by_purpose[1:]]:
-        cells = (first.flatten() * 8).long() * 8 + (second.flatten() * 8).long()
-        assert chi_square_p(torch.bincount(cells, minlength=64), even) > 1e-4
-    # As splitmix64 has them in Python's integers, which do not overflow.
-    expected = [0.8300421022736726, 0.31665098270182956]
-    assert text_uniforms(torch.tensor([7]), torch.tensor([[5, 6]]), 1)[0].tolist() == expected
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import pytest
 import torch
 from completions_server import CompletionsServer
 from conftest import ANY_KIND, STOPS, tiny_drafter, tiny_stopping_model, tiny_tokenizer
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from invariants import assert_same_weights
+from pyarrow import parquet
 from runs import StopAt, make_trainer, parameters_of, spelled_prompts, written_texts
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, rollout, server, speculate
+from draft_opd_trl import SamplingParams, SpeculationSettings, server, sources, speculate
 from draft_opd_trl.target import Target
 
 
@@ -48,7 +49,7 @@ def decoded(monkeypatch):
         prompts.extend(asked)
         return speculate(target, drafter, asked, *arguments, **options)
 
-    monkeypatch.setattr(rollout, "speculate", counting)
+    monkeypatch.setattr(sources, "speculate", counting)
     return prompts
 
 
@@ -79,7 +80,7 @@ def test_later_epochs_and_runs_at_temperature_0_write_nothing(drafter_folder, mo
     make_trainer(drafter_folder, model, texts, tmp_path / "second", seed=3, **options).train()
     assert decoded == []
     folders = list((tmp_path / "shared").iterdir())
-    kept = load_from_disk(str(folders[0]))
+    kept = parquet.read_table(folders[0]).to_pydict()
     assert len(folders) == 1 and sorted(kept["completion_ids"]) == sorted(texts["completion_ids"])
 
 
@@ -90,7 +91,7 @@ def test_drawn_texts_are_drawn_again_when_asked(drafter_folder, model, texts, tm
     assert len(decoded) == 2 * 16
     shares = [log["rollout/cached"] for log in trainer.state.log_history if "rollout/cached" in log]
     assert shares == ([0.0] * 4 + [1.0] * 4) * 2
-    kept = load_from_disk(str(trainer.source.cache.folder)).to_list()
+    kept = parquet.read_table(trainer.source.cache.folder).to_pylist()
     first, second = ({tuple(r["prompt_ids"]): r["completion_ids"] for r in kept if r["draw"] == d} for d in (0, 1))
     assert len(kept) == 32 and first.keys() == second.keys()
     assert sum(first[prompt] != second[prompt] for prompt in first) > 8

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.config import RECIPES  # noqa: E402
+from draft_opd_trl.block_choice import OnPolicySettings  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
 from draft_opd_trl.files import write_atomically  # noqa: E402
 from draft_opd_trl.losses import HARD_LOSSES  # noqa: E402
+from draft_opd_trl.recipe import read_recipe  # noqa: E402
 from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
+from draft_opd_trl.streams import StreamSettings  # noqa: E402
 
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
@@ -58,8 +60,9 @@ SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the pap
 # On every seed. The paper's preset is one for greedy texts; where the target draws, SFT may learn its law instead.
 LEADING = {0.0: (SFT, DEFAULT, PAPER), 1.0: (SFT, DEFAULT, SOFT)}
 TUNED = (SFT, DEFAULT)
+THE_PAPERS = read_recipe("paper")
 # Recipes with AdamW instead of Muon, and its rate. The first is the paper's.
-ADAMW = {PAPER: RECIPES["paper"]["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW at 1e-3": 1e-3}
+ADAMW = {PAPER: THE_PAPERS["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW at 1e-3": 1e-3}
 # Of the paper's preset: the same for every recipe here.
 SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
 SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -90,6 +93,22 @@ class StudyArguments:
     quick_rate: float = field(default=2e-3, metadata={"help": "That rate."})
 
 
+@dataclass
+class StudyConfig(DraftOPDConfig):
+    """Settings, and those that only tell one effect from another."""
+
+    anchors: str = field(default="exposed", metadata={"help": "Where on-policy blocks start: exposed or random."})
+    whole_blocks: bool = field(default=False, metadata={"help": "Teach the text behind the first rejection too."})
+
+    @property
+    def on_policy(self) -> OnPolicySettings:
+        return replace(super().on_policy, anchors=self.anchors)
+
+    @property
+    def streams(self) -> StreamSettings:
+        return replace(super().streams, whole_blocks=self.whole_blocks)
+
+
 def rows(temperature: float) -> dict[str, dict[str, Any]]:
     """What each recipe changes of the default one."""
     own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
@@ -97,14 +116,14 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
         SFT: {"lmbda": 0.0, "accepted_loss": "ce"},
         SOFT: {"lmbda": 0.0, "accepted_loss": "forward_kl", "teacher_temperature": 1.0},
         DEFAULT: {},
-        PAPER: {name: value for name, value in RECIPES["paper"].items() if name not in SHARED},
+        PAPER: {name: value for name, value in THE_PAPERS.items() if name not in SHARED},
         "random anchors, own proposals": {"anchors": "random"},
         "whole blocks": {"whole_blocks": True},
         "rejected stream at 0.1": {"rejected_weight": 0.1},
         "rejected stream at 1": {"rejected_weight": 1.0},
     }
-    losses = {name for name in RECIPES["paper"] if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
-    paper = {name: RECIPES["paper"][name] for name in losses | {"teacher_temperature"}}
+    losses = {name for name in THE_PAPERS if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
+    paper = {name: THE_PAPERS[name] for name in losses | {"teacher_temperature"}}
     table["the paper's losses, our optimizer"] = paper
     teachers = dict.fromkeys(HARD_LOSSES, temperature) | dict.fromkeys(("forward_kl", "reverse_kl", "jsd"), 1.0)
     if temperature > 0:
@@ -152,7 +171,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
     drafter, seconds = load_drafter(args.origin), 0.0
     options = rows(temperature).get(row, rows(temperature)[SFT])
     if steps:
-        config = DraftOPDConfig(
+        config = StudyConfig(
             str(file.with_suffix("")),
             max_steps=steps,
             seed=seed,

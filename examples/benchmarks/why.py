@@ -31,7 +31,8 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.batching import BatchMaker, StreamSettings, stream_weights
+from draft_opd_trl.batching import BatchMaker
+from draft_opd_trl.block_choice import OnPolicySettings
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.files import write_atomically
 from draft_opd_trl.loading import load_pair
@@ -41,6 +42,7 @@ from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
 from draft_opd_trl.replay import text_blocks
 from draft_opd_trl.report import save_figure
 from draft_opd_trl.rows import load_prompts
+from draft_opd_trl.streams import StreamSettings, stream_weights
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
@@ -189,14 +191,17 @@ def examine_batch(
     settings = [LossSettings(kind, sampling.temperature) for kind in kinds]
     proposals = sampling if sample_proposals else None
 
-    def replayed(drafter: Drafter, count: int, **options: Any) -> ReplayBatch:
-        return BatchMaker(target, drafter, num_anchors=count, proposals=proposals, **options)([texts], 0)[0][0]
+    def replayed(drafter: Drafter, count: int, rejected_weight: float, anchors: str = "exposed") -> ReplayBatch:
+        streams, on_policy = StreamSettings(rejected_weight=rejected_weight), OnPolicySettings(anchors, count)
+        make_batches = BatchMaker(target, drafter, streams, on_policy, seed=0, proposals=proposals)
+        (batch,), _ = make_batches([texts], step=0, lmbda=1.0)
+        return batch
 
     def exposed(drafter: Drafter) -> ReplayBatch:
-        return replayed(drafter, texts.tokens.shape[1], streams=StreamSettings(rejected_weight=1.0))
+        return replayed(drafter, texts.tokens.shape[1], rejected_weight=1.0)
 
     origin = next(iter(drafters.values()))
-    start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, streams=StreamSettings(), anchors="random")
+    start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, rejected_weight=0.0, anchors="random")
     sft_blocks = text_blocks(texts, random.blocks.texts, random.blocks.anchors, origin.num_draft_tokens)
     off_policy = torch.zeros_like(sft_blocks.texts, dtype=torch.bool)
     sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=origin.sft_decay))
