@@ -11,6 +11,7 @@ import torch
 from conftest import EAGLE3_VARIANTS, random_prompts, tiny_drafter
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.drafters import DFlashConfig
@@ -436,8 +437,8 @@ def test_the_shipped_code_is_the_packages(shipped):
 
 
 @torch.no_grad()
-def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, kind, tmp_path):
-    drafter = tiny_drafter(kind, qwen_target)
+def assert_drafts_alone(drafter, target, target_folder, tmp_path):
+    """Saved, a drafter proposes the same in a process without this package, also of the text that it writes there."""
     drafter.save_pretrained(tmp_path / "drafter")
     prompt = torch.arange(3, 12)[None]
     torch.save(prompt, tmp_path / "job")
@@ -450,17 +451,33 @@ def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, ki
     assert there["state"].keys() == drafter.state_dict().keys()
     assert all(torch.equal(value, there["state"][name]) for name, value in drafter.state_dict().items())
     # The same by hand in this process; the anchor is the prompt's last token.
-    features, _ = qwen_target.forward_text(prompt, drafter.target_layer_ids)
+    features, _ = target.forward_text(prompt, drafter.target_layer_ids)
     state, length = drafter.start(1, 64), prompt.shape[1]
     drafter.extend(state, features, torch.arange(length)[None], prompt)
     here = drafter.propose(state, prompt[:, -1:], torch.tensor([[length - 1]]), length, Chooser())
     assert torch.equal(there["tokens"], here.tokens)
-    if kind == "dflash":
-        assert torch.equal(there["text"], qwen_target.model.generate(prompt, max_new_tokens=20, do_sample=False))
+    if there["text"] is not None:
+        assert torch.equal(there["text"], target.model.generate(prompt, max_new_tokens=20, do_sample=False))
     # Saved again from there, the folder is the same, code included.
-    for path in (tmp_path / "drafter").glob("*.py"):
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    _assert_same(qwen_target, drafter, load_drafter(str(tmp_path / "again")))
+    names = {path.name for path in (tmp_path / "drafter").iterdir()}
+    assert names == {path.name for path in (tmp_path / "again").iterdir()}
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "drafter" / name).read_bytes()
+    _assert_same(target, drafter, load_drafter(str(tmp_path / "again")))
+
+
+def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, kind, tmp_path):
+    assert_drafts_alone(tiny_drafter(kind, qwen_target), qwen_target, target_folder, tmp_path)
+
+
+def test_what_travels_is_what_drafting_needs(kind, qwen_target, tmp_path):
+    """No target, no cache, no records, no sampling; and transformers finds every file."""
+    drafter = tiny_drafter(kind, qwen_target)
+    drafter.save_pretrained(tmp_path)
+    main = tmp_path / f"{type(drafter).__module__.rpartition('.')[2]}.py"
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert files == {main.name, *(Path(file).name for file in get_relative_import_files(main))}
+    assert not {"target.py", "cache.py", "records.py", "sampling.py"} & files
 
 
 @pytest.mark.parametrize("options", [{}, {"own_embeddings": True}, {"hidden_size": 16}, {"draft_token_ids": None}])

@@ -8,17 +8,16 @@ Source: z-lab's DFlash modelling file; attention follows Qwen3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from .records import DraftBlocks
-from .sampling import Chooser
-from .target import Target, TargetShape
 from .base import Drafter, Proposal
 from .parts import copy_norm, draft_in_parts, init_layer, lay_out, rotate
+
+
 
 
 class BlockAttention(nn.Module):

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .records import DraftBlocks
-from .sampling import Chooser
-from .target import Target, TargetShape
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
 from .parts import copy_norm, draft_in_parts, init_layer, lay_out, plain_weight, rotate
+
+
 
 
 class Eagle3Attention(nn.Module):
@@ -122,7 +121,6 @@ class LlamaForCausalLMEagle3(Drafter):
     config_class = Eagle3Config
     base_model_prefix = ""
     sft_decay = 0.8
-    speculators_embedding = "embed_tokens.weight"
     # Chains of a text drafted side by side with gradients; more than this many are recomputed in the backward pass.
     chains_per_chunk = 64
 
@@ -173,6 +171,15 @@ class LlamaForCausalLMEagle3(Drafter):
                 for name, tensor in renamed.items()
                 if name not in trivial or not bool((tensor == trivial[name]).all())
             }
+        return renamed
+
+    def speculators_tensors(
+        self, tensors: dict[str, torch.Tensor], target_embedding: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # `speculators` numbers the layers of every kind, and fills an embedding that is not there with noise.
+        renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+        if "embed_tokens.weight" not in renamed:
+            renamed["embed_tokens.weight"] = target_embedding().to(self.fc.weight.dtype)
         return renamed
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .errors import InputError
-from .records import DraftBlocks, pack_by_text
+from .packing import pack_by_text
+
+
 
 
 # Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
