@@ -23,6 +23,7 @@ from ._trl_compat import (
     disable_dropout_in_model,
     identity,
 )
+from .adapters import check_reach
 from .batching import BatchMaker, StreamSettings
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
@@ -164,6 +165,9 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             )
         self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
         self._place_models()
+        if peft_config is not None:
+            with self._drafter_as_served():
+                check_reach(self.model, drafter)
         self._forward_redirection = _ForwardRedirection()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))

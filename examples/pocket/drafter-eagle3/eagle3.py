@@ -230,8 +230,9 @@ class LlamaForCausalLMEagle3(Drafter):
 
     def _embed(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         # Raw rows, as the engines lend them: without the scale that Gemma's own embedding applies.
-        weight = self.embed_tokens.weight if hasattr(self, "embed_tokens") else self.target.embedding.weight
-        return nn.functional.embedding(tokens, weight).to(like.dtype)
+        if hasattr(self, "embed_tokens"):
+            return self.embed_tokens(tokens).to(like.dtype)
+        return nn.functional.embedding(tokens, self.target.embedding.weight).to(like.dtype)
 
     # -- context ------------------------------------------------------------------------------------------------
 
