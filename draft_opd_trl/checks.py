@@ -181,6 +181,22 @@ def both(*rules: Rule) -> Rule:
 plain_mapping = both(mapping(), jsonable)
 
 
+def read_json(name: str, value: str) -> Any:
+    """
+    A setting that came as the text of a mapping, as the command line gives it.
+
+    Raises:
+        `ValueError`: It is not JSON.
+    """
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"`{name}` is {shown(name, value)}, which is not JSON ({error}). Give a mapping such as "
+            '\'{"name": "value"}\'.'
+        ) from None
+
+
 def _plain(value: Any) -> Any:
     """NumPy's scalars as Python's own."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
@@ -303,7 +319,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def check_settings(
-    settings: Any, table: Mapping[str, Rule], hints: Mapping[str, Any] | None = None, **rules: Rule
+    settings: Any,
+    table: Mapping[str, Rule],
+    hints: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **rules: Rule,
 ) -> None:
     """
     Every field of a dataclass against its annotation and its rule; what passes is written back as plain Python.
@@ -312,6 +332,7 @@ def check_settings(
         settings (dataclass instance): May be frozen.
         table (`Mapping[str, Rule]`): Rules by field name.
         hints (`Mapping[str, Any]`, *optional*): Annotations in place of the class's own.
+        defaults (`Mapping[str, Any]`, *optional*): What errors call a field's default, in place of the class's own.
         rules: More rules, before the table's.
 
     Raises:
@@ -320,6 +341,7 @@ def check_settings(
     annotations = {**_hints(type(settings)), **(hints or {})}
     for field in dataclasses.fields(settings):
         rule = rules.get(field.name) or table.get(field.name)
-        default = _NOTHING if field.default is dataclasses.MISSING else field.default
+        default = (defaults or {}).get(field.name, field.default)
+        default = _NOTHING if default is dataclasses.MISSING else default
         value = check_value(field.name, getattr(settings, field.name), annotations[field.name], rule, default=default)
         object.__setattr__(settings, field.name, value)

@@ -167,7 +167,7 @@ class CommandParser(TrlParser):
             if inherited:
                 self.epilog = (
                     f"And {len(inherited)} options of transformers.TrainingArguments, such as --output_dir, "
-                    "--max_steps and --per_device_train_batch_size; --help_all lists them."
+                    "--max_steps and --save_steps; --help_all lists them."
                 )
 
     def error(self, message: str) -> NoReturn:
@@ -221,7 +221,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return f"{options} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        empty = action.default is None or action.default is False
+        # A default may be one that only shows itself as what it stands for.
+        empty = str(action.default) in ("None", "False")
         return action.help if empty else super()._get_help_string(action)
 
 

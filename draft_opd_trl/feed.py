@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from ._trl_compat import RepeatSampler
-from .batching import BatchMaker, ReplayMetrics
+from .batching import BatchMaker
 from .records import ReplayBatch, Rollout
+from .replay_counts import Counts
 
 
 # Of texts that an optimizer step has been through, all that is read again.
@@ -38,7 +39,7 @@ class BatchFeed:
 
     Args:
         write (`Callable[[list[dict]], Rollout]`): Rows of a generation cycle → texts, in the order of the rows.
-        make_batches ([`BatchMaker`]): Texts of one optimizer step → its batches.
+        batch_maker ([`BatchMaker`]): Texts of one optimizer step → its batches.
         accelerator ([`~accelerate.Accelerator`]): Adds the denominators of all ranks.
         batch_size (`int`): Texts a micro-step.
         steps_per_generation, accumulation_steps (`int`): Micro-steps a set of texts serves, and an optimizer step has.
@@ -47,13 +48,13 @@ class BatchFeed:
     def __init__(
         self,
         write: Callable[[list[dict]], Rollout],
-        make_batches: BatchMaker,
+        batch_maker: BatchMaker,
         accelerator: Accelerator,
         batch_size: int,
         steps_per_generation: int,
         accumulation_steps: int,
     ) -> None:
-        self.write, self.make_batches, self.accelerator = write, make_batches, accelerator
+        self.write, self.batch_maker, self.accelerator = write, batch_maker, accelerator
         self.batch_size = batch_size
         self.steps_per_generation, self.accumulation_steps = steps_per_generation, accumulation_steps
         self.micro_steps = 0
@@ -61,16 +62,17 @@ class BatchFeed:
         self._written_at = -1
         self._batches: list[ReplayBatch] = []
 
-    def next(self, rows: list[dict], step: int) -> tuple[ReplayBatch, ReplayMetrics | None]:
+    def next(self, rows: list[dict], step: int, lmbda: float) -> tuple[ReplayBatch, Counts]:
         """
         The batch of the next micro-step.
 
         Args:
             rows (`list[dict]`): Rows of the whole generation cycle; read at its first micro-step only.
             step (`int`): Optimizer step.
+            lmbda (`float`): The on-policy share of this step.
 
         Returns:
-            The batch, its denominator global, and what replay met, at the first micro-step of an optimizer step.
+            The batch, its denominator global, and what an optimizer step met, counted, at its first micro-step.
         """
         micro = self.micro_steps % self.steps_per_generation
         accumulated = self.micro_steps % self.accumulation_steps
@@ -83,15 +85,15 @@ class BatchFeed:
                 texts.part(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
             ]
             self._written_at = step
-        metrics = None
+        counts: Counts = {}
         if accumulated == 0:
             served = self.rollouts[micro : micro + self.accumulation_steps]
-            self._batches, metrics = self.make_batches(served, step, fresh=self._written_at == step)
+            self._batches, counts = self.batch_maker(served, step, lmbda, fresh=self._written_at == step)
             self._share_denominator()
             # Later steps replay with a drafter that has moved on: of the texts they keep, token ids are all they read.
             self.rollouts = [replace(rollout, blocks=None, block_states=None) for rollout in self.rollouts]
         self.micro_steps += 1
-        return self._batches[accumulated], metrics
+        return self._batches[accumulated], counts
 
     def _share_denominator(self) -> None:
         weight = self.accelerator.reduce(sum(batch.denominator for batch in self._batches), reduction="sum")

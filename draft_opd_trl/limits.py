@@ -59,6 +59,10 @@ def _no_debugging(value: str) -> str | None:
     return None if not value.strip() else never("its hooks take no boolean tensors, which masks are")(value)
 
 
+def _no_smoothing(value: float) -> str | None:
+    return None if value == 0 else never("the losses here take the target's distribution as it is")(value)
+
+
 def _metric(value: str) -> str | None:
     """One that [`~DraftOPDTrainer.evaluate`] measures; names of data sets may stand before it."""
     ends = ("", "_low", "_high", "_per_prompt", "_from_0")
@@ -86,7 +90,7 @@ LIMITS: dict[str, Rule] = {
     "adam_epsilon": Within(above=0, high=1),
     "optim_args": pairs,
     "max_grad_norm": Within(0, 1e6, reason="0 clips nothing"),
-    "label_smoothing_factor": Within(0, below=1),
+    "label_smoothing_factor": _no_smoothing,
     "neftune_noise_alpha": never("it adds noise to embeddings, and those of a drafter are the target's"),
     "seed": _SEED,
     "data_seed": _SEED,

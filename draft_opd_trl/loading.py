@@ -23,7 +23,10 @@ from .config import DraftOPDConfig
 from .consistency import describe_misfit, text_fit
 from .drafters.base import Drafter
 from .errors import InputError, InputTypeError
+from .files import check_writable
+from .hub import check_hub_access
 from .limits import LIMITS
+from .prompts import tokenize_dataset
 from .rollout import RolloutSource
 from .sampling_params import SamplingParams
 from .target import Target
@@ -68,6 +71,31 @@ def check_drafter(name: str, revision: str | None = None, token: str | None = No
         drafter_class_of(read_config(folder), folder)
 
 
+def check_run(args: DraftOPDConfig, has_eval_dataset: bool) -> None:
+    """
+    What a run must have around it, before anything is read.
+
+    Raises:
+        `ValueError`: It is started as what it cannot be, or shall evaluate on nothing.
+        `OSError`: The Hub or the output folder refuses.
+    """
+    if args.push_to_hub:
+        check_hub_access(args.hub_token)
+    check_writable(args.output_dir)
+    if args.fsdp and args.world_size == 1:
+        raise InputError("fsdp shards over several processes, and there is one. Start with `accelerate launch`.")
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
+            "one target. Launch with `accelerate launch`, or make one GPU visible."
+        )
+    if not has_eval_dataset and (args.eval_strategy != "no" or args.eval_on_start):
+        raise InputError(
+            f"eval_strategy is {args.eval_strategy.value!r} and eval_on_start is {args.eval_on_start}, but there "
+            "is no `eval_dataset` (--num_eval_prompts 0). Give one, or set eval_strategy to 'no'."
+        )
+
+
 def load_tokenizer(
     teacher_model: str | PreTrainedModel, args: DraftOPDConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
@@ -85,6 +113,25 @@ def load_tokenizer(
     if not teacher_model.config._name_or_path:
         raise InputError("The target was given as an instance without a path: pass its tokenizer too.")
     return read_tokenizer(teacher_model.config._name_or_path, teacher_model.config, **hub)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    args: DraftOPDConfig,
+    dataset: Dataset,
+    name: str,
+    needs_completions: bool = False,
+) -> Dataset:
+    """[`tokenize_dataset`] as the settings say."""
+    return tokenize_dataset(
+        dataset,
+        tokenizer,
+        args.max_prompt_length,
+        args.chat_template_kwargs,
+        needs_completions,
+        truncate_prompts=args.truncate_prompts,
+        name=name,
+    )
 
 
 def load_target(
@@ -132,9 +179,10 @@ def warn_about_quantization(target: Target) -> None:
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    """The padding token; texts carry lengths, so a stop token may serve as one."""
+    """The padding token; texts carry lengths, so a stop token may serve as one. The target reads it, so it has it."""
+    vocab_size = teacher.get_input_embeddings().num_embeddings
     for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
-        if candidate is not None:
+        if candidate is not None and 0 <= candidate < vocab_size:
             return candidate
     return stops[0]
 

@@ -100,6 +100,21 @@ class LossSettings:
         return self.hard or self.kind in SAMPLED_LOSSES
 
 
+@dataclass(frozen=True)
+class StreamLosses:
+    """
+    What the two streams teach.
+
+    Args:
+        accepted, rejected ([`LossSettings`]): Divergence of each stream.
+        chunk_size (`int`, *optional*, defaults to `256`): Slots projected to the vocabulary at once.
+    """
+
+    accepted: LossSettings
+    rejected: LossSettings
+    chunk_size: int = 256
+
+
 def divergence(
     draft_logps: torch.Tensor,
     target_logps: torch.Tensor | None,

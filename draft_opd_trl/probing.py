@@ -5,10 +5,9 @@ Optimizer, schedule, trackers, and what transformers says of all settings togeth
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +38,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{error}".split())[:400] or type(error).__name__
 
 
-def as_input_errors(settings: Any, check: Callable[[], None]) -> None:
+def as_input_errors(settings: Any, defaults: Mapping[str, Any], check: Callable[[], None]) -> None:
     """
     What a library's check of `settings` raises, as an `InputError` that names the setting where the library does.
 
     Args:
         settings (dataclass instance): What is checked.
+        defaults (`Mapping[str, Any]`): Its values where nothing was given; others may be the cause.
         check (`Callable`): The library's check, and nothing of ours.
     """
     try:
@@ -56,9 +56,9 @@ def as_input_errors(settings: Any, check: Callable[[], None]) -> None:
         words = set(re.findall(r"\w+", told))
         squeezed = {word.lower() for word in words}  # classes, such as AcceleratorConfig
         given = {
-            field.name: getattr(settings, field.name)
-            for field in dataclasses.fields(settings)
-            if getattr(settings, field.name) != field.default and field.name not in _SAYS_NOTHING
+            name: getattr(settings, name)
+            for name, default in defaults.items()
+            if getattr(settings, name) != default and name not in _SAYS_NOTHING
         }
         named = [name for name in given if name in words or name.replace("_", "") in squeezed]
         given = {name: given[name] for name in named or list(given)[:5]}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 
 _SECRET = ("token", "password", "passwd", "secret", "api_key", "apikey", "authorization", "credentials")
@@ -80,3 +82,41 @@ def shown(name: str, value: Any) -> str:
         return f"a {type(value).__name__}"
     words = " ".join(words.split())
     return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+
+
+class KeepsSecrets:
+    """For a dataclass of settings: what may leave the process is everything but its secrets."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain values, without tokens and passwords, wherever they stand."""
+        return without_secrets({entry.name: getattr(self, entry.name) for entry in fields(self)})
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which the Trainer leaves in every checkpoint. A copy (`copy.copy`) keeps its tokens."""
+        state = dict(self.__dict__)
+        for name, value in state.items():
+            if is_secret(name):
+                state[name] = None
+            elif isinstance(value, str) and "://" in value:
+                state[name] = redact_url(value)
+            else:
+                state[name] = drop_secrets(value)
+        return state
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin

@@ -207,7 +207,7 @@ class Rehearsal:
         self.verified = math.ceil((completions - 1) / acceptance_length)
         shares = (args.lmbda, args.lmbda if args.lmbda_end is None else args.lmbda_end)
         self.drafted = max(shares) > 0
-        self.any_anchor = min(shares) < 1 or args.anchors == "random" or args.replay_ratio > 0
+        self.any_anchor = min(shares) < 1 or args.on_policy.anchors == "random" or args.replay_ratio > 0
         self.blocks_per_row = min(args.num_anchors, completions - 1 if self.any_anchor else self.verified)
         self.sampling = SamplingParams(args.temperature, args.top_k, args.top_p)
         self.scores = args.rejected_weight > 0
@@ -223,7 +223,7 @@ class Rehearsal:
     def _teaching(self) -> float:
         """Share of the slots that a stream reads, at most."""
         args, num_draft_tokens = self.args, self.drafter.num_draft_tokens
-        if self.any_anchor or args.whole_blocks:
+        if self.any_anchor or args.streams.whole_blocks:
             return 1.0
         if self.scores:
             # The first rejected slot is in both streams, every other one in one of them.

@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list
 
 from .before_after import BeforeAfter
 from .config import DraftOPDConfig
+from .error_buffer import ErrorBuffer
 from .errors import Interrupted, UserError
 from .feed import BatchFeed
 from .files import writing
 from .hub_trainer import RECIPE, HubTrainer
 from .interrupts import StopSignals
-from .replay import ErrorBuffer
 from .rollout import CachedSource, RolloutSource
 from .run_log import RunLog
 from .run_state import (

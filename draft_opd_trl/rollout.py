@@ -22,8 +22,9 @@ from .consistency import ShareWatch, TextFit, Watch, describe, likeliest_next, t
 from .drafters.base import Drafter
 from .endpoint import ServerError
 from .records import Rollout
+from .seeding import seed_of
 from .server import Answer, CompletionsClient
-from .speculation import SpeculationSettings, seed_of, speculate
+from .speculation import SpeculationSettings, speculate
 from .target import Target
 from .text_cache import TextCache
 

@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .batching import StreamSettings, make_batch
+from .batching import make_batch
 from .drafters.base import Drafter
 from .records import ReplayBatch, Rollout
 from .replay import replay_text
 from .sampling import probabilities
 from .sampling_params import SamplingParams
+from .streams import StreamSettings
 from .target import Target
 from .vocabulary import to_draft_ids
 

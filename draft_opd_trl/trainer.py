@@ -24,36 +24,36 @@ from ._trl_compat import (
     identity,
 )
 from .adapters import check_reach
-from .batching import BatchMaker, StreamSettings
+from .batching import BatchMaker
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
 from .config import DraftOPDConfig
 from .drafters.base import Drafter
+from .error_buffer import ErrorBuffer
 from .errors import InputError
 from .evaluating_trainer import EvaluatingTrainer
 from .feed import BatchFeed, EpochSampler
-from .files import check_writable
-from .hub import check_hub_access
 from .loading import (
     add_adapter,
     check_dataset_size,
+    check_run,
     check_texts,
     choose_pad_token,
     generation_batch_size,
     load_target,
     load_tokenizer,
+    tokenize,
     warn_about_quantization,
 )
-from .losses import Heads, LossSettings, batch_loss
+from .losses import Heads, batch_loss
 from .model_card import cached_revision
 from .planning import announce_plan
-from .prompts import check_fit, tokenize_dataset, warn_of_open_ends
+from .prompts import check_fit, warn_of_open_ends
 from .records import ReplayBatch, Rollout
-from .replay import ErrorBuffer
+from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
 from .rollout import RolloutSource, build_source
 from .run_log import RunLog
-from .sampling_params import SamplingParams
 from .sharding import check_parallelism, shard
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
@@ -110,20 +110,11 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.kind
             args = DraftOPDConfig(f"{Path(name).name}-OPD")
-        if args.push_to_hub:
-            check_hub_access(args.hub_token)
-        check_writable(args.output_dir)
-        if args.fsdp and args.world_size == 1:
-            raise InputError("fsdp shards over several processes, and there is one. Start with `accelerate launch`.")
-        if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
-            raise InputError(
-                f"eval_strategy is {args.eval_strategy.value!r} and eval_on_start is {args.eval_on_start}, but there "
-                "is no `eval_dataset` (--num_eval_prompts 0). Give one, or set eval_strategy to 'no'."
-            )
+        check_run(args, eval_dataset is not None)
         set_seed(args.seed)
         # Data first: what is wrong with it must show before models are loaded.
         tokenizer = load_tokenizer(teacher_model, args, processing_class)
-        self._tokenize = partial(_tokenize, tokenizer, args)
+        self._tokenize = partial(tokenize, tokenizer, args)
         if train_dataset is not None:
             train_dataset = self._tokenize(train_dataset, "train_dataset", args.rollout_source == "dataset")
             check_dataset_size(train_dataset, args)
@@ -158,29 +149,16 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise InputError(
-                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot drive a drafter bound to "
-                "one target. Launch with `accelerate launch`, or make one GPU visible."
-            )
         self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
+        self._forward_redirection = _ForwardRedirection()
         self._place_models()
         if peft_config is not None:
             with self._drafter_as_served():
                 check_reach(self.model, drafter)
-        self._forward_redirection = _ForwardRedirection()
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
-        self.remove_callback(PrinterCallback)
-        self.add_callback(TraceCallback(self.example_traces, self.callback_handler.callbacks))
-        self.add_callback(FiniteWeightsCallback())
-        # A loss that is not finite ends the run; the filter would wait for the device at every micro-step to hide it.
-        args.logging_nan_inf_filter = False
-        open_in_run_folder(self.callback_handler.callbacks, args)
+        self._set_up_callbacks()
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
-            sampling = self.speculation_settings().sampling
-            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, sampling)
+            check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, args.sampling)
 
     def _place_models(self) -> None:
         """The drafter is placed by the Trainer, unless both are sharded."""
@@ -190,45 +168,40 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         if not getattr(self.target.model, "hf_device_map", None):
             self.target.to(self.accelerator.device)
 
+    def _set_up_callbacks(self) -> None:
+        args, others = self.args, self.callback_handler.callbacks
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
+        self.remove_callback(PrinterCallback)
+        self.add_callback(TraceCallback(self.example_traces, others))
+        self.add_callback(FiniteWeightsCallback())
+        # A loss that is not finite ends the run; the filter would wait for the device at every micro-step to hide it.
+        args.logging_nan_inf_filter = False
+        open_in_run_folder(others, args)
+
     def _prepare_rooms(self) -> None:
-        args, drafter = self.args, self.drafter
-        loss = {"beta": args.beta, "max_clamp": args.loss_max_clamp, "log_prob_min_clamp": args.log_prob_min_clamp}
-        # A stream that is off may name any loss, also one that its teacher could not have.
-        accepted, rejected = args.accepted_weight and args.accepted_loss, args.rejected_weight and args.rejected_loss
-        self.accepted_loss = LossSettings(accepted or "ce", args.teacher_temperature, **loss)
-        self.rejected_loss = LossSettings(rejected or "ce", args.teacher_temperature, **loss)
-        self.error_buffer = ErrorBuffer(args.replay_buffer_size, args.replay_by_loss)
-        streams = StreamSettings(
-            args.accepted_weight,
-            args.rejected_weight,
-            args.rejected_decay,
-            args.accepted_decay,
-            drafter.sft_decay if args.sft_decay is None else args.sft_decay,
-            args.whole_blocks,
-        )
-        self.run_log = RunLog(self.accelerator, drafter.num_draft_tokens)
+        args = self.args
+        self.losses = args.losses
+        self.error_buffer = ErrorBuffer(args.replay_buffer_size, by_loss=args.replay_by_loss)
+        self.run_log = RunLog(self.accelerator)
         self._measure = self.run_log.stopwatch.measure
         batch_maker = BatchMaker(
             self.target,
-            drafter,
-            streams,
-            args.lmbda,
-            args.num_anchors,
-            args.num_chains,
+            self.drafter,
+            args.streams,
+            args.on_policy,
             args.seed,
-            self.error_buffer if args.replay_buffer_size else None,
-            args.replay_ratio,
-            self.speculation_settings().sampling if args.sample_proposals else None,
-            args.anchors,
-            self.run_log.stopwatch,
+            buffer=self.error_buffer if args.replay_buffer_size else None,
+            proposals=args.sampling if args.sample_proposals else None,
+            stopwatch=self.run_log.stopwatch,
         )
         self.feed = BatchFeed(
             self._write_texts,
             batch_maker,
             self.accelerator,
-            args.per_device_train_batch_size,
-            args.steps_per_generation,
-            args.gradient_accumulation_steps,
+            batch_size=args.per_device_train_batch_size,
+            steps_per_generation=args.steps_per_generation,
+            accumulation_steps=args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
         self.last_acceptance_length: float | None = None
@@ -278,7 +251,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         return SpeculationSettings(
             max_new_tokens=args.max_completion_length,
             stop_token_ids=self.stop_token_ids,
-            sampling=SamplingParams(args.temperature, args.top_k, args.top_p),
+            sampling=args.sampling,
             sample_proposals=args.sample_proposals,
             batch_size=args.rollout_batch_size,
             keep_states=keep_states,
@@ -289,42 +262,31 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     def source(self) -> RolloutSource:
         """Where texts to train on come from."""
         args = self.args
-        on_policy = args.lmbda > 0 or bool(args.lmbda_end)
         return build_source(
             args,
             self.target,
             self.drafter,
             self.processing_class,
-            self.speculation_settings(keep_states=args.rejected_weight > 0 and on_policy),
+            self.speculation_settings(keep_states=args.streams.scores_rejected and args.any_on_policy),
             self.run_log.add,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
         )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
-        if self.args.lmbda_end is not None:
-            done = self.state.global_step / max(self.state.max_steps - 1, 1)
-            self.feed.make_batches.lmbda = self.args.lmbda + done * (self.args.lmbda_end - self.args.lmbda)
+        step, steps = self.state.global_step, self.state.max_steps
         # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
         with self._measure("prepare"), self._drafter_as_served():
-            batch, met = self.feed.next(generation_batch, self.state.global_step)
-        if met is not None:
-            for name, counts in met.figures().items():
-                self.run_log.add(name, *counts)
-            if self.args.replay_buffer_size:
-                self.run_log.add("replay/buffer", len(self.error_buffer))
+            batch, counts = self.feed.next(generation_batch, step, self.args.lmbda_at(step, steps))
+        self._log_counts(counts)
+        if counts and self.args.replay_buffer_size:
+            self.run_log.add("replay/buffer", len(self.error_buffer))
         return batch
 
     def _write_texts(self, rows: list[dict]) -> Rollout:
-        draw = int(self.state.epoch) // self.args.regenerate_every if self.args.temperature > 0 else 0
+        draw = 0 if self.args.sampling.greedy else int(self.state.epoch) // self.args.regenerate_every
         with self._measure("rollout"), self.target.uneven_forwards():
             rollout = self.source.write(rows, draw)
-        lengths = rollout.completion_lengths
-        for name, count in (("mean", lengths.sum()), ("min", lengths.min()), ("max", lengths.max())):
-            self.run_log.add(f"completions/{name}_length", int(count), len(rollout))
-        ends = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)
-        clipped = ~torch.isin(ends, torch.tensor(self.stop_token_ids, device=ends.device))
-        self.run_log.add("completions/clipped_ratio", int(clipped.sum()), len(rollout))
-        self.run_log.add("num_tokens", int(rollout.lengths.sum()))
+        self._log_counts(count_texts(rollout, self.stop_token_ids))
         return rollout
 
     def _before_training(self) -> None:
@@ -361,8 +323,8 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
             hidden = drafter.draft(inputs.features, inputs.tokens, inputs.blocks)
-            heads = Heads.of(drafter, self.target)
-            return batch_loss(hidden, inputs, heads, self.accepted_loss, self.rejected_loss, self.args.loss_chunk_size)
+            heads, losses = Heads.of(drafter, self.target), self.losses
+            return batch_loss(hidden, inputs, heads, losses.accepted, losses.rejected, losses.chunk_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._measure("step"):
@@ -384,6 +346,10 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
 
     # -- logging ----------------------------------------------------------------------------------------------------
 
+    def _log_counts(self, counts: Counts) -> None:
+        for name, count in counts.items():
+            self.run_log.add(name, *count)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside the loss of a logging window, or at the end of training, all that was counted in the window."""
         if "loss" in logs or "train_loss" in logs:
@@ -404,24 +370,5 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         if not self.feed.rollouts:
             return []
         texts = self.feed.rollouts[0].part(0, self.args.num_completions_to_print)
-        sampling = self.speculation_settings().sampling
         with self._drafter_as_served(), self.target.uneven_forwards():
-            return trace_texts(self.target, self.drafter, texts, self.processing_class, sampling)
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    args: DraftOPDConfig,
-    dataset: Dataset,
-    name: str,
-    needs_completions: bool = False,
-) -> Dataset:
-    return tokenize_dataset(
-        dataset,
-        tokenizer,
-        args.max_prompt_length,
-        args.chat_template_kwargs,
-        needs_completions,
-        args.truncate_prompts,
-        name,
-    )
+            return trace_texts(self.target, self.drafter, texts, self.processing_class, self.args.sampling)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ANY_KIND
 
-from draft_opd_trl.batching import StreamSettings
+from draft_opd_trl.block_choice import OnPolicySettings
 from draft_opd_trl.commands.evaluate import EvaluateArguments
 from draft_opd_trl.commands.export import ExportArguments
 from draft_opd_trl.commands.inspect import InspectArguments
@@ -27,6 +28,7 @@ from draft_opd_trl.limits import LIMITS
 from draft_opd_trl.losses import LossSettings
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings
+from draft_opd_trl.streams import StreamSettings
 
 
 PAIR = {"model_name_or_path": "drafter", "teacher_model_name_or_path": "target"}
@@ -36,12 +38,13 @@ CLASSES = {
     SamplingParams: {},
     SpeculationSettings: {"max_new_tokens": 8, "stop_token_ids": [0]},
     StreamSettings: {},
+    OnPolicySettings: {},
     LossSettings: {"kind": "ce", "temperature": 1.0},
     EvaluateArguments: {**PAIR, "suite": ["pocket"]},
     TraceArguments: {**PAIR, "suite": "pocket"},
     TrainArguments: {**PAIR, "dataset_name": "rows.jsonl"},
     PlanArguments: PAIR,
-    ExportArguments: {"path": "drafter", "output_dir": "out", "format": "dflash"},
+    ExportArguments: {"path": "drafter", "output_dir": "out", "format": ANY_KIND},
     InspectArguments: {"path": "drafter"},
     QuantizationArguments: {},
     AdapterArguments: {},
@@ -200,14 +203,16 @@ def test_no_range_is_of_a_field_that_does_not_exist():
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_defaults_and_copies_pass(kind):
     made = kind(**CLASSES[kind])
-    dataclasses.replace(made)
+    copied = dataclasses.replace(made)
+    names = [field.name for field in dataclasses.fields(kind)]
+    assert [name for name in names if getattr(made, name) != getattr(copied, name)] == []
 
 
 def test_what_means_the_same_is_taken():
     config = DraftOPDConfig(Path("out"), report_to=[], learning_rate=1, lmbda=np.float32(0.5), num_anchors=np.int64(3))
     assert (config.output_dir, config.learning_rate, config.lmbda, config.num_anchors) == ("out", 1, 0.5, 3)
     assert type(config.num_anchors) is int and type(config.lmbda) is float
-    assert DraftOPDConfig("out", report_to=[], whole_blocks=np.bool_(True)).whole_blocks is True
+    assert DraftOPDConfig("out", report_to=[], truncate_prompts=np.bool_(True)).truncate_prompts is True
     assert SpeculationSettings(8, (1, 2)).stop_token_ids == [1, 2]
 
 
@@ -215,8 +220,8 @@ def test_what_means_the_same_is_taken():
 def test_a_boolean_is_no_number_and_a_number_no_boolean(name):
     with pytest.raises(TypeError, match=f"`{name}` is True, of type bool; it must be"):
         DraftOPDConfig("out", report_to=[], **{name: True})
-    with pytest.raises(TypeError, match="`whole_blocks` is 1, of type int; it must be true or false"):
-        DraftOPDConfig("out", report_to=[], whole_blocks=1)
+    with pytest.raises(TypeError, match="`truncate_prompts` is 1, of type int; it must be true or false"):
+        DraftOPDConfig("out", report_to=[], truncate_prompts=1)
 
 
 @pytest.mark.parametrize(

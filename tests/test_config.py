@@ -1,5 +1,7 @@
 """Defaults that belong together, and each contradiction with its value, reason and remedy."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -36,17 +38,11 @@ def test_the_papers_recipe_is_pinned(tmp_path):
     assert (config.warmup_steps, config.num_train_epochs) == (0.05, 7)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (21, 10)
     assert (config.max_prompt_length, config.max_completion_length) == (512, 4096)
-    assert (config.temperature, config.teacher_temperature, config.lmbda, config.anchors) == (0, 1, 1, "exposed")
+    assert (config.temperature, config.teacher_temperature, config.lmbda) == (0, 1, 1)
     assert (config.accepted_loss, config.rejected_loss) == ("bernoulli_forward_kl", "k3")
     assert (config.accepted_weight, config.rejected_weight) == (1, 1)
     assert (config.accepted_decay, config.rejected_decay) == (1, 0.8)
     assert (config.loss_max_clamp, config.log_prob_min_clamp) == (10, -10)
-
-
-def test_a_recipe_leaves_what_was_given(tmp_path):
-    config = DraftOPDConfig(str(tmp_path), recipe="paper", learning_rate=1e-3, per_device_train_batch_size=2)
-    assert (config.learning_rate, config.per_device_train_batch_size) == (1e-3, 2)
-    assert config.teacher_temperature == 1
 
 
 def test_steps_per_generation_defaults_to_one_optimizer_step(tmp_path):
@@ -79,7 +75,10 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
             "`rollout_source` is 'magic'; it must be one of speculation, generate, server, dataset",
         ),
         ({"recipe": "ours"}, "`recipe` is 'ours'; it must be one of default, paper"),
-        ({"anchors": "wrong"}, "`anchors` is 'wrong'; it must be one of exposed, random"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "`label_smoothing_factor` is 0.1; it cannot be used here: the losses here take the target's distribution",
+        ),
         ({"lmbda_end": 2.0}, "`lmbda_end` is 2.0; it must lie in"),
         ({"rejected_weight": 1.0, "rejected_loss": "accepted_length"}, "Use it for the accepted stream only"),
         ({"rollout_source": "server"}, "rollout_source='server' and server_url=None do not go together.*Set both"),
@@ -135,4 +134,40 @@ def test_settings_that_contradict(tmp_path, settings, message):
 
 
 def test_an_unused_stream_may_keep_any_loss(tmp_path):
-    assert _config(tmp_path, rejected_loss="k3", rejected_weight=0.0).rejected_loss == "k3"
+    config = _config(tmp_path, rejected_loss="k3", rejected_weight=0.0)
+    assert config.rejected_loss == "k3" and config.losses.rejected.kind == "ce"
+
+
+def test_rooms_get_what_was_set(tmp_path):
+    """Each setting of a room, by the name that it has here; all of them other than the room's own default."""
+    law = {"temperature": 0.5, "top_k": 3, "top_p": 0.25}
+    assert dataclasses.asdict(_config(tmp_path, **law).sampling) == law
+    blocks = {"num_anchors": 5, "num_chains": 2, "replay_ratio": 0.5}
+    on_policy = dataclasses.asdict(_config(tmp_path, replay_buffer_size=3, **blocks).on_policy)
+    assert on_policy == {**blocks, "anchors": "exposed"}
+    streams = {"accepted_weight": 0.5, "rejected_weight": 0.25, "rejected_decay": 0.5, "accepted_decay": 0.75}
+    streams["sft_decay"] = 0.125
+    assert dataclasses.asdict(_config(tmp_path, **streams).streams) == {**streams, "whole_blocks": False}
+    settings = {"teacher_temperature": 2.0, "beta": 0.25, "loss_max_clamp": 3.0, "log_prob_min_clamp": -4.0}
+    kinds = {"accepted_loss": "jsd", "rejected_loss": "tv", "rejected_weight": 0.5}
+    losses = _config(tmp_path, loss_chunk_size=7, **settings, **kinds).losses
+    assert (losses.accepted.kind, losses.rejected.kind, losses.chunk_size) == ("jsd", "tv", 7)
+    for loss in (losses.accepted, losses.rejected):
+        assert [*dataclasses.astuple(loss)][1:] == list(settings.values())
+
+
+def test_what_is_asked_of_settings_has_one_answer(tmp_path):
+    config = _config(tmp_path)
+    assert config.sampling.greedy and config.any_on_policy and not config.streams.scores_rejected
+    assert not _config(tmp_path, temperature=0.5).sampling.greedy
+    assert _config(tmp_path, rejected_weight=0.5).streams.scores_rejected
+    shares = [(0.0, None), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0)]
+    asked = [_config(tmp_path, lmbda=start, lmbda_end=end).any_on_policy for start, end in shares]
+    assert asked == [False, False, True, True]
+
+
+def test_lmbda_moves_linearly(tmp_path):
+    assert [_config(tmp_path, lmbda=0.25).lmbda_at(step, 3) for step in range(3)] == [0.25] * 3
+    falling = _config(tmp_path, lmbda=1.0, lmbda_end=0.0)
+    assert [falling.lmbda_at(step, 5) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert _config(tmp_path, lmbda_end=0.5).lmbda_at(0, 1) == 1.0

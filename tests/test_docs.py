@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import draft_opd_trl
 from draft_opd_trl._trl_compat import _BaseConfig
@@ -18,7 +19,6 @@ from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.config import DraftOPDConfig
 
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
 PACKAGE = ROOT / "draft_opd_trl"
 PAGES = [ROOT / "README.md", *sorted(SOURCE.glob("*.md"))]
@@ -52,6 +52,12 @@ def _options(command: str) -> set[str]:
     return {option.removeprefix("--") for option in parser._option_string_actions} | {"help_all"}
 
 
+def _quickstart_options() -> set[str]:
+    module = ast.parse(_read(ROOT / "examples" / "quickstart.py"))
+    arguments = next(node for node in module.body if getattr(node, "name", None) == "QuickstartArguments")
+    return {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+
+
 def test_architecture_names_every_module():
     picture = _read(SOURCE / "architecture.md")
     modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
@@ -70,6 +76,17 @@ def test_every_setting_is_documented(where):
     text = inspect.getdoc(DraftOPDConfig) if where == "docstring" else _read(SOURCE / "api.md")
     words = set(re.findall(r"\w+", text))
     assert OUR_FIELDS - words == set()
+
+
+@pytest.mark.parametrize("where", ["docstring", "api.md"])
+def test_settings_are_documented_in_their_order(where):
+    if where == "docstring":
+        lines = re.findall(r"^    (\w.*) \(`", inspect.getdoc(DraftOPDConfig), flags=re.MULTILINE)
+    else:
+        section = _read(SOURCE / "api.md").split("### DraftOPDConfig\n")[1].split("\n### ")[0]
+        lines = re.findall(r"^\| (`.*?`) \| ", section, flags=re.MULTILINE)
+    documented = [name for line in lines for name in re.findall(r"\w+", line)]
+    assert documented == [field.name for field in dataclasses.fields(DraftOPDConfig) if field.name in OUR_FIELDS]
 
 
 def test_api_has_every_public_name_with_its_parameters():
@@ -113,8 +130,9 @@ def test_readme_commands_are_make_targets():
 
 def test_options_of_commands_exist():
     known = {command: _options(command) for command in COMMANDS}
-    # The quickstart, which examples/train.py runs where it is given no drafter, has an option of its own.
-    known["train"] |= {"drafter", "config_file", "num_processes"}
+    known["quickstart"] = _quickstart_options()
+    for script in ("train", "quickstart"):
+        known[script] |= {"config_file", "num_processes"}  # of `accelerate launch`
     unknown = []
     for page in PAGES:
         lines = "\n".join(_code_blocks(_read(page))).replace("\\\n", " ").splitlines()

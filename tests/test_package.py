@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import draft_opd_trl
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(draft_opd_trl.__file__).parent
 IMPORT_SECONDS = 3.0
 
@@ -67,3 +67,14 @@ def test_version_is_the_installed_one():
 
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_every_file_beside_the_modules_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["draft_opd_trl"].split()
+    named = {file for pattern in patterns for file in PACKAGE.glob(pattern)}
+    # Python outside a package, as that of metrics, is a file like any other.
+    there = {file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    modules = {file for file in there if file.suffix == ".py" and (file.parent / "__init__.py").is_file()}
+    assert there - modules - named == set()

@@ -3,14 +3,14 @@
 import importlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from draft_opd_trl import DraftOPDConfig
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def recipes(monkeypatch):
 def test_every_row_is_valid_and_unlike_the_others(recipes, temperature):
     settings = {}
     for row, options in recipes.rows(temperature).items():
-        config = DraftOPDConfig("unused", temperature=temperature, report_to="none", **options)
+        config = recipes.StudyConfig("unused", temperature=temperature, report_to="none", **options)
         settings[row] = json.dumps([asdict(config), recipes.ADAMW.get(row)], default=str)
     same = {text: [row for row in settings if settings[row] == text] for text in settings.values()}
     assert all(len(rows) == 1 for rows in same.values()), same.values()
@@ -31,10 +31,16 @@ def test_every_row_is_valid_and_unlike_the_others(recipes, temperature):
 
 def test_the_papers_row_is_the_papers_preset(recipes):
     """But for what all rows of the study share."""
-    ours = DraftOPDConfig("unused", report_to="none", **recipes.rows(0.0)[recipes.PAPER])
+    ours = recipes.StudyConfig("unused", report_to="none", **recipes.rows(0.0)[recipes.PAPER])
     theirs = DraftOPDConfig("unused", report_to="none", recipe="paper")
-    names = set(recipes.RECIPES["paper"]) - recipes.SHARED
+    names = set(recipes.THE_PAPERS) - recipes.SHARED
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
+
+
+def test_what_only_the_study_turns_reaches_the_rooms(recipes):
+    config = recipes.StudyConfig("unused", report_to="none", anchors="random", whole_blocks=True, num_anchors=3)
+    assert (config.on_policy.anchors, config.on_policy.num_anchors) == ("random", 3)
+    assert config.streams.whole_blocks and not DraftOPDConfig("unused", report_to="none").streams.whole_blocks
 
 
 def _result(row, seed, tau, rate=0.1, **more):

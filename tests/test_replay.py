@@ -4,13 +4,19 @@ Replay equals speculation block for block (invariant 3), by hand and over famili
 
 import pytest
 import torch
-from conftest import LAWS, ScriptedDrafter, chi_square_p, counting_target, random_prompts, same_law_p, tiny_drafter
+from conftest import LAWS, ScriptedDrafter, counting_target, random_prompts, tiny_drafter
+from invariants import (
+    assert_replay_is_speculation,
+    assert_same_blocks,
+    coupling_of,
+    replayed,
+    replayed_law_p,
+    speculated_histograms,
+)
 
 from draft_opd_trl import replay
-from draft_opd_trl.records import DraftBlocks, Rollout
+from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import (
-    Coupling,
-    ErrorBuffer,
     draft_at,
     grid_of,
     read_text,
@@ -24,13 +30,7 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.verification import couple_to_text
 
 
-FIELDS = ("texts", "anchors", "draft_tokens", "num_accepted", "num_valid")
 CHAINS = (1, 2, 3, 8, 64)
-
-
-def _assert_same(got, expected):
-    for name in FIELDS:
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 def _text():
@@ -119,7 +119,7 @@ def test_replay_equals_scripted_speculation():
     )
     features = torch.zeros(*rollout.tokens.shape, 1)
     for num_chains in CHAINS:
-        _assert_same(replay_text(_counting_drafter(), rollout, features, num_chains), rollout.blocks)
+        assert_same_blocks(replay_text(_counting_drafter(), rollout, features, num_chains), rollout.blocks)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,8 @@ def greedy_rollout(target, drafter, prompts):
 
 @pytest.mark.parametrize("num_chains", CHAINS)
 def test_replay_equals_speculation(target, drafter, greedy_rollout, num_chains):
-    """Invariant 3: same anchors, proposals, accepted counts."""
-    features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
-    _assert_same(replay_text(drafter, greedy_rollout, features, num_chains), greedy_rollout.blocks)
+    """Invariant 3."""
+    assert_replay_is_speculation(target, drafter, greedy_rollout, num_chains)
 
 
 @pytest.mark.parametrize("num_chains", [1, 8])
@@ -144,9 +143,8 @@ def test_replay_of_sampled_text_equals_its_speculation(target, drafter, prompts,
     """At T > 0 with argmax proposals the verdicts can be read off the text that speculation wrote."""
     settings = SpeculationSettings(40, [5], SamplingParams(0.7, top_k=20), batch_size=3)
     rollout = speculate(target, drafter, prompts, settings, torch.Generator().manual_seed(0))
-    features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     assert (rollout.blocks.num_accepted > 0).any()
-    _assert_same(replay_text(drafter, rollout, features, num_chains), rollout.blocks)
+    assert_replay_is_speculation(target, drafter, rollout, num_chains)
 
 
 def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout):
@@ -160,9 +158,9 @@ def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout)
     expected = speculate(target, other, prompts, SpeculationSettings(longest, stops))
     assert expected.completions() == greedy_rollout.completions()
     features, _ = target.forward_text(greedy_rollout.tokens, other.target_layer_ids)
-    replayed = replay_text(other, greedy_rollout, features, 4)
-    _assert_same(replayed, expected.blocks)
-    assert len(replayed) != len(greedy_rollout.blocks)
+    blocks = replay_text(other, greedy_rollout, features, 4)
+    assert_same_blocks(blocks, expected.blocks)
+    assert len(blocks) != len(greedy_rollout.blocks)
 
 
 def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
@@ -170,48 +168,20 @@ def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
     state = read_text(drafter, greedy_rollout, features)
     chosen = greedy_rollout.blocks.select(torch.arange(0, len(greedy_rollout.blocks), 3))
     grid = grid_of(chosen.texts, chosen.anchors, len(greedy_rollout))
-    _assert_same(draft_at(drafter, state, greedy_rollout, *grid), chosen)
+    assert_same_blocks(draft_at(drafter, state, greedy_rollout, *grid), chosen)
 
 
 # -- drawn proposals: speculation's law (invariant 2) --------------------------------------------------------------
 
 
-def _coupling(target, states, sampling, num_draft_tokens, seed=0):
-    shape = (*states.shape[:2], num_draft_tokens, 2)
-    return Coupling(target, states, sampling, torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
-
-
-def _replayed(target, drafter, rollout, sampling, num_chains=2):
-    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens)
-    return replay_text(drafter, rollout, features, num_chains, coupling)
-
-
-def _histograms(blocks):
-    """How often each first block, and each second anchor with its first proposal, came up."""
-    first = blocks.anchors == 2
-    draft = blocks.draft_tokens
-    blocks_seen = (draft[first, 0] * 8 + draft[first, 1]) * 5 + blocks.num_accepted[first]
-    later = (blocks.anchors[~first] * 8 + draft[~first, 0]) * 5 + blocks.num_accepted[~first]
-    return torch.bincount(blocks_seen, minlength=320), torch.bincount(later, minlength=400)
-
-
 @pytest.fixture(scope="module", params=LAWS.values(), ids=LAWS)
 def law_of_proposals(request, small_target, small_drafter):
-    """Texts of five tokens, what speculation with drawn proposals exposed on them, and as many the target wrote."""
-    prompts = [[3, 1]] * 4000
-    settings = SpeculationSettings(5, [], request.param, sample_proposals=True, batch_size=1000)
-    speculated = speculate(small_target, small_drafter, prompts, settings, torch.Generator().manual_seed(0))
-    plain = speculate(small_target, None, prompts, settings, torch.Generator().manual_seed(1))
-    assert 0.02 < (speculated.blocks.num_accepted > 0).float().mean() < 0.98
-    return request.param, _histograms(speculated.blocks), plain
+    """How proposals are drawn, and the law of the blocks that speculation then exposes, with texts to replay."""
+    return request.param, *speculated_histograms(small_target, small_drafter, request.param)
 
 
 def test_drawn_replay_has_the_law_of_speculation(small_target, small_drafter, law_of_proposals):
-    sampling, expected, texts = law_of_proposals
-    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
-    for ours, theirs in zip(replayed, expected, strict=True):
-        assert same_law_p(ours, theirs) > 1e-4
+    assert replayed_law_p(small_target, small_drafter, *law_of_proposals) > 1e-4
 
 
 def _drawn_blind(draft_probs, target_probs, labels, uniforms):
@@ -230,9 +200,7 @@ def _always_accepted(draft_probs, target_probs, labels, uniforms):
 @pytest.mark.parametrize("wrong", [_drawn_blind, _always_accepted])
 def test_a_wrong_coupling_has_another_law(small_target, small_drafter, law_of_proposals, wrong, monkeypatch):
     monkeypatch.setattr(replay, "couple_to_text", wrong)
-    sampling, expected, texts = law_of_proposals
-    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
-    assert min(same_law_p(ours, theirs) for ours, theirs in zip(replayed, expected, strict=True)) < 1e-6
+    assert replayed_law_p(small_target, small_drafter, *law_of_proposals) < 1e-6
 
 
 def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, prompts):
@@ -241,17 +209,17 @@ def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, promp
     rollout = speculate(
         target, None, prompts, SpeculationSettings(40, [5], sampling), torch.Generator().manual_seed(0)
     )
-    sequential = _replayed(target, drafter, rollout, sampling, num_chains=1)
+    sequential = replayed(target, drafter, rollout, sampling, num_chains=1)
     assert len(set(sequential.num_accepted.tolist())) >= 3
     for num_chains in CHAINS[1:]:
-        _assert_same(_replayed(target, drafter, rollout, sampling, num_chains), sequential)
+        assert_same_blocks(replayed(target, drafter, rollout, sampling, num_chains), sequential)
     features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     rows = torch.tensor([4, 1])
     part = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
-    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens).select(rows)
+    coupling = coupling_of(target, states, sampling, drafter.num_draft_tokens).select(rows)
     alone = replay_text(drafter, part, features[rows], 1, coupling)
-    _assert_same(alone.select(alone.texts == 1), _in_row(sequential.select(sequential.texts == 1), 1))
-    _assert_same(alone.select(alone.texts == 0), _in_row(sequential.select(sequential.texts == 4), 0))
+    assert_same_blocks(alone.select(alone.texts == 1), _in_row(sequential.select(sequential.texts == 1), 1))
+    assert_same_blocks(alone.select(alone.texts == 0), _in_row(sequential.select(sequential.texts == 4), 0))
 
 
 def _in_row(blocks, row):
@@ -263,91 +231,4 @@ def test_many_anchors_are_drafted_in_parts(target, drafter, greedy_rollout, monk
     features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
     whole = replay_text(drafter, greedy_rollout, features, 8)
     monkeypatch.setattr(replay, "ANCHORS_AT_ONCE", 3)
-    _assert_same(replay_text(drafter, greedy_rollout, features, 8), whole)
-
-
-def _error_blocks():
-    return DraftBlocks(
-        torch.tensor([0, 0, 1, 2, 2]),
-        torch.tensor([1, 3, 2, 1, 2]),
-        torch.zeros((5, 3), dtype=torch.long),
-        torch.tensor([1, 0, 1, 0, 1]),
-        torch.tensor([3, 3, 1, 2, 2]),
-    )
-
-
-def _buffer(size=10):
-    buffer = ErrorBuffer(size)
-    rollout = Rollout.from_ids([[1], [4, 5], [6]], [[2, 3, 4, 5], [6, 7], [7, 8, 9]])
-    buffer.add(rollout, _error_blocks())
-    return buffer
-
-
-def test_buffer_keeps_texts_with_errors_and_their_anchors():
-    buffer = _buffer()
-    # Row 1 had no error.
-    kept = [(entry.tokens, entry.prompt_length, list(entry.losses)) for entry in buffer.entries.values()]
-    assert kept == [([1, 2, 3, 4, 5], 1, [1, 3]), ([6, 7, 8, 9], 1, [1, 2])]
-
-
-def test_buffer_drops_the_oldest():
-    buffer = _buffer(size=1)
-    assert list(buffer.entries) == [(6, 7, 8, 9)]
-
-
-def test_a_text_seen_again_is_renewed_and_keeps_what_is_known():
-    buffer = _buffer()
-    rollout = Rollout.from_ids([[1]], [[2, 3, 4, 5]])
-    # Anchor 1 is right now, anchor 2 is new.
-    again = DraftBlocks(*(torch.tensor(v) for v in ([0, 0, 0], [1, 2, 3], [[0] * 3] * 3, [3, 0, 0], [3, 2, 1])))
-    buffer.note(rollout.tokens, rollout.lengths, again, torch.tensor([0.5, 9.0, 2.0]))
-    assert buffer.entries[1, 2, 3, 4, 5].losses == {1: 0.5, 3: 2.0}
-    buffer.add(rollout, again)
-    assert list(buffer.entries) == [(6, 7, 8, 9), (1, 2, 3, 4, 5)]
-    assert buffer.entries[1, 2, 3, 4, 5].losses == {2: None, 3: 2.0}
-
-
-def test_drawing_by_last_loss_has_its_law():
-    buffer = ErrorBuffer(10, by_loss=True)
-    rollout = Rollout.from_ids([[1], [4]], [[2, 3, 4, 5], [6, 7, 8]])
-    blocks = DraftBlocks(
-        torch.tensor([0, 0, 0, 1]),
-        torch.tensor([1, 2, 3, 1]),
-        torch.zeros((4, 3), dtype=torch.long),
-        torch.zeros(4, dtype=torch.long),
-        torch.ones(4, dtype=torch.long),
-    )
-    buffer.add(rollout, blocks)
-    # Anchor 3 was not trained on, and counts as the greatest: text 0 weighs (3 + 1 + 8) / 3, text 1 weighs 8.
-    trained = torch.tensor([0, 1, 3])
-    buffer.note(rollout.tokens, rollout.lengths, blocks.select(trained), torch.tensor([3.0, 1.0, 8.0]))
-    counts, draws = torch.zeros(2, 4), torch.Generator().manual_seed(0)
-    for _ in range(2000):
-        drawn, _, anchors = buffer.draw(1, 1, draws)
-        counts[int(drawn.tokens[0, 0] == 4), int(anchors)] += 1
-    law = torch.tensor([[0, 3 / 12, 1 / 12, 8 / 12], [0, 1, 0, 0]]) * torch.tensor([[1 / 3], [2 / 3]])
-    assert chi_square_p(counts, law) > 1e-4
-    assert chi_square_p(counts, torch.tensor([[0, 1, 1, 1], [0, 3, 0, 0]]) / 6) < 1e-6
-
-
-def test_buffer_draw():
-    rollout, rows, anchors = _buffer().draw(5, 10, torch.Generator().manual_seed(0))
-    assert len(rollout) == 2
-    for row in range(2):
-        tokens = rollout.tokens[row, : rollout.lengths[row]].tolist()
-        expected = {1: [1, 3], 6: [1, 2]}[tokens[0]]
-        assert anchors[rows == row].tolist() == expected
-    assert rollout.prompt_lengths.tolist() == [1, 1]
-    assert sorted(rollout.completions()) == [[2, 3, 4, 5], [7, 8, 9]]
-    assert len(_buffer().draw(1, 10, torch.Generator().manual_seed(0))[0]) == 1
-    # The cap on anchors holds for each text.
-    assert _buffer().draw(5, 1, torch.Generator().manual_seed(0))[1].bincount().tolist() == [1, 1]
-
-
-def test_buffer_state_round_trip():
-    buffer, other = _buffer(), ErrorBuffer(10)
-    other.add(Rollout.from_ids([[9]], [[9, 9]]), DraftBlocks(*(torch.tensor(v) for v in ([0], [1], [[3]], [0], [1]))))
-    other.load_state_dict(buffer.state_dict())
-    assert other.entries == buffer.entries
-    draws = [held.draw(1, 10, torch.Generator().manual_seed(3))[0].tokens for held in (buffer, other)]
-    assert torch.equal(*draws)
+    assert_same_blocks(replay_text(drafter, greedy_rollout, features, 8), whole)

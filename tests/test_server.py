@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import urllib3
 from completions_server import CompletionsServer
-from conftest import tiny_tokenizer
+from conftest import ROOT, tiny_tokenizer
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +26,6 @@ from draft_opd_trl.rollout import DecodingSource, ServerSource, _faithful_text
 from draft_opd_trl.server import CompletionsClient, ServerError
 
 
-ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 TOKENIZER = tiny_tokenizer()
 STOP = 0

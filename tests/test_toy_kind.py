@@ -12,22 +12,22 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    STOP,
-    chi_square_p,
-    continuation_law,
-    random_prompts,
-    same_law_p,
-    tiny_drafter,
-    tiny_model,
-    tiny_tokenizer,
-    train_drafter,
+from conftest import STOPS, random_prompts, tiny_drafter, tiny_model, tiny_tokenizer, train_drafter
+from invariants import (
+    assert_a_grid_proposes_what_single_anchors_do,
+    assert_a_resumed_run_is_the_same_run,
+    assert_draft_is_propose,
+    assert_kept_states_are_those_of_packed_scoring,
+    assert_lossless,
+    assert_replay_has_the_law_of_speculation,
+    assert_replay_is_speculation,
+    assert_texts_follow_the_targets_law,
+    generated,
 )
-from datasets import Dataset
 from peft import LoraConfig
+from runs import make_trainer, spelled_prompts, written_texts
 from safetensors.torch import load_file, save_file
 from test_formats import assert_drafts_alone
-from test_trainer import make_trainer
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3Model
@@ -47,7 +47,6 @@ from draft_opd_trl.loading import add_adapter
 from draft_opd_trl.losses import Heads, LossSettings, batch_loss
 from draft_opd_trl.model_card import write_model_card
 from draft_opd_trl.planning import plan_memory
-from draft_opd_trl.replay import Coupling, read_text, replay_text
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.target import Target
@@ -239,38 +238,17 @@ def drafter(qwen_target, toy, prompts):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_speculation_is_lossless_and_replay_is_speculation(qwen_target, drafter, prompts, batch_size):
-    plain = speculate(qwen_target, None, prompts, SpeculationSettings(30, []))
-    stops = [plain.completions()[0][9], plain.completions()[2][4]]
-    expected = speculate(qwen_target, None, prompts, SpeculationSettings(30, stops)).completions()
-    rollout = speculate(qwen_target, drafter, prompts, SpeculationSettings(30, stops, batch_size=batch_size))
-    assert rollout.completions() == expected
+    stops = [generated(qwen_target, prompts[row], length)[-1] for row, length in ((0, 10), (2, 5))]
+    rollout = assert_lossless(qwen_target, drafter, prompts, SpeculationSettings(30, stops, batch_size=batch_size))
     assert len(set(rollout.blocks.num_accepted.tolist())) >= 3, "the case must hold early and late errors"
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     for num_chains in (1, 4):
-        replayed = replay_text(drafter, rollout, features, num_chains)
-        for name, value in vars(rollout.blocks).items():
-            assert torch.equal(getattr(replayed, name), value), name
+        assert_replay_is_speculation(qwen_target, drafter, rollout, num_chains)
 
 
-@torch.no_grad()
-def test_drafting_with_gradients_is_proposing(qwen_target, drafter, prompts):
-    rollout = speculate(qwen_target, drafter, prompts, SpeculationSettings(20, [], batch_size=4))
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    blocks, state, seen = rollout.blocks, read_text(drafter, rollout, features), []
-
-    def choose(logits):
-        seen.append(logits)
-        return logits.argmax(-1), None
-
-    for text, anchor in zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True):
-        token = rollout.tokens[text, anchor].expand(len(rollout), 1)
-        anchors = torch.full((len(rollout), 1), anchor)
-        seen.clear()
-        proposal = drafter.propose(state, token, anchors, rollout.tokens.shape[1], choose).tokens[text, 0]
-        block = blocks.select((blocks.texts == text) & (blocks.anchors == anchor))
-        assert torch.equal(proposal, block.draft_tokens[0])
-        got = drafter.logits(drafter.draft(features, rollout.tokens, block))[0]
-        torch.testing.assert_close(got, torch.stack([one[text, 0] for one in seen]), rtol=1e-4, atol=1e-4)
+def test_drafting_with_gradients_is_proposing_and_packed_scoring_verifying(qwen_target, drafter):
+    assert_draft_is_propose(qwen_target, drafter)
+    assert_a_grid_proposes_what_single_anchors_do(qwen_target, drafter)
+    assert_kept_states_are_those_of_packed_scoring(qwen_target, drafter, SamplingParams(1.0))
 
 
 def test_every_parameter_gets_a_gradient_and_the_target_none(qwen_target, toy, prompts):
@@ -330,22 +308,8 @@ def small(toy):
 
 
 def test_drawn_proposals_leave_the_law_alone_and_replay_has_theirs(small):
-    (target, drafter), sampling, prompt, count = small, SamplingParams(1.3), [3, 1], 3000
-    settings = SpeculationSettings(4, [], sampling, sample_proposals=True, batch_size=1000)
-    rollout = speculate(target, drafter, [prompt] * count, settings, torch.Generator().manual_seed(0))
-    cells = (rollout.tokens[:, 2:5] * torch.tensor([64, 8, 1])).sum(1)
-    assert chi_square_p(torch.bincount(cells, minlength=512), continuation_law(target, prompt, 3, sampling)) > 1e-4
-    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    draws = torch.Generator().manual_seed(1)
-    uniforms = torch.rand(*rollout.tokens.shape, drafter.num_draft_tokens, 2, generator=draws, dtype=torch.float64)
-    replayed = replay_text(drafter, rollout, features, 4, Coupling(target, states, sampling, uniforms))
-
-    def first(blocks):
-        blocks = blocks.select(blocks.anchors == 2)
-        cells = (blocks.draft_tokens[:, :2] * torch.tensor([8, 1])).sum(1) * 4 + blocks.num_accepted
-        return torch.bincount(cells, minlength=256)
-
-    assert same_law_p(first(replayed), first(rollout.blocks)) > 1e-4
+    assert_texts_follow_the_targets_law(*small, SamplingParams(1.3), sample_proposals=True)
+    assert_replay_has_the_law_of_speculation(*small, SamplingParams(1.3))
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -353,10 +317,7 @@ def test_drawn_proposals_leave_the_law_alone_and_replay_has_theirs(small):
 
 @pytest.fixture(scope="module")
 def texts(model):
-    draws = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(16)]
-    rollout = speculate(Target(model), None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=16))
-    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()})
+    return written_texts(model, spelled_prompts(16))
 
 
 @pytest.mark.parametrize(
@@ -381,6 +342,13 @@ def test_it_trains(model, toy, texts, tmp_path, options):
     for log in logs:
         assert log["loss"] == pytest.approx(log["loss/accepted"] + log.get("loss/rejected", 0))
         assert not own or 0 < log["auxiliary/confidence"] < 1 and 0 < log["auxiliary/loss"] < log["loss"]
+
+
+def test_a_resumed_run_is_the_same_run(model, toy, texts, tmp_path):
+    def build(output_dir, **options):
+        return make_trainer(tiny_drafter(toy, Target(model)), model, texts, output_dir, **options)
+
+    assert_a_resumed_run_is_the_same_run(build, tmp_path, 3)
 
 
 def test_eight_at_once_are_two_times_four_in_every_figure(model, toy, texts, tmp_path):
@@ -444,7 +412,7 @@ def test_it_is_planned(model, toy, tmp_path):
 def test_it_is_traced(model, toy, texts):
     target = Target(model)
     drafter = tiny_drafter(toy, target).bind(target)
-    rollout = speculate(target, drafter, texts["prompt_ids"][:4], SpeculationSettings(12, [STOP, 3]))
+    rollout = speculate(target, drafter, texts["prompt_ids"][:4], SpeculationSettings(12, STOPS))
     traces = trace_texts(target, drafter, rollout, tiny_tokenizer())
     assert sum(len(trace.blocks) for trace in traces) == len(rollout.blocks)
     assert all(0 < share <= 1 for trace in traces for block in trace.blocks for share in block.draft_probs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_settings, check_value, text
+from ..checks import check_settings, check_value, read_json, text
 from ..errors import EnvironmentFault, InputError
 from ..limits import CHAT_KWARGS, LIMITS
 
@@ -128,11 +127,5 @@ def read_chat_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         `ValueError` or `TypeError`: It is not JSON, or no mapping that a template takes.
     """
-    try:
-        kwargs = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"--chat_template_kwargs {given} is not JSON: {error}. Give a mapping such as "
-            "'{\"enable_thinking\": false}'."
-        ) from error
+    kwargs = read_json("chat_template_kwargs", given) if isinstance(given, str) else given
     return check_value("chat_template_kwargs", kwargs, dict, CHAT_KWARGS)

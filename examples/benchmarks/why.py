@@ -31,7 +31,8 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.batching import BatchMaker, StreamSettings, stream_weights
+from draft_opd_trl.batching import BatchMaker
+from draft_opd_trl.block_choice import OnPolicySettings
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.files import write_atomically
 from draft_opd_trl.loading import load_pair
@@ -41,6 +42,7 @@ from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
 from draft_opd_trl.replay import text_blocks
 from draft_opd_trl.report import save_figure
 from draft_opd_trl.rows import load_prompts
+from draft_opd_trl.streams import StreamSettings, stream_weights
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
@@ -68,10 +70,10 @@ class Slots:
     weights: torch.Tensor
 
     @classmethod
-    def cat(cls, parts: Sequence[Slots], first_rows: Sequence[int]) -> Slots:
-        """Parts under each other, on the CPU; a part's row 0 becomes its first row."""
+    def cat(cls, parts: Sequence[Slots], first_texts: Sequence[int]) -> Slots:
+        """Parts under each other, on the CPU; a part's text 0 becomes its first text."""
         blocks = DraftBlocks.cat([part.blocks for part in parts]).to("cpu")
-        blocks.texts += torch.tensor(first_rows).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
+        blocks.texts += torch.tensor(first_texts).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
         values = {name: torch.cat([part.values[name] for part in parts]).cpu() for name in parts[0].values}
         return cls(blocks, values, torch.cat([part.weights for part in parts]).cpu())
 
@@ -189,14 +191,17 @@ def examine_batch(
     settings = [LossSettings(kind, sampling.temperature) for kind in kinds]
     proposals = sampling if sample_proposals else None
 
-    def replayed(drafter: Drafter, count: int, **options: Any) -> ReplayBatch:
-        return BatchMaker(target, drafter, num_anchors=count, proposals=proposals, **options)([texts], 0)[0][0]
+    def replayed(drafter: Drafter, count: int, rejected_weight: float, anchors: str = "exposed") -> ReplayBatch:
+        streams, on_policy = StreamSettings(rejected_weight=rejected_weight), OnPolicySettings(anchors, count)
+        make_batches = BatchMaker(target, drafter, streams, on_policy, seed=0, proposals=proposals)
+        (batch,), _ = make_batches([texts], step=0, lmbda=1.0)
+        return batch
 
     def exposed(drafter: Drafter) -> ReplayBatch:
-        return replayed(drafter, texts.tokens.shape[1], streams=StreamSettings(rejected_weight=1.0))
+        return replayed(drafter, texts.tokens.shape[1], rejected_weight=1.0)
 
     origin = next(iter(drafters.values()))
-    start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, streams=StreamSettings(), anchors="random")
+    start, random = exposed(origin), replayed(origin, RANDOM_ANCHORS, rejected_weight=0.0, anchors="random")
     sft_blocks = text_blocks(texts, random.blocks.texts, random.blocks.anchors, origin.num_draft_tokens)
     off_policy = torch.zeros_like(sft_blocks.texts, dtype=torch.bool)
     sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=origin.sft_decay))
@@ -238,12 +243,12 @@ def examine(
         start's exposed anchors (`start_text`) and random ones (`random`), given the text. But for `own`, classes are
         those of the start's proposals. Weights are SFT's in `random`, else those of the accepted stream.
     """
-    batches, first_rows = [], range(0, len(texts), batch_size)
-    for row in tqdm(first_rows, desc="Replaying", leave=False):
-        some = texts.part(row, min(row + batch_size, len(texts)))
+    batches, first_texts = [], range(0, len(texts), batch_size)
+    for first in tqdm(first_texts, desc="Replaying", leave=False):
+        some = texts.part(first, min(first + batch_size, len(texts)))
         batches.append(examine_batch(target, drafters, some, sampling, sample_proposals))
     return {
-        name: {key: Slots.cat([batch[name][key] for batch in batches], first_rows) for key in sets}
+        name: {key: Slots.cat([batch[name][key] for batch in batches], first_texts) for key in sets}
         for name, sets in batches[0].items()
     }
 
@@ -251,8 +256,8 @@ def examine(
 def report_of(texts: Rollout, blocks: DraftBlocks, stops: Sequence[int]) -> AcceptanceReport:
     """What verification said, from all blocks of the texts."""
     runs: list[list[int]] = [[] for _ in range(len(texts))]
-    for row, run in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
-        runs[row].append(run)
+    for text, run in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
+        runs[text].append(run)
     completions = texts.completions()
     stopped = [text[-1] in stops for text in completions]
     return AcceptanceReport(blocks.num_draft_tokens, completions, runs, stopped, 0.0)
