@@ -238,7 +238,7 @@ def test_in_the_kernel_a_run_is_what_it_is_in_chunks(drafter_folder, model, text
     chunks = make_trainer(drafter_folder, model, texts, tmp_path, **options)
     chunks.train()
     monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_: True)
-    monkeypatch.delattr("draft_opd_trl.losses._chunk_loss")
+    monkeypatch.delattr("draft_opd_trl.losses._chunk_losses")
     kernel = make_trainer(drafter_folder, model, texts, tmp_path, **options)
     before = parameters_of(kernel)
     kernel.train()
