@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Trainer
 
 from .config import DraftOPDConfig
+from .divergences import LossSettings
 from .drafters import DRAFTERS, Drafter
 from .errors import InputError
-from .losses import Heads, LossSettings, batch_loss
+from .losses import Heads, batch_loss
 from .records import DraftBlocks, ReplayBatch, Rollout
 from .replay import Coupling, draft_at, read_text
 from .sampling import Chooser, probabilities
