@@ -27,8 +27,8 @@ from .files import check_writable
 from .hub import check_hub_access
 from .limits import LIMITS
 from .prompts import tokenize_dataset
-from .rollout import RolloutSource
 from .sampling_params import SamplingParams
+from .sources import RolloutSource
 from .target import Target
 from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 

@@ -52,9 +52,10 @@ from .prompts import check_fit, warn_of_open_ends
 from .records import ReplayBatch, Rollout
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
-from .rollout import RolloutSource, build_source
+from .rollout import build_source
 from .run_log import RunLog
 from .sharding import check_parallelism, shard
+from .sources import RolloutSource
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts

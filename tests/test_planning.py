@@ -26,13 +26,6 @@ SIZES = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 512, "head_d
 PROMPT_LENGTH = 8
 
 
-class RealBytes(LiveBytes):
-    """The count on tensors that have data: nothing to answer."""
-
-    def _answer(self, func, args, kwargs):
-        return func(*args, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def model():
     model = tiny_model("qwen3", vocab_size=512, **{k: v for k, v in SIZES.items() if k != "vocab_size"})
@@ -70,7 +63,7 @@ def held_by(model, drafter):
 
 def test_bytes_are_counted_while_they_live_and_views_count_nothing():
     given = torch.zeros(100)
-    with RealBytes([given]) as live:
+    with LiveBytes([given]) as live:
         first = given + 1
         view = first[:50]
         assert (live.live, live.peak) == (400, 400)
@@ -103,7 +96,7 @@ def test_the_plan_is_what_a_run_holds(model, kind, tmp_path, options):
     dataset = Dataset.from_dict(columns)
     trainer = DraftOPDTrainer(drafter, model, args, dataset, processing_class=tiny_tokenizer())
     trainer._before_training = lambda: None  # the plan that a run announces is not part of it
-    with RealBytes(held_by(model, drafter)) as live:
+    with LiveBytes(held_by(model, drafter)) as live:
         trainer.train()
     measured = sum(tensor.nbytes for tensor in held_by(model, drafter)) + live.peak
     assert planned(model, drafter, args).peak == pytest.approx(measured, rel=0.1)

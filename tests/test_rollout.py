@@ -29,17 +29,11 @@ from draft_opd_trl import (
     stop_token_ids,
 )
 from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.rollout import (
-    CachedSource,
-    DatasetSource,
-    DecodingSource,
-    ServerSource,
-    _faithful_text,
-    build_source,
-    seed_of,
-    until_stop,
-)
+from draft_opd_trl.rollout import _faithful_text, build_source
+from draft_opd_trl.seeding import seed_of
 from draft_opd_trl.server import Answer, CompletionsClient, ServerError
+from draft_opd_trl.server_source import ServerSource
+from draft_opd_trl.sources import CachedSource, DatasetSource, DecodingSource, until_stop
 from draft_opd_trl.text_cache import TextCache
 
 

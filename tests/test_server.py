@@ -22,8 +22,10 @@ from draft_opd_trl import SamplingParams, SpeculationSettings, Target, endpoint,
 from draft_opd_trl.consistency import describe_misfit, text_fit
 from draft_opd_trl.errors import InputError
 from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.rollout import DecodingSource, ServerSource, _faithful_text
+from draft_opd_trl.rollout import _faithful_text
 from draft_opd_trl.server import CompletionsClient, ServerError
+from draft_opd_trl.server_source import ServerSource
+from draft_opd_trl.sources import DecodingSource
 
 
 POCKET = ROOT / "examples" / "pocket"

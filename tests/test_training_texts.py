@@ -11,7 +11,7 @@ from invariants import assert_same_weights
 from pyarrow import parquet
 from runs import StopAt, make_trainer, parameters_of, spelled_prompts, written_texts
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, rollout, server, speculate
+from draft_opd_trl import SamplingParams, SpeculationSettings, server, sources, speculate
 from draft_opd_trl.target import Target
 
 
@@ -49,7 +49,7 @@ def decoded(monkeypatch):
         prompts.extend(asked)
         return speculate(target, drafter, asked, *arguments, **options)
 
-    monkeypatch.setattr(rollout, "speculate", counting)
+    monkeypatch.setattr(sources, "speculate", counting)
     return prompts
 
 
