@@ -345,7 +345,7 @@ RESUMED = {
 
 
 def assert_a_resumed_run_is_the_same_run(make_trainer, folder, *steps):
-    """`make_trainer(output_dir, **options)` makes the same trainer each time; runs are cut off after `steps` of six."""
+    """`make_trainer(output_dir, **options)` makes the same trainer each time; it is cut off after `steps` of six."""
     whole = make_trainer(folder / "whole", **{**RESUMED, "save_strategy": "no"})
     whole.train()
     assert any(loss is not None for entry in whole.error_buffer.entries.values() for loss in entry.losses.values())
