@@ -82,14 +82,13 @@ def test_eight_at_once_equal_two_times_four_accumulated(drafter_folder, model, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5], ids=["inside-cycle", "end-of-epoch", "second-epoch"])
-def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path, step):
-    """Invariant 7, run part: weights, optimizer, schedule, random state, order of rows, texts in use and buffer."""
+def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path):
+    """Invariant 7, run part; cut inside a cycle, at the end of an epoch and in the second."""
 
     def build(output_dir, **options):
         return make_trainer(drafter_folder, model, texts, output_dir, **options)
 
-    assert_a_resumed_run_is_the_same_run(build, tmp_path, step)
+    assert_a_resumed_run_is_the_same_run(build, tmp_path, 3, 4, 5)
 
 
 def test_train_save_load_proposes_the_same(drafter_folder, model, texts, tmp_path):
@@ -212,11 +211,9 @@ def test_adapters_on_all_matrices_leave_the_head_alone(drafter_folder, model, te
     trainer = make_trainer(drafter_folder, model, texts, tmp_path, peft_config=config)
     before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     trainer.train()
+    after = dict(trainer.model.named_parameters())
     assert before and not any("lm_head" in name for name in before)
-    unmoved = [
-        name for name, value in trainer.model.named_parameters() if torch.equal(before.get(name, value + 1), value)
-    ]
-    assert unmoved == []
+    assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
 
 
 def test_soft_targets_train_and_text_outside_a_draft_vocabulary_is_logged(drafter_folder, model, texts, tmp_path):
