@@ -52,6 +52,7 @@ class Target:
         self._sharded = False
         self._check_attention()
         self._check_rope()
+        self._read_layer_types()
         self._check_head()
 
     @property
@@ -125,6 +126,9 @@ class Target:
                 f"The target has layers of type {sorted(unknown)}; a position-slotted cache is exact for "
                 "full_attention and sliding_attention only. Use a target of those."
             )
+
+    def _read_layer_types(self) -> None:
+        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
         # Hybrid models take one mask per layer type in a dict; uniform ones (Llama) refuse a dict.
         per_type = bool(getattr(self.config, "layer_types", None))
         self._hybrid = per_type and "sliding_attention" in types
