@@ -29,7 +29,7 @@ help:
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
-	@echo "make quality      check style; make style mends what it can"
+	@echo "make quality      check style and imports; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
 venv: .venv/installed
@@ -48,7 +48,7 @@ endef
 
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
 quickstart: .venv/installed
-	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/train.py --drafter $(DRAFTER)
+	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/quickstart.py --drafter $(DRAFTER)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
 TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
@@ -79,6 +79,7 @@ soak: .venv/installed
 quality: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache --no-logo
 
 style: .venv/installed
 	.venv/bin/ruff check --fix .

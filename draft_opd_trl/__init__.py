@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import DraftOPDConfig
     from .drafters import DRAFTERS, create_drafter
     from .evaluation import evaluate_drafters, measure_acceptance
+    from .hub import push_drafter
     from .inspection import inspect_drafter
     from .optim import MuonWithAdamW
     from .report import acceptance_table, plot_acceptance
@@ -50,6 +51,7 @@ __all__ = [
     "measure_acceptance",
     "plot_acceptance",
     "print_traces",
+    "push_drafter",
     "speculate",
     "stop_token_ids",
     "trace_texts",
@@ -78,6 +80,7 @@ _HOME = {
     "measure_acceptance": "evaluation",
     "plot_acceptance": "report",
     "print_traces": "viewer",
+    "push_drafter": "hub",
     "speculate": "speculation",
     "stop_token_ids": "target",
     "trace_texts": "traces",

@@ -6,8 +6,9 @@ Counts and nothing else. It does not know models, decoding or training state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ DEFINITION = (
     "first token comes from the prefill and counts in neither."
 )
 FIRST_POSITION_BIN = 32
+# Of the bootstrap: draws of prompts, and what an interval covers.
+RESAMPLES, LEVEL = 2000, 0.95
 
 
 @dataclass
@@ -121,6 +124,13 @@ class AcceptanceReport:
         numerator, denominator = self._ratios[name]
         return float(numerator.sum() / denominator.sum().clamp(min=1))
 
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each statistic, by bootstrap over prompts ([`bootstrap_interval`])."""
+        numerators, denominators = (torch.stack(part, dim=1) for part in zip(*self._ratios.values(), strict=True))
+        values = _resampled(numerators, denominators, RESAMPLES, seed=0)
+        return {name: _interval_of(one, LEVEL) for name, one in zip(self._ratios, values.T, strict=True)}
+
     @property
     def committed(self) -> list[int]:
         """Tokens that verifications committed, by prompt."""
@@ -160,25 +170,23 @@ class AcceptanceReport:
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """The numbers a Trainer logs, `<prefix>_…`; those of [`summary`]."""
-        low, high = bootstrap_interval(self)
+        low, high = self.intervals["acceptance_length"]
         logged = {name: self.statistic(name) for name in self._ratios}
         logged |= {"acceptance_length_low": low, "acceptance_length_high": high, "runtime": self.seconds}
         return {f"{prefix}_{name}": value for name, value in (logged | self._timing()).items()}
 
     def summary(self) -> dict[str, Any]:
         """The numbers a results file wants, JSON-able: each statistic with its 95 % interval over prompts."""
-        names = list(self._ratios)
-        intervals = dict(zip(names, _intervals([self._ratios[name] for name in names]), strict=True))
 
         def entry(name: str) -> dict[str, Any]:
-            return {"value": self.statistic(name), "interval": list(intervals[name])}
+            return {"value": self.statistic(name), "interval": list(self.intervals[name])}
 
         slots = range(1, self.num_draft_tokens + 1)
         return {
             "acceptance_length": self.acceptance_length,
-            "interval": list(intervals["acceptance_length"]),
+            "interval": list(self.intervals["acceptance_length"]),
             "acceptance_by_slot": self.acceptance_by_slot,
-            "intervals_by_slot": [list(intervals[f"acceptance_slot_{slot}"]) for slot in slots],
+            "intervals_by_slot": [list(self.intervals[f"acceptance_slot_{slot}"]) for slot in slots],
             "acceptance_by_position": [
                 {"start": start, "stop": stop, **entry(f"acceptance_length_from_{start}")}
                 for start, stop in self.position_bins
@@ -203,15 +211,11 @@ def join_reports(reports: Sequence[AcceptanceReport], at_once: bool = False) -> 
             wall time is the slowest one's, not their sum.
     """
     add = max if at_once else sum
-    return AcceptanceReport(
-        reports[0].num_draft_tokens,
-        [text for report in reports for text in report.completions],
-        [runs for report in reports for runs in report.accepted],
-        [stopped for report in reports for stopped in report.stopped],
-        add(report.seconds for report in reports),
-        add(report.draft_seconds for report in reports),
-        add(report.verify_seconds for report in reports),
-    )
+    joined: dict[str, Any] = {"num_draft_tokens": reports[0].num_draft_tokens}
+    for name in (one.name for one in fields(AcceptanceReport) if one.name not in joined):
+        parts = [getattr(report, name) for report in reports]
+        joined[name] = list(chain(*parts)) if isinstance(parts[0], list) else add(parts)
+    return AcceptanceReport(**joined)
 
 
 def _resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
@@ -233,16 +237,11 @@ def _interval_of(values: torch.Tensor, level: float) -> tuple[float, float]:
     return float(values[int(tail * len(values))]), float(values[min(int((1 - tail) * len(values)), len(values) - 1)])
 
 
-def _intervals(ratios: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[float, float]]:
-    numerators, denominators = (torch.stack(part, dim=1) for part in zip(*ratios, strict=True))
-    return [_interval_of(values, 0.95) for values in _resampled(numerators, denominators, 2000, 0).T]
-
-
 def bootstrap_interval(
     first: AcceptanceReport,
     second: AcceptanceReport | None = None,
-    resamples: int = 2000,
-    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
     """
@@ -266,8 +265,14 @@ def bootstrap_interval(
     return _interval_of(values[:, 0] - (values[:, 1] if second is not None else 0), level)
 
 
+def difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
+    """τ(first) − τ(second), paired by prompt, with its 95 % interval."""
+    low, high = bootstrap_interval(first, second)
+    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}
+
+
 def speedup_interval(
-    texts: Sequence[AcceptanceReport], plain: Sequence[AcceptanceReport], resamples: int = 2000, seed: int = 0
+    texts: Sequence[AcceptanceReport], plain: Sequence[AcceptanceReport], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """
     95 % percentile bootstrap over prompts of tokens a second over those of plain decoding.
@@ -284,4 +289,4 @@ def speedup_interval(
     tokens = torch.tensor([[float(report.tokens) for report in side] for side in sides], dtype=torch.float64)
     seconds = torch.tensor([[report.seconds for report in side] for side in sides], dtype=torch.float64)
     speeds = _resampled(tokens.T, seconds.T, resamples, seed)
-    return _interval_of(speeds[:, 0] / speeds[:, 1], 0.95)
+    return _interval_of(speeds[:, 0] / speeds[:, 1], LEVEL)

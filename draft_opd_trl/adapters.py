@@ -1,4 +1,4 @@
-"""Adapter folders of drafters: read with exact tensors, and merged so that it shows.
+"""Adapters on drafters: put on so that they train, saved alone, read with exact tensors, and merged so that it shows.
 
 PEFT leaves an adapter's missing tensors at their start, which changes nothing, and passes over the others. So what the
 config asks for is compared with what is there before anything is built. Knows no drafter kinds.
@@ -26,6 +26,7 @@ from peft import (
 from .drafters.base import Drafter, check_tensors
 from .errors import InputError
 from .folder_files import one_line, read_json, read_tensors
+from .records import DraftBlocks
 
 
 _CONFIG = "adapter_config.json"
@@ -33,6 +34,56 @@ _CONFIG = "adapter_config.json"
 _FAULTS = (AttributeError, ImportError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 # Fields whose strings PEFT takes for regular expressions; a list of targets is compared as it stands.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+class AdaptedDrafter(PeftModel):
+    """A drafter with an adapter. It saves what it trains; PEFT would add an adapted head or embedding whole."""
+
+    @classmethod
+    def of(cls, drafter: Drafter, config: PeftConfig, revision: str | None = None) -> AdaptedDrafter:
+        """
+        Args:
+            drafter ([`Drafter`]): Its path is what the adapter's folder will name as its base.
+            config ([`~peft.PeftConfig`]): Of any method that adapts weights.
+            revision (`str`, *optional*): Of the drafter on the Hub.
+        """
+        config.base_model_name_or_path = drafter.name_or_path
+        config.revision = revision or config.revision
+        return cls(drafter, config)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(*args, **{**kwargs, "save_embedding_layers": False})
+
+
+def check_reach(model: PeftModel, drafter: Drafter) -> None:
+    """
+    Draft a block and see what it depends on.
+
+    Args:
+        model ([`~peft.PeftModel`]): The adapter on the drafter.
+        drafter ([`Drafter`]): Bound to its target, on one device with it.
+
+    Raises:
+        `ValueError`: Parameters that would train nothing, because the drafter reads a weight past its module.
+    """
+    device, count = drafter.device, drafter.num_draft_tokens
+    tokens = torch.zeros((1, count + 2), dtype=torch.long, device=device)
+    width = len(drafter.target_layer_ids) * drafter.target.hidden_size
+    features = torch.zeros((*tokens.shape, width), dtype=drafter.target.dtype, device=device)
+    one = tokens[0, :1]
+    blocks = DraftBlocks(one, one + 1, tokens[:, :count], one, one + count)
+    states = drafter.draft(features, tokens, blocks).flatten(0, 1)
+    logps = drafter.logits(states).float().log_softmax(-1)
+    found = [logps[:, 0].sum()]
+    if drafter.auxiliary_loss is not None:
+        found += [value.sum() for value in drafter.auxiliary_loss(states, logps, logps.detach()).values()]
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    gradients = torch.autograd.grad(sum(found), list(trained.values()), allow_unused=True)
+    if idle := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        raise InputError(
+            f"peft_config adapts what a {drafter.kind} drafter does not draft with, so that {idle} would train "
+            "nothing. Leave those modules out of target_modules and modules_to_save."
+        )
 
 
 @dataclass
@@ -176,7 +227,7 @@ def merge(drafter: Drafter, adapter: Adapter) -> Drafter:
             f"The adapter in {folder} cannot be put on its drafter {adapter.base!r} ({one_line(error)}). Is this the "
             "drafter it was trained on? Otherwise save the adapter again."
         ) from error
-    says = any("lora_B" in name and bool(tensor.any()) for name, tensor in tensors.items())
+    says = any(re.search("lora_(embedding_)?B", name) and bool(tensor.any()) for name, tensor in tensors.items())
     if says and all(torch.equal(before[name], parameter) for name, parameter in merged.named_parameters()):
         raise InputError(
             f"Merging the adapter in {folder} changed no weight of {adapter.base!r}, though it is not zero: is "

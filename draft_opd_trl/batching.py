@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional
 
 from .block_choice import OnPolicySettings, choose_in_each_text, random_places
+from .coupling import Coupling
 from .drafters.base import Drafter
 from .error_buffer import ErrorBuffer
 from .records import DraftBlocks, ReplayBatch, Rollout
-from .replay import Coupling, draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from .replay import draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
 from .replay_counts import Counts, add_counts, count_outside, count_taught, count_verification
 from .sampling_params import SamplingParams
 from .seeding import text_generator

@@ -5,16 +5,16 @@ Knows reports, and nothing of how they were measured.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .acceptance import DEFINITION, AcceptanceReport, bootstrap_interval
+from .acceptance import DEFINITION, AcceptanceReport, difference
 from .files import write_atomically
 from .report import acceptance_table
+from .results import fingerprint_of
 
 
 @dataclass
@@ -45,8 +45,7 @@ class BeforeAfter:
 
     def note(self, name: str, prompts: Sequence[Sequence[int]], report: AcceptanceReport, step: int) -> None:
         """Keep an evaluation of the weights of `step`."""
-        text = json.dumps([list(prompt) for prompt in prompts])
-        measured = Measured(hashlib.sha256(text.encode()).hexdigest(), report)
+        measured = Measured(fingerprint_of(prompts), report)
         self.last[name] = measured
         if step == 0:
             self.before[name] = measured
@@ -56,12 +55,7 @@ class BeforeAfter:
         before, last = self.before.get(name), self.last.get(name)
         if before is None or last is None or last is before or last.prompts != before.prompts:
             return None
-        low, high = bootstrap_interval(last.report, before.report)
-        return {
-            "mean": last.report.acceptance_length - before.report.acceptance_length,
-            "low": low,
-            "high": high,
-        }
+        return difference(last.report, before.report)
 
     def reports(self, name: str, called: tuple[str, str]) -> dict[str, AcceptanceReport]:
         """Of the drafter before and the drafter now, by what they are called; the one before only if comparable."""

@@ -1,6 +1,6 @@
-"""A KV cache whose slot is the token's position.
+"""A KV cache with a place for each position.
 
-Rows of a batch advance by different lengths in speculation. With a slot for each position, every row is
+Texts of a batch advance by different lengths in speculation. With a place for each position, every lane is
 right-padded, rolling back is overwriting, and sliding windows stay exact (a left-padded cache with holes is wrong on
 them). Holds keys, values and visibility. It does not know what the tokens mean.
 """
@@ -57,7 +57,7 @@ class _PositionLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = (self.parent.num_lanes, self.parent.max_length, key_states.shape[1])
-        # Zeros, not empty: slots never written are masked, but a NaN there would survive the mask.
+        # Zeros, not empty: positions never written are masked, but a NaN there would survive the mask.
         self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
         self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
         self.is_initialized = True
@@ -93,12 +93,12 @@ class _PositionLayer(CacheLayerMixin):
 
 class PositionCache(Cache):
     """
-    Position-slotted cache for a transformers model.
+    Cache for a transformers model that holds each token at its position.
 
     Args:
         num_layers (`int`): Attention layers of the model.
         num_lanes (`int`): Texts held side by side.
-        max_length (`int`): Positions a row can hold.
+        max_length (`int`): Positions a lane can hold.
     """
 
     def __init__(self, num_layers: int, num_lanes: int, max_length: int) -> None:
@@ -113,7 +113,7 @@ class PositionCache(Cache):
 
         Args:
             positions (`torch.LongTensor` of shape `(R, Q)`): Positions of the tokens.
-            limit (`int`): Slots to attend to; above every position in play (known on the host, so no sync).
+            limit (`int`): Positions to attend to; above every position in play (known on the host, so no sync).
             lanes (`torch.LongTensor` of shape `(R,)`, *optional*): Cache lanes they belong to; all lanes by default.
             keep (`bool`, *optional*, defaults to `True`): `False` appends their keys for this forward only.
         """

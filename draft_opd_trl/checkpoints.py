@@ -211,7 +211,7 @@ def load_drafter(
     """
     Read a drafter folder, whole or not at all; an adapter's folder as its base drafter with the adapter merged in.
 
-    Layouts: DFlash as z-lab publishes it, EAGLE-3 as SpecForge, SGLang and SafeAILab do, and vLLM's `speculators`.
+    Layouts: those that each kind is published in, and vLLM's `speculators`.
 
     Args:
         path_or_id (`str`): Folder, or id on the Hub.
@@ -293,11 +293,7 @@ def _write_speculators(drafter: Drafter, folder: Path, target_name: str, target:
             "verifier": {"name_or_path": target_name, "architectures": shape.architectures},
         },
     }
-    # `speculators` numbers the layers of every kind.
-    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in drafter.state_dict().items()}
-    if (lent := drafter.speculators_embedding) and lent not in tensors:
-        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-        tensors[lent] = _target_embedding(target, shape).to(dtype)
+    tensors = drafter.speculators_tensors(drafter.state_dict(), lambda: _target_embedding(target, shape))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
@@ -319,11 +315,10 @@ def export_drafter(
     Args:
         path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, or id on the Hub.
         output_dir (`str`): New folder; it appears when it is complete.
-        format (`str`): `"dflash"` or `"eagle3"`, whichever the drafter is, for the flat folder that SGLang and vLLM
-            load; `"speculators"` for vLLM's.
-        target (`str`, *optional*): Folder or id of the target, of which the config is read, and for an EAGLE-3 drafter
-            in the `speculators` layout the embedding, which that folder holds. The drafter is checked against it, and
-            what its config leaves open is settled.
+        format (`str`): The drafter's own kind for the folder that it is published in; `"speculators"` for vLLM's.
+        target (`str`, *optional*): Folder or id of the target, of which the config is read, and for a `speculators`
+            folder of a kind that borrows it the embedding, which that folder holds. The drafter is checked against
+            it, and what its config leaves open is settled.
         target_name (`str`, *optional*): Id that a `speculators` folder names its target by; `target` by default. Of a
             folder that names a path, `vllm serve FOLDER` is refused.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): Of the weights; the stored one by default.
@@ -334,8 +329,8 @@ def export_drafter(
 
     Raises:
         `FileExistsError`: `output_dir` is there and not empty.
-        `ValueError`: The drafter is of another kind, does not fit the target, or `"speculators"` without a target or
-            without the target's embedding where it is needed.
+        `ValueError`: The drafter is of another kind, has no `speculators` layout, does not fit the target, or
+            `"speculators"` without a target or without the target's embedding where it is needed.
     """
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .acceptance import AcceptanceReport, bootstrap_interval, join_reports, speedup_interval
+from .acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from .drafters.base import Drafter
 from .report import save_report
-from .results import ResultsFile
+from .results import ResultsFile, fingerprint_of
 from .seeding import seed_of
 from .speculation import SpeculationSettings, speculate
 from .stopwatch import Stopwatch
@@ -142,6 +141,28 @@ def text_seeds(seed: int, prompts: Sequence[int]) -> list[int]:
     return [seed_of(seed, index) for index in prompts]
 
 
+def _texts_of(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    settings: SpeculationSettings,
+    seed: int,
+    file: ResultsFile,
+    progress: str | None,
+) -> list[AcceptanceReport]:
+    """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
+    waiting = [index for index in range(len(prompts)) if index not in file.done]
+    if waiting:
+
+        def keep(text: int, report: AcceptanceReport) -> None:
+            file.append(waiting[text], report)
+
+        missing = [prompts[index] for index in waiting]
+        seeds = text_seeds(seed, waiting)
+        measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
+    return [file.done[index] for index in range(len(prompts))]
+
+
 def evaluate_drafters(
     target: Target,
     drafters: dict[str, Drafter],
@@ -182,7 +203,7 @@ def evaluate_drafters(
         "target": target.name,
         "dtype": str(target.dtype),
         "device": target.device.type,
-        "prompts": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16],
+        "prompts": fingerprint_of(prompts)[:16],
     }
     runs = {"plain": None, **drafters} if baseline else drafters
     files = {
@@ -193,24 +214,11 @@ def evaluate_drafters(
         for name, drafter in runs.items()
     }
     resumed = {name: len(file.done) for name, file in files.items()}
-    for name, file in files.items():
-        waiting = [index for index in range(len(prompts)) if index not in file.done]
-        if waiting:
-            measure_acceptance(
-                target,
-                runs[name],
-                [prompts[index] for index in waiting],
-                settings,
-                None,
-                progress and f"{progress}, {name}",
-                lambda prompt, report, file=file, waiting=waiting: file.append(waiting[prompt], report),
-                text_seeds(seed, waiting),
-            )
-
-    def texts_of(name: str) -> list[AcceptanceReport]:
-        return [files[name].done[index] for index in range(len(prompts))]
-
-    reports = {name: join_reports(texts_of(name)) for name in runs}
+    texts = {
+        name: _texts_of(target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}")
+        for name, drafter in runs.items()
+    }
+    reports = {name: join_reports(parts) for name, parts in texts.items()}
     plain = reports.pop("plain", None)
     if results is not None:
         save_report(dict(reversed(reports.items())), results)  # differences are first − second
@@ -223,21 +231,16 @@ def evaluate_drafters(
             name: {
                 **report.summary(),
                 "speedup": plain and report.tokens_per_second / plain.tokens_per_second,
-                "speedup_interval": list(speedup_interval(texts_of(name), texts_of("plain"))) if alone else None,
+                "speedup_interval": list(speedup_interval(texts[name], texts["plain"])) if alone else None,
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
             }
             for name, report in reports.items()
         },
-        "difference": _difference(*reports.values()) if len(reports) == 2 else None,
+        "difference": difference(*reports.values()) if len(reports) == 2 else None,
     }
 
 
 def _file_name(name: str) -> str:
     """A drafter's name without what paths are made of."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-")
-
-
-def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
-    low, high = bootstrap_interval(first, second)
-    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}

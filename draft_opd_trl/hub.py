@@ -65,7 +65,7 @@ def push_errors(repo_id: str, kept: str = "Nothing was pushed.") -> Iterator[Non
 
 def merged(model: PeftModel) -> Drafter:
     """A drafter with its adapter added to its weights, as engines load no adapters; `model` stays as it is."""
-    target = model.get_base_model().target
+    target = model.get_base_model()._target
     return copy.deepcopy(model, {id(target): target}).merge_and_unload()
 
 
@@ -93,7 +93,8 @@ def push_drafter(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Push a drafter folder that engines load by id, with a card unless the repository has one.
+    Push a drafter folder that engines load by id, with a card unless the repository has one. What transformers' own
+    `drafter.push_to_hub` pushes is the same folder with a blank card.
 
     Args:
         drafter ([`Drafter`]): The drafter; one that is bound to its target gets it named in the card.

@@ -34,14 +34,12 @@ def _verifier(written: dict[str, Any]) -> str | None:
 
 
 def _layout(written: dict[str, Any], drafter_class: type[Drafter]) -> str:
-    if "speculators_model_type" in written:
-        return "speculators (vLLM)"
-    published = drafter_class.__name__ in (written.get("architectures") or [])
-    return "flat (SGLang, vLLM)" if published else "flat, as SafeAILab publishes it"
+    spec = "speculators_model_type" in written
+    return "speculators (vLLM)" if spec else drafter_class.config_class.layout(written)
 
 
 def _code_is_there(folder: Path, reference: Any) -> bool:
-    """Whether a folder holds the file that `auto_map` names, and those that it imports from beside it."""
+    """Whether a folder holds the file that `auto_map` names, and those that transformers finds imported in it."""
     waiting = [reference.split("--")[-1].partition(".")[0]] if isinstance(reference, str) else [""]
     seen: set[str] = set()
     while waiting:
@@ -58,28 +56,19 @@ def _config_faults(
     folder: Path, written: dict[str, Any], names: set[str], drafter_class: type[Drafter]
 ) -> list[Fault]:
     """What the config alone tells, before anything is loaded."""
+    faults: list[Fault] = []
     if "speculators_model_type" in written:
-        fields = written.get("transformer_layer_config") or {}
-        faults: list[Fault] = [("it is in the speculators layout, which vLLM alone reads", {"SGLang", "transformers"})]
+        faults.append(("it is in the speculators layout, which vLLM alone reads", {"SGLang", "transformers"}))
         verifier = _verifier(written) or ""
         if verifier.count("/") > 1 or Path(verifier).is_dir():
             faults.append((f"its target is named by a path, {verifier}: `vllm serve FOLDER` wants an id", set()))
-        lent = drafter_class.speculators_embedding
-        if lent and lent not in names:
-            faults.append((f"there is no {lent}, in place of which the speculators library computes noise", set()))
-    else:
-        fields, faults = written, drafter_class.config_class.engine_faults(written, names)
-        if not _code_is_there(folder, (written.get("auto_map") or {}).get("AutoModel")):
-            faults.append(("the code that AutoModel needs is not beside the weights", {"transformers"}))
+    elif drafter_class.code_travels:
+        loader = drafter_class.auto_class
+        if not _code_is_there(folder, (written.get("auto_map") or {}).get(loader)):
+            faults.append((f"the code that {loader} needs is not beside the weights", {"transformers"}))
+    faults += drafter_class.config_class.engine_faults(written, names)
     if stray := stray_weights(folder):
         faults.append((f"{stray} are not its weights, and engines read them all the same", {"SGLang", "vLLM"}))
-    if (fields.get("hidden_act") or "silu") != "silu":
-        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", {"SGLang", "vLLM"}))
-    top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
-    if top is None and inner is None:
-        faults.append(("no rope_theta is written, and each loader has a default of its own", {"SGLang", "vLLM"}))
-    elif None not in (top, inner) and top != inner:
-        faults.append((f"rope_theta is {top} at the top level and {inner} in rope_parameters", {"SGLang", "vLLM"}))
     return faults
 
 
@@ -87,15 +76,16 @@ def _target_faults(drafter: Drafter, shape: TargetShape | None) -> list[Fault]:
     """What does not fit the target; of an unknown one, the least that it must be is assumed."""
     config, faults = drafter.config, []
     if shape is None:
+        taps = getattr(config, "target_layer_ids", None)
         shape = SimpleNamespace(
             name="it was made for",
             config=config,
             hidden_size=getattr(config, "target_hidden_size", config.hidden_size),
             vocab_size=config.vocab_size,
-            num_layers=getattr(config, "num_target_layers", None) or max(config.target_layer_ids or [8]) + 2,
+            num_layers=getattr(config, "num_target_layers", None) or max(taps or [8]) + 2,
         )
     else:
-        for told, engine, served in serving_faults(drafter.kind, shape.config.model_type):
+        for told, engine, served in serving_faults(drafter, shape.config.model_type):
             faults.append((told, {engine} if served is False else set()))
     context = getattr(shape.config, "max_position_embeddings", None) or 0
     if config.max_position_embeddings < context:
@@ -122,7 +112,7 @@ def inspect_drafter(
     Args:
         path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, adapters included, or id on the Hub.
         target (`str`, *optional*): Folder or id of its target, of which the config alone is read. Without it, what
-            depends on the target's type and context, and for EAGLE-3 on its depth, is not judged.
+            depends on the target's type, context and depth is not judged.
         revision, token (`str`, *optional*): For the Hub.
 
     Returns:
@@ -148,9 +138,7 @@ def inspect_drafter(
     drafter, more = _load(str(folder), shape)
     told = _told(path_or_id, drafter, tensors, faults + more, shape)
     if drafter is not None:
-        commands = launch_commands(
-            drafter.kind, target or _verifier(written) or "TARGET", path_or_id, drafter.num_draft_tokens
-        )
+        commands = launch_commands(drafter, target or _verifier(written) or "TARGET", path_or_id)
         told["launch"] = {engine: commands[engine] for engine in commands if told["loads"][engine] is not False}
     return {**told, "kind": drafter_class.kind, "layout": _layout(written, drafter_class)}
 
@@ -178,15 +166,17 @@ def _told(
         fields = drafter.config
         config = {
             "num_draft_tokens": drafter.num_draft_tokens,
-            "target_layer_ids": fields.target_layer_ids,
+            "target_layer_ids": drafter.target_layer_ids,
             "vocab_size": fields.vocab_size,
             "draft_vocab_size": getattr(fields, "draft_vocab_size", fields.vocab_size),
             "max_position_embeddings": fields.max_position_embeddings,
-            "rope_theta": fields.rope_parameters["rope_theta"],
+            "rope_theta": (getattr(fields, "rope_parameters", None) or {}).get("rope_theta"),
         }
     loads: dict[str, bool | None] = dict.fromkeys(LOADERS, True)
-    if drafter is not None and shape is not None:
-        loads |= {engine: serves(engine, drafter.kind, shape.config.model_type) for engine in ENGINES}
+    if drafter is not None:
+        served = drafter.config.served_targets
+        loads |= {engine: serves(engine, drafter, shape.config.model_type) for engine in ENGINES if shape is not None}
+        loads |= {engine: None for engine in ENGINES if engine not in served}
     broken = set().union(*(breaks for _, breaks in faults))
     return {
         "path": path,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ._trl_compat import create_model_from_path
+from .adapters import AdaptedDrafter
 from .checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config
 from .checks import check_value
 from .config import DraftOPDConfig
@@ -26,8 +27,8 @@ from .files import check_writable
 from .hub import check_hub_access
 from .limits import LIMITS
 from .prompts import tokenize_dataset
-from .rollout import RolloutSource
 from .sampling_params import SamplingParams
+from .sources import RolloutSource
 from .target import Target
 from .target_folder import HUB, read_target, read_target_config, read_tokenizer, told
 
@@ -178,9 +179,10 @@ def warn_about_quantization(target: Target) -> None:
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    """The padding token; texts carry lengths, so a stop token may serve as one."""
+    """The padding token; texts carry lengths, so a stop token may serve as one. The target reads it, so it has it."""
+    vocab_size = teacher.get_input_embeddings().num_embeddings
     for candidate in (tokenizer.pad_token_id, getattr(teacher.generation_config, "pad_token_id", None)):
-        if candidate is not None:
+        if candidate is not None and 0 <= candidate < vocab_size:
             return candidate
     return stops[0]
 
@@ -234,8 +236,8 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
 
     Raises:
         `TypeError`: Not a PEFT config.
-        `ValueError`: It names a task type, and PEFT would look for a model of that task; or it adapts what drafters
-            and losses do not reach through a forward: prompts, or the head.
+        `ValueError`: It names a task type, and PEFT would look for a model of that task; or it trains a prompt, or
+            adapts what the drafter keeps as it is.
     """
     if not isinstance(peft_config, PeftConfig):
         raise InputTypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
@@ -248,17 +250,19 @@ def add_adapter(drafter: Drafter, peft_config: PeftConfig, revision: str | None 
             f"{type(peft_config).__name__} trains a prompt, but a drafter reads target states. Use a method that "
             "adapts weights, such as LoraConfig."
         )
-    before = drafter.get_output_embeddings()
+    # What the drafter itself does not train, it keeps as it is for a reason, such as engines that lend their own.
+    kept = {name.rpartition(".")[0] for name, value in drafter.named_parameters() if not value.requires_grad}
+    before = {name: drafter.get_submodule(name) for name in kept}
     try:
-        model = get_peft_model(drafter, peft_config, revision=revision)
+        model = AdaptedDrafter.of(drafter, peft_config, revision)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"The drafter takes no adapter of this peft_config ({told(error)}). Correct its target_modules "
             "(--lora_target_modules), or leave them out."
         ) from error
-    if drafter.get_output_embeddings() is not before:
+    if adapted := sorted(name for name, module in before.items() if drafter.get_submodule(name) is not module):
         raise InputError(
-            "peft_config adapts the drafter's head, whose weight the losses read directly, so the adapter there would "
-            "train nothing. Leave lm_head out of target_modules and modules_to_save."
+            f"peft_config adapts {adapted}, which a {drafter.kind} drafter of this config keeps as it is, because "
+            "engines take the target's. Leave it out of target_modules and modules_to_save."
         )
     return model

@@ -5,7 +5,6 @@ Knows no trainer; it reads a run's history as the Trainer logs it.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -228,9 +227,9 @@ def write_model_card(
     results = [result for last in measured for result in _eval_results(last, run.law)]
     served_as = f"{model_name}-whole" if adapter else model_name
     model_type = drafter._target.config.model_type if drafter._target is not None else None
-    faults = serving_faults(drafter.kind, model_type) if model_type else []
+    faults = serving_faults(drafter, model_type) if model_type else []
     refusing = {engine for _, engine, served in faults if served is False}
-    commands = launch_commands(drafter.kind, _shown(target_name or "TARGET"), served_as, drafter.num_draft_tokens)
+    commands = launch_commands(drafter, _shown(target_name or "TARGET"), served_as)
     commands = {engine: command for engine, command in commands.items() if engine not in refusing}
     export = shlex.join(["draft-opd", "export", model_name, "--format", drafter.kind, "--output_dir", served_as])
     card = ModelCard.from_template(
@@ -259,8 +258,8 @@ def write_model_card(
         remarks=[told for told, _, _ in faults],
         fence=fence(export, *commands.values()),
         versions={
-            __package__: importlib.import_module(__package__).__version__,
-            **{name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "datasets")},
+            name: importlib.metadata.version(name)
+            for name in ("draft_opd_trl", "trl", "transformers", "torch", "datasets")
         },
         link=_link,
         setting=_setting,

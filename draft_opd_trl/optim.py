@@ -41,13 +41,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         if others:
-            self.parts.append(torch.optim.AdamW(others, lr=adamw_lr or lr, weight_decay=weight_decay))
+            adamw_lr = lr if adamw_lr is None else adamw_lr
+            self.parts.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         # The parts' own groups, not copies: a scheduler that sets `lr` here sets it there.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> Any:
-        loss = closure() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part in self.parts:
             part.step()
         return loss

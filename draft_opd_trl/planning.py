@@ -6,11 +6,11 @@ Adds up what a [`Rehearsal`] of the step finds. Knows no architectures, no texts
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -114,20 +114,20 @@ def plan_memory(
     prompt_length = args.max_prompt_length if prompt_length is None else prompt_length
     if prompt_length is None:
         raise InputError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
-    with FakeTensorMode():
-        step = Rehearsal(target_config, drafter_config, args, prompt_length, **options)
-        phases = {}
-        if args.rollout_source in ("speculation", "generate") or args.eval_strategy != "no":
-            phases["rollout"] = step.rollout()
-        batch, phases["replay and scoring"] = step.prepare()
-        phases["training"] = step.train(batch)
-        optimizer_state, phases["update"] = step.update(batch)
-        always = {**step.weights(), "optimizer state": optimizer_state}
+    step = Rehearsal(target_config, drafter_config, args, prompt_length, **options)
+    phases = {}
+    if args.rollout_source in ("speculation", "generate") or args.eval_strategy != "no":
+        phases["rollout"] = step.rollout()
+    batches, phases["replay and scoring"] = step.prepare()
+    phases["training"] = step.train(batches)
+    optimizer_state, phases["update"] = step.update(batches)
+    always = {**step.weights(), "optimizer state": optimizer_state}
+    texts = len(batches[0].tokens)
     limits = {
-        "texts": step.rows,
+        "texts": texts,
         "positions a text": step.length,
-        "blocks a text": step.blocks_per_row,
-        "texts decoded side by side": step.slots,
+        "blocks a text": max(math.ceil(len(batch.blocks) / texts) for batch in batches),
+        "texts decoded side by side": step.lanes,
     }
     return MemoryPlan(always, phases, limits)
 

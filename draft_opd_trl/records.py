@@ -2,7 +2,7 @@
 
 Holds shapes and nothing else. It does not know how any field was computed.
 
-Symbols: B rows, T text positions, N drafted blocks (packed over rows), K proposals a block, H target hidden size,
+Symbols: B texts, T positions, N drafted blocks (packed over texts), K proposals a block, H target hidden size,
 F width of the tapped features.
 """
 
@@ -21,25 +21,6 @@ def _map_tensors(record: Any, function: Any) -> Any:
         if isinstance(value, torch.Tensor) or hasattr(value, "to"):
             changes[field.name] = function(value)
     return replace(record, **changes)
-
-
-def pack_by_text(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
-    """
-    Columns that lay packed items out as a padded `[num_rows, width]` grid, in their order.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(N,)`): Row of each item.
-        num_rows (`int`): Rows of the grid.
-
-    Returns:
-        Column of each item `(N,)` and the grid's width (one host sync).
-    """
-    counts = torch.bincount(rows, minlength=num_rows)
-    order = torch.argsort(rows, stable=True)
-    starts = (counts.cumsum(0) - counts)[rows[order]]
-    columns = torch.empty_like(rows)
-    columns[order] = torch.arange(len(rows), device=rows.device) - starts
-    return columns, int(counts.max()) if len(rows) else 0
 
 
 def num_valid_slots(anchors: torch.Tensor, lengths: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
@@ -93,7 +74,7 @@ class DraftBlocks:
         return DraftBlocks(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def sorted(self) -> DraftBlocks:
-        """Blocks in text order: by row, then by anchor."""
+        """Blocks by text, then by anchor."""
         stride = int(self.anchors.max()) + 1 if len(self) else 1
         return self.select(torch.argsort(self.texts * stride + self.anchors))
 
@@ -145,7 +126,7 @@ class Rollout:
         return _map_tensors(self, lambda value: value.to(device))
 
     def part(self, start: int, stop: int) -> Rollout:
-        """Texts `start … stop - 1` with their blocks, trimmed to their longest row."""
+        """Texts `start … stop - 1` with their blocks, trimmed to the longest of them."""
         lengths = self.lengths[start:stop]
         part = Rollout(self.tokens[start:stop, : int(lengths.max())], self.prompt_lengths[start:stop], lengths)
         if self.blocks is not None:
@@ -157,10 +138,10 @@ class Rollout:
         return part
 
     def completions(self) -> list[list[int]]:
-        """Completion token ids, a list a row, stop token included."""
+        """Completion token ids, a list a text, stop token included."""
         return [
-            row[start:stop]
-            for row, start, stop in zip(
+            text[start:stop]
+            for text, start, stop in zip(
                 self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True
             )
         ]

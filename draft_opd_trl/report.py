@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .acceptance import DEFINITION, AcceptanceReport, bootstrap_interval
+from .acceptance import DEFINITION, AcceptanceReport, difference
 from .files import atomic_file, write_atomically
 
 
@@ -47,11 +47,9 @@ def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
 
     rows = [("τ", [with_interval(one["acceptance_length"], one["interval"], ".3f") for one in summaries])]
     if others:
-        changes = [
-            with_interval(one.acceptance_length - first.acceptance_length, bootstrap_interval(one, first), "+.3f")
-            for one in others
-        ]
-        rows.append(("change of τ, paired", ["", *changes]))
+        changes = [difference(one, first) for one in others]
+        cells = [with_interval(one["mean"], (one["low"], one["high"]), "+.3f") for one in changes]
+        rows.append(("change of τ, paired", ["", *cells]))
     for slot in range(max(report.num_draft_tokens for report in reports.values())):
         cells = [
             f"{one['acceptance_by_slot'][slot]:.1%}" if slot < len(one["acceptance_by_slot"]) else ""
@@ -123,7 +121,7 @@ def acceptance_figure(
 
 def _plot_tau(axis: Axes, reports: Mapping[str, AcceptanceReport], looks: Mapping[str, dict]) -> None:
     for place, (name, report) in enumerate(reports.items()):
-        tau, (low, high) = report.acceptance_length, bootstrap_interval(report)
+        tau, (low, high) = report.acceptance_length, report.intervals["acceptance_length"]
         axis.errorbar(tau, place, xerr=[[tau - low], [high - tau]], capsize=4, **looks[name])
         axis.annotate(f"{tau:.2f}", (tau, place), (0, 7), textcoords="offset points", ha="center")
     axis.set(title="Acceptance length", xlabel="τ, tokens per verification (95 % interval)", yticks=[])
@@ -134,7 +132,7 @@ def _plot_tau(axis: Axes, reports: Mapping[str, AcceptanceReport], looks: Mappin
 def _plot_slots(axis: Axes, reports: Mapping[str, AcceptanceReport], looks: Mapping[str, dict]) -> None:
     for place, (name, report) in enumerate(reports.items()):
         shares = np.array(report.acceptance_by_slot)
-        bounds = np.array(report.summary()["intervals_by_slot"]).T
+        bounds = np.array([report.intervals[f"acceptance_slot_{slot}"] for slot in range(1, len(shares) + 1)]).T
         # A little apart, so that intervals do not hide each other.
         slots = np.arange(1, len(shares) + 1) + 0.07 * (place - (len(reports) - 1) / 2)
         axis.errorbar(slots, shares, yerr=abs(bounds - shares), capsize=3, label=name, **looks[name])

@@ -5,13 +5,20 @@ Knows counts and files, and nothing of how texts are decoded.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .acceptance import AcceptanceReport
 from .errors import InputError
 from .files import write_atomically
+
+
+def fingerprint_of(prompts: Sequence[Sequence[int]]) -> str:
+    """Of what was decoded: figures are compared over the same prompts, or not at all."""
+    return hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
 class ResultsFile:

@@ -21,7 +21,6 @@ from .feed import BatchFeed
 from .files import writing
 from .hub_trainer import RECIPE, HubTrainer
 from .interrupts import StopSignals
-from .rollout import CachedSource, RolloutSource
 from .run_log import RunLog
 from .run_state import (
     ASIDE,
@@ -34,6 +33,7 @@ from .run_state import (
     save_state,
     write_manifest,
 )
+from .sources import CachedSource, RolloutSource
 
 
 Found = TypeVar("Found")

@@ -12,39 +12,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from .stopwatch import Stopwatch
 
 
-# Every figure, so that the ranks add the same ones in the same order whatever each of them met.
-FIGURES = (
-    "loss/accepted",
-    "loss/rejected",
-    "acceptance/length",
-    "replay/error_share",
-    "replay/blocks",
-    "replay/supervised_tokens",
-    "replay/outside_vocab",
-    "replay/buffer",
-    "completions/mean_length",
-    "completions/min_length",
-    "completions/max_length",
-    "completions/clipped_ratio",
-    "rollout/cached",
-    "rollout/dropped",
-    "num_tokens",
-)
 # Of these the least or the most is kept, in place of the sum.
 EXTREMES = {"completions/min_length": min, "completions/max_length": max}
 
 
+# A part and its whole.
 Count = tuple[float | torch.Tensor, float | torch.Tensor]
 
 
-def _joined(name: str, counts: Iterable[Count]) -> Count:
-    """Parts and wholes of one figure as one."""
-    parts, wholes = zip(*counts, strict=True)
-    return EXTREMES.get(name, sum)(parts), sum(wholes)
+def _added(some: Iterable[Mapping[str, Count]]) -> dict[str, Count]:
+    """Counts by name as one; of a whole of 0 nothing was counted, and such a one has no extreme."""
+    found: dict[str, list[Count]] = defaultdict(list)
+    for counts in some:
+        for name, count in counts.items():
+            if count[1]:
+                found[name].append(count)
+    pairs = {name: tuple(zip(*counts, strict=True)) for name, counts in found.items()}
+    return {name: (EXTREMES.get(name, sum)(parts), sum(wholes)) for name, (parts, wholes) in pairs.items()}
 
 
 class RunLog:
@@ -53,22 +42,17 @@ class RunLog:
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Whose ranks add up their counts.
-        num_draft_tokens (`int`): K, for acceptance by slot.
 
     Attributes:
         stopwatch ([`Stopwatch`]): Takes the times of this rank. Its phase `step` is the whole step, of which `prepare`
             and `forward` are parts and the rest is the backward pass; other phases are parts of `prepare`.
     """
 
-    def __init__(self, accelerator: Accelerator, num_draft_tokens: int) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.stopwatch = Stopwatch(accelerator.device)
-        self._names = [*FIGURES, *(f"acceptance/slot_{k}" for k in range(1, num_draft_tokens + 1))]
-        self._begin_step()
+        self._step: list[tuple[str, Count]] = []
         self._begin_window()
-
-    def _begin_step(self) -> None:
-        self._step: dict[str, list[Count]] = {name: [] for name in self._names}
 
     def _begin_window(self) -> None:
         self._window: dict[str, Count] = {}
@@ -80,36 +64,24 @@ class RunLog:
         Count something of this rank's share of the step.
 
         Args:
-            name (`str`): One of `FIGURES`, `acceptance/slot_<k>`, or `auxiliary/<name>` of a drafter's own loss.
+            name (`str`): What it is logged as; a rank need not meet what others do.
             part (`float` or `torch.Tensor`): A scalar; on a device it stays there until the step ends.
             whole (`float` or `torch.Tensor`, *optional*): What it is a part of; of 0 there is no figure. By default
                 the optimizer step: the figure is then a step's sum over ranks. Such a one is counted once a step.
         """
-        if name.startswith("auxiliary/") and name not in self._step:
-            # A drafter's own; every rank adds it in every step, in the same order.
-            self._names.append(name)
-            self._step[name] = []
-        self._step[name].append((part, 1 / self.accelerator.num_processes if whole is None else whole))
+        self._step.append((name, (part, 1 / self.accelerator.num_processes if whole is None else whole)))
 
     def end_step(self) -> dict[str, Count]:
         """Add up the step over all ranks, which all must call this; one wait for the device, one exchange."""
-        counts = {name: _joined(name, found) if found else (0.0, 0.0) for name, found in self._step.items()}
-        flat = _on_host([value for count in counts.values() for value in count])
-        rows = [flat]
-        if self.accelerator.num_processes > 1:
-            row = torch.tensor([flat], dtype=torch.float64, device=self.accelerator.device)
-            rows = self.accelerator.gather(row).tolist()
-        totals = {}
-        for place, name in enumerate(self._names):
-            found = [(row[2 * place], row[2 * place + 1]) for row in rows if row[2 * place + 1]]
-            if found:
-                totals[name] = _joined(name, found)
-                so_far = [self._window[name]] if name in self._window else []
-                self._window[name] = _joined(name, [*so_far, totals[name]])
+        names, counts = [name for name, _ in self._step], [count for _, count in self._step]
+        values = iter(_on_host([value for count in counts for value in count]))
+        own = _added({name: count} for name, count in zip(names, zip(values, values, strict=True), strict=True))
+        totals = _added(gather_object([own]))
+        self._window = _added([self._window, totals])
         for phase, seconds in self.stopwatch.read().items():
             self._seconds[phase] += seconds
         self._steps += 1
-        self._begin_step()
+        self._step = []
         return totals
 
     def take(self) -> dict[str, float]:

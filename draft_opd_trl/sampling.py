@@ -30,7 +30,7 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         sampling ([`SamplingParams`]): Settings; at temperature 0 the result is a point mass on the argmax.
 
     Returns:
-        `torch.Tensor` of shape `(…, V)`, float32, rows summing to 1.
+        `torch.Tensor` of shape `(…, V)`, float32, summing to 1 over the last dimension.
     """
     logits = logits.float()
     if sampling.greedy:
@@ -50,13 +50,13 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token a row: `(…, V)` probabilities → `(…,)` ids. Rows need not be normalised."""
+    """One token of each distribution: `(…, V)` probabilities, normalised or not → `(…,)` ids."""
     flat = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=generator)
     return flat.reshape(probs.shape[:-1])
 
 
 def draw_at(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """[`draw`] from given uniforms `(…,)` in [0, 1) by inverting the cumulative sum, so that no other row matters."""
+    """[`draw`] from given uniforms `(…,)` in [0, 1) by inverting the cumulative sum, so that no other one matters."""
     # In float32 the sum over a large vocabulary would be coarser than what its rarest tokens have.
     mass = probs.cumsum(-1, dtype=torch.float64)
     # Kept off 1, where rounding could reach past the last token that has any mass.
@@ -68,8 +68,8 @@ class Chooser:
     """
     How a drafter turns its logits into proposals.
 
-    Drafters propose their argmax by default, as DFlash does; with `sampling` they draw, and verification needs the
-    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
+    Drafters propose their argmax by default; with `sampling` they draw, and verification needs the distribution they
+    drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
 
     Args:
         sampling ([`SamplingParams`], *optional*): What proposals are drawn at; their argmax by default.

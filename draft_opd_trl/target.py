@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
-from .records import DraftBlocks, pack_by_text
+from .packing import pack_by_text
+from .records import DraftBlocks
 
 
 class Target:

@@ -47,7 +47,9 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
             raise _not_found(name, why)
     try:
         written, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub)
-        kind = next((kind for kind, drafter in DRAFTERS.items() if drafter.recognises(written)), None)
+        # What is a plain model of transformers can be either.
+        kinds = (kind for kind, drafter in DRAFTERS.items() if drafter.code_travels and drafter.recognises(written))
+        kind = next(kinds, None)
         if kind is not None:
             raise InputError(
                 f"{name} is given as the target, but holds a drafter of kind {kind}. Drafter and target look swapped: "

@@ -1,48 +1,38 @@
 """Texts on disk: written once, read by every epoch, rank and run that asks for the same ones.
 
-A cache is a folder of Arrow shards for one combination of settings (what wrote the texts, and under which law), which
-`datasets.load_from_disk` opens as one data set. Knows no models and no sources: prompts and completions are token ids.
+A cache is a folder of Parquet shards for one combination of settings (what wrote the texts, under which law), which
+`datasets.load_dataset` opens as one data set. Knows no models, no sources: prompts and completions are token ids.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
+import pyarrow as pa
+import yaml
 from datasets.utils import logging
-from pyarrow import ArrowException
+from pyarrow import parquet
 
 from .files import atomic_file, write_atomically, writing
 
 
 logger = logging.get_logger(__name__)
 
-FEATURES = Features(
+SCHEMA = pa.schema(
     {
-        "key": Value("string"),
-        "prompt_ids": List(Value("int32")),
-        "completion_ids": List(Value("int32")),
-        "draw": Value("int32"),
+        "key": pa.string(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "completion_ids": pa.list_(pa.int32()),
+        "draw": pa.int32(),
     }
 )
-# What `Dataset.save_to_disk` writes into state.json beside the list of files.
-_STATE = {
-    "_format_columns": None,
-    "_format_kwargs": {},
-    "_format_type": None,
-    "_output_all_columns": False,
-    "_split": None,
-}
 
 
 class TextCache:
@@ -56,25 +46,24 @@ class TextCache:
 
     Args:
         folder (`str` or `os.PathLike`): Holds a sub-folder for each combination of settings.
-        settings (`dict`): What decides the text beside the prompt, as JSON can hold it. Its hash names the sub-folder,
-            and `settings.json` there says it in full.
+        settings (`dict`): What decides the text beside the prompt, as YAML can hold it. Its hash names the sub-folder,
+            and `_settings.yaml` there says it in full.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]) -> None:
-        written = json.dumps(settings, indent=2, sort_keys=True)
+        # Where the words are the same, the folder is.
+        written = yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
         self.folder = Path(folder) / hashlib.sha256(written.encode()).hexdigest()[:16]
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "settings.json", written)
-            write_atomically(self.folder / "dataset_info.json", json.dumps(asdict(DatasetInfo(features=FEATURES))))
+            # No reader of Parquet folders takes such a name for data.
+            write_atomically(self.folder / "_settings.yaml", written)
         self._read: set[str] = set()
         self._unreadable: set[str] = set()
         self._forgotten: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, int]] = {}
-        # A mapped file holds a file descriptor, so only some stay open.
-        self._shard = lru_cache(maxsize=32)(lambda name: Dataset.from_file(str(self.folder / name)))
+        # Texts of a batch stand in one shard.
+        self._completions = lru_cache(maxsize=32)(lambda name: self._column(name, "completion_ids"))
         self._index_new_shards()
-        self._describe()  # a writer that was killed may have left its last shard out
 
     def __len__(self) -> int:
         return len(self._places)
@@ -85,7 +74,7 @@ class TextCache:
         if any(key not in self._places for key in keys):
             self._index_new_shards()
         places = [self._places.get(key) for key in keys]
-        return [None if place is None else self._shard(place[0])[place[1]]["completion_ids"] for place in places]
+        return [None if place is None else self._completions(place[0])[place[1]].as_py() for place in places]
 
     def add(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], draw: int = 0) -> None:
         """Write the texts that are not there yet, as one shard."""
@@ -93,22 +82,18 @@ class TextCache:
         # What was forgotten is on disk, and is this very text.
         self._places.update({key: self._forgotten.pop(key) for key in keys if key in self._forgotten})
         rows = {
-            key: {"key": key, "prompt_ids": prompt, "completion_ids": completion, "draw": draw}
+            key: {"key": key, "prompt_ids": list(prompt), "completion_ids": list(completion), "draw": draw}
             for key, prompt, completion in zip(keys, prompts, completions, strict=True)
             if key not in self._places
         }
         if not rows:
             return
         # Names sort by time, so that the earliest of equal texts is the first.
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.arrow"
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         file = self.folder / name
         with writing(file, "What was there before is whole."), atomic_file(file) as part:
-            with ArrowWriter(path=str(part), features=FEATURES) as writer:
-                for row in rows.values():
-                    writer.write(row)
-                writer.finalize()
+            parquet.write_table(pa.Table.from_pylist(list(rows.values()), SCHEMA), part, write_page_checksum=True)
         self._index_new_shards()
-        self._describe()
 
     def last_shard(self) -> str:
         """Name of the shard written last, by whomever; empty where there is none."""
@@ -121,15 +106,18 @@ class TextCache:
         self._places = {key: place for key, place in self._places.items() if key not in self._forgotten}
 
     def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*.arrow") if path.name not in self._unreadable)
+        return sorted(path.name for path in self.folder.glob("*.parquet") if path.name not in self._unreadable)
+
+    def _column(self, name: str, column: str) -> pa.ChunkedArray:
+        return parquet.read_table(self.folder / name, columns=[column], page_checksum_verification=True)[column]
 
     def _index_new_shards(self) -> None:
         for name in self._names():
             if name in self._read:
                 continue
             try:
-                keys = self._shard(name)["key"][:]
-            except (ArrowException, OSError, KeyError) as error:
+                keys = self._column(name, "key").to_pylist()
+            except (pa.ArrowException, OSError, KeyError) as error:
                 told = " ".join(str(error).split())[:200]
                 logger.warning(
                     f"{self.folder / name} cannot be read ({told}) and is passed over; its texts are written again. "
@@ -141,17 +129,6 @@ class TextCache:
                 if key not in self._forgotten:
                     self._places.setdefault(key, (name, row))
             self._read.add(name)
-
-    def _describe(self) -> None:
-        """Keep `state.json`, the list of shards by which `datasets.load_from_disk` opens the folder."""
-        listed: list[str] = []
-        # Read again after writing: of several writers, the last to replace the file has listed every shard.
-        while (names := self._names()) != listed:
-            state = {"_data_files": [{"filename": name} for name in names], **_STATE}
-            state["_fingerprint"] = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
-            with writing(self.folder):
-                write_atomically(self.folder / "state.json", json.dumps(state, indent=2))
-            listed = names
 
 
 def _key(prompt: Sequence[int], draw: int) -> str:

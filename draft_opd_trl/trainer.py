@@ -23,6 +23,7 @@ from ._trl_compat import (
     disable_dropout_in_model,
     identity,
 )
+from .adapters import check_reach
 from .batching import BatchMaker
 from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
 from .checkpoints import load_drafter
@@ -51,9 +52,10 @@ from .prompts import check_fit, warn_of_open_ends
 from .records import ReplayBatch, Rollout
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
-from .rollout import RolloutSource, build_source
+from .rollout import build_source
 from .run_log import RunLog
 from .sharding import check_parallelism, shard
+from .sources import RolloutSource
 from .speculation import SpeculationSettings
 from .target import Target, stop_token_ids
 from .traces import Trace, trace_texts
@@ -151,6 +153,9 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         self._optimizer_class = None if optimizers[0] is None else type(optimizers[0])
         self._forward_redirection = _ForwardRedirection()
         self._place_models()
+        if peft_config is not None:
+            with self._drafter_as_served():
+                check_reach(self.model, drafter)
         self._set_up_callbacks()
         self._prepare_rooms()
         if train_dataset is not None and args.rollout_source == "dataset":
@@ -179,7 +184,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         args = self.args
         self.losses = args.losses
         self.error_buffer = ErrorBuffer(args.replay_buffer_size, by_loss=args.replay_by_loss)
-        self.run_log = RunLog(self.accelerator, self.drafter.num_draft_tokens)
+        self.run_log = RunLog(self.accelerator)
         self._measure = self.run_log.stopwatch.measure
         batch_maker = BatchMaker(
             self.target,

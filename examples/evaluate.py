@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from pocket.quickstart import POCKET
+from pocket import POCKET
 
 from draft_opd_trl.cli import main
 

@@ -1,8 +1,10 @@
 """Tiny models that behave like the real ones: three families of targets, a scripted target, drafters of every kind."""
 
-import itertools
+import json
 import os
 import socket
+import sys
+from pathlib import Path
 
 
 # Before any import of transformers: tests reach no network, and nothing may behave differently because CI is set. What
@@ -17,6 +19,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -24,11 +28,11 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    dynamic_module_utils,
 )
 
-from draft_opd_trl.drafters import DRAFTERS, Proposal, create_drafter  # noqa: E402
+from draft_opd_trl.drafters import DRAFTERS, DrafterConfig, Proposal, create_drafter  # noqa: E402
 from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling import probabilities  # noqa: E402
 from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
 from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.target import Target  # noqa: E402
@@ -37,28 +41,46 @@ from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
+POCKET = ROOT / "examples" / "pocket"
+SHIPPED = sorted(POCKET.glob("drafter-*"))
+SHIPPED_KINDS = [kind for kind in DRAFTERS if (POCKET / f"drafter-{kind}").is_dir()]
+# Options of commands that take a drafter and its target.
+SHIPPED_PAIR = ["--model", str(SHIPPED[0]), "--teacher", str(POCKET / "target")]
+HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
+
 FAMILIES = ("qwen3", "llama", "gemma3")
+# Whatever is registered goes through the general tests.
 KINDS = tuple(DRAFTERS)
+# Those that have a `speculators` layout.
+IN_SPECULATORS = [
+    kind
+    for kind, drafter_class in DRAFTERS.items()
+    if drafter_class.config_class.to_speculators is not DrafterConfig.to_speculators
+]
+# Where one drafter will do, whichever.
+ANY_KIND = KINDS[0]
 VOCAB = 48
-# What `from_target` of each kind is given for a tiny drafter.
-TINY = {
-    "dflash": {"mask_token_id": VOCAB - 1, "block_size": 5, "num_hidden_layers": 2, "target_layer_ids": [1, 2]},
-    # Five target tokens cannot be drafted.
-    "eagle3": {
-        "num_draft_tokens": 4,
-        "target_layer_ids": [0, 1, 2],
-        "draft_token_ids": [token for token in range(VOCAB) if token % 10 != 7],
-    },
-}
-# What published EAGLE-3 checkpoints vary.
-EAGLE3_VARIANTS = {
-    "plain": {},
-    "norms": {"fc_norm": True, "norm_output": True},
-    "before-residual": {"norm_before_residual": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "narrow": {"hidden_size": 16},
-    "full-vocabulary": {"draft_token_ids": None},
-}
+
+
+def _tiny_dflash(target):
+    return {
+        "mask_token_id": target.vocab_size - 1,
+        "block_size": 5,
+        "num_hidden_layers": 2,
+        "target_layer_ids": [1, 2],
+    }
+
+
+def _tiny_eagle3(target):
+    # A tenth of the target's tokens cannot be drafted.
+    ids = [token for token in range(target.vocab_size) if token % 10 != 7]
+    return {"num_draft_tokens": 4, "target_layer_ids": [0, 1, 2], "draft_token_ids": ids}
+
+
+# The one place that knows how a drafter of a kind is made tiny: target → options of `create_drafter`. A kind that is
+# not here is made with its defaults; its own test file may put a line in.
+TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
@@ -92,14 +114,15 @@ def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **hybrid, **overrides}))
 
 
+def tiny_options(kind, target):
+    """What `create_drafter` is given for a tiny drafter of a kind."""
+    return TINY[kind](target) if kind in TINY else {}
+
+
 def tiny_drafter(kind, target, seed=1, **overrides):
     """A seeded, untrained drafter whose norms are not all ones, so that no weight is without effect."""
     torch.manual_seed(seed)
-    options = {**TINY.get(kind, {}), **overrides}
-    if "mask_token_id" in options:
-        options["mask_token_id"] = min(options["mask_token_id"], target.vocab_size - 1)
-    if options.get("draft_token_ids"):
-        options["draft_token_ids"] = [token for token in options["draft_token_ids"] if token < target.vocab_size]
+    options = {**tiny_options(kind, target), **overrides}
     drafter = create_drafter(kind, target, **options).eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
@@ -126,13 +149,13 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
     """A little SFT on the target's own greedy text, so that blocks end in every way: early, late and not at all."""
     rollout = speculate(target, None, prompts, SpeculationSettings(max_new_tokens, [], batch_size=len(prompts)))
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    rows = torch.arange(len(prompts)).repeat_interleave(12)
+    texts = torch.arange(len(prompts)).repeat_interleave(12)
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     for _ in range(steps):
-        share = torch.rand(len(rows), generator=draws)
-        anchors = rollout.prompt_lengths[rows] + (share * (max_new_tokens - 6)).long()
-        blocks = text_blocks(rollout, rows, anchors, drafter.num_draft_tokens)
+        share = torch.rand(len(texts), generator=draws)
+        anchors = rollout.prompt_lengths[texts] + (share * (max_new_tokens - 6)).long()
+        blocks = text_blocks(rollout, texts, anchors, drafter.num_draft_tokens)
         logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
         labels = draft_labels(drafter, blocks.draft_tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -223,30 +246,13 @@ def chi_square_p(counts, law):
     return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
-def same_law_p(first, second):
-    """p-value of two histograms coming from one law; cells that hold fewer than 10 together are merged into one."""
-    counts = torch.stack([torch.as_tensor(first).double().flatten(), torch.as_tensor(second).double().flatten()])
-    small = counts.sum(0) < 10
-    counts = torch.cat([counts[:, ~small], counts[:, small].sum(1, keepdim=True)], dim=1)
-    counts = counts[:, counts.sum(0) > 0]
-    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    degrees = torch.tensor(max(counts.shape[1] - 1, 1), dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
-
-
-@torch.no_grad()
-def continuation_law(target, prompt, length, sampling):
-    """Probability of each continuation of `length` tokens, by running the target on every one: `(V,) * length`."""
-    size = target.vocab_size
-    law = torch.ones(())
-    for depth in range(length):
-        grid = torch.tensor(list(itertools.product(range(size), repeat=depth)), dtype=torch.long)
-        grid = grid.reshape(size**depth, depth)
-        texts = torch.cat([torch.tensor(prompt).expand(len(grid), -1), grid], dim=1)
-        step = probabilities(target.model(input_ids=texts).logits[:, -1], sampling)
-        law = (law.reshape(-1, 1) * step).reshape((size,) * (depth + 1))
-    return law
+def pocket_target_and_prompts(count):
+    """The shipped target and held-out prompts."""
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    lines = (POCKET / "prompts" / "heldout.jsonl").read_text().splitlines()[:count]
+    messages = [json.loads(line)["prompt"] for line in lines]
+    return Target(model), tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -254,6 +260,8 @@ def target(request):
     return Target(tiny_model(request.param))
 
 
+# As it is of the session, pytest runs all tests of one kind before those of the next, from file to file. A file whose
+# own fixtures cost much marks its tests with `parametrize("kind", KINDS)` instead.
 @pytest.fixture(scope="session", params=KINDS)
 def kind(request):
     return request.param
@@ -296,6 +304,28 @@ def qwen_target():
 
 
 @pytest.fixture(scope="session")
+def target_folder(qwen_target, tmp_path_factory):
+    """The folder of `qwen_target`."""
+    folder = tmp_path_factory.mktemp("target")
+    qwen_target.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_folder(qwen_target, tmp_path):
+    """`make_folder(kind, change)`: a folder of that kind for `qwen_target`, whose config went through `change`."""
+
+    def folder(kind, change=lambda config: None, **options):
+        tiny_drafter(kind, qwen_target, **options).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        change(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def qwen_drafter(qwen_target, kind, prompts):
     return train_drafter(qwen_target, tiny_drafter(kind, qwen_target), prompts)
 
@@ -303,12 +333,19 @@ def qwen_drafter(qwen_target, kind, prompts):
 STOP = 0  # <|end|> of the tiny tokenizer, which is also the padding
 
 
+STOPS = [STOP, 3]
+
+
+def tiny_stopping_model(**options):
+    """A target to train against, of two stop tokens."""
+    model = tiny_model("qwen3", **options)
+    model.generation_config.eos_token_id = STOPS
+    return model
+
+
 @pytest.fixture(scope="module")
 def model():
-    """A target to train against, of two stop tokens."""
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
-    return model
+    return tiny_stopping_model()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -344,3 +381,13 @@ def tiny_tokenizer():
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

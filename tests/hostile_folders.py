@@ -187,10 +187,10 @@ def _weight_changes(file: str, draws: Random) -> Iterator[tuple[str, Callable[[P
 
 
 class RunsCode:
-    """Unpickled, it leaves a file `code-ran`; nobody may."""
+    """Unpickled, it leaves a folder `mark`; nobody may."""
 
-    def __init__(self, folder: Path) -> None:
-        self.mark = str(folder / "code-ran")
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
 
     def __reduce__(self):
         return (os.mkdir, (self.mark,))
@@ -224,8 +224,8 @@ def _pickle_changes(file: str, pickled: str) -> Iterator[tuple[str, Callable[[Pa
     yield f"{pickled}: as it should be", saved(lambda tensors, folder: tensors)
     yield f"{pickled}: garbage", saved(lambda tensors, folder: b"\x80\x02garbage")
     yield f"{pickled}: empty", saved(lambda tensors, folder: b"")
-    yield f"{pickled}: code", saved(lambda tensors, folder: pickle.dumps(RunsCode(folder)))
-    yield f"{pickled}: code by torch", saved(lambda tensors, folder: {**tensors, "x": RunsCode(folder)})
+    yield f"{pickled}: code", saved(lambda tensors, folder: pickle.dumps(RunsCode(folder / "code-ran")))
+    yield f"{pickled}: code by torch", saved(lambda tensors, folder: {**tensors, "x": RunsCode(folder / "code-ran")})
     yield f"{pickled}: a list", saved(lambda tensors, folder: list(tensors.values()))
     yield f"{pickled}: numbers", saved(lambda tensors, folder: dict.fromkeys(tensors, 1.0))
     yield f"{pickled}: expanded", saved(expanded)

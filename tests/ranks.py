@@ -13,37 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from runs import StopAt, make_trainer
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
+from draft_opd_trl import DraftOPDTrainer
 from draft_opd_trl.commands.options import QuantizationArguments
-
-
-DEFAULTS = {
-    "max_steps": 5,
-    "optim": "sgd",
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "max_completion_length": 20,
-    "num_anchors": 6,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
-
-
-class StopAt(TrainerCallback):
-    """Ends a run early without changing its schedule, as a kill would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
 
 
 class RecordingTrainer(DraftOPDTrainer):
@@ -54,22 +29,28 @@ class RecordingTrainer(DraftOPDTrainer):
         return super()._write_texts(rows)
 
 
+class ShardedTrainer(RecordingTrainer):
+    """accelerate reads the FSDP settings of its launcher on accelerators only; what follows runs with gloo too."""
+
+    def __init__(self, drafter, target, args, **more):
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        super().__init__(drafter, target, args, **more)
+
+
 def build(case, output_dir, callbacks=()):
-    config = DraftOPDConfig(str(output_dir), **{**DEFAULTS, **case["options"]})
-    if case.get("fsdp"):
-        # accelerate reads the FSDP settings of its launcher on accelerators only; what follows runs with gloo too.
-        config.distributed_state.distributed_type = DistributedType.MULTI_GPU
     texts = Dataset.from_json(case["texts"])
-    return RecordingTrainer(
+    return make_trainer(
         case["drafter"],
         case["target"],
-        config,
-        train_dataset=texts,
+        texts,
+        output_dir,
+        tokenizer=AutoTokenizer.from_pretrained(case["target"]),
+        trainer_class=ShardedTrainer if case.get("fsdp") else RecordingTrainer,
         eval_dataset=texts.select_columns(["prompt_ids"]).select(range(case.get("eval_prompts", 1))),
-        processing_class=AutoTokenizer.from_pretrained(case["target"]),
         peft_config=LoraConfig(**case["lora"]) if "lora" in case else None,
         quantization_config=QuantizationArguments(**case.get("quantization", {})).quantization_config(),
         callbacks=list(callbacks),
+        **{"max_steps": 5, "optim": "sgd", **case["options"]},
     )
 
 

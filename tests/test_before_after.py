@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from by_hand import AFTER, BEFORE
 from conftest import tiny_tokenizer
 from datasets import Dataset
-from test_model_card import checked
-from test_report import AFTER, BEFORE
-from test_trainer import make_trainer
+from readers import checked
+from runs import make_trainer, spelled_prompts
 
 from draft_opd_trl.acceptance import bootstrap_interval
 from draft_opd_trl.before_after import BeforeAfter, results_of, write_results
@@ -22,9 +22,7 @@ CARD = "README.md"
 
 @pytest.fixture(scope="module")
 def prompts():
-    draws = torch.Generator().manual_seed(7)
-    rows = [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(12)]
-    return Dataset.from_dict({"prompt_ids": rows})
+    return Dataset.from_dict({"prompt_ids": spelled_prompts(12)})
 
 
 def noted(*evaluations):
@@ -114,7 +112,6 @@ def test_best_weights_that_were_loaded_are_evaluated_as_those_of_their_step(draf
 
 
 def test_tensorboard_shows_before_and_after_in_one_run(drafter_folder, model, prompts, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "here").mkdir()

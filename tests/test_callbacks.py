@@ -4,11 +4,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, tiny_drafter
 from datasets import Dataset
+from runs import make_trainer
 from transformers import TrainerControl, TrainerState
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
 from draft_opd_trl.callbacks import TraceCallback, slot_shares
 from draft_opd_trl.target import Target
 from draft_opd_trl.traces import trace_texts
@@ -18,34 +18,18 @@ from draft_opd_trl.viewer import marked_text
 STEPS = 2
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [0]
-    return model
-
-
-def make_trainer(kind, model, tmp_path, report_to, **options):
+def build(kind, model, tmp_path, report_to, **options):
     prompts = Dataset.from_dict({"prompt_ids": [[5 + i, 9, 12] for i in range(8)]})
-    args = DraftOPDConfig(
-        str(tmp_path),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        max_completion_length=16,
-        logging_steps=1,
-        report_to=report_to,
-        save_strategy="no",
-        disable_tqdm=True,
-        project="draft-opd-tests",
-        **options,
-    )
-    return DraftOPDTrainer(
+    options |= {"report_to": report_to, "project": "draft-opd-tests", "rollout_source": "speculation"}
+    return make_trainer(
         tiny_drafter(kind, Target(model)),
         model,
-        args,
-        train_dataset=prompts,
+        prompts,
+        tmp_path,
         eval_dataset=prompts,
-        processing_class=tiny_tokenizer(),
+        max_steps=STEPS,
+        max_completion_length=16,
+        **options,
     )
 
 
@@ -65,7 +49,7 @@ def test_slots_of_a_log_are_gathered_by_prefix():
 
 
 def test_examples_are_the_first_texts_in_use_as_the_drafter_stands(kind, model, tmp_path, capsys):
-    trainer = make_trainer(kind, model, tmp_path, "none", log_completions=True, num_completions_to_print=3)
+    trainer = build(kind, model, tmp_path, "none", log_completions=True, num_completions_to_print=3)
     assert trainer.example_traces() == []
     trainer.train()
     traces = trainer.example_traces()
@@ -81,7 +65,7 @@ def test_examples_are_the_first_texts_in_use_as_the_drafter_stands(kind, model, 
 
 
 def test_nothing_is_printed_unless_asked(kind, model, tmp_path, capsys):
-    make_trainer(kind, model, tmp_path, "none").train()
+    build(kind, model, tmp_path, "none").train()
     assert "τ" not in capsys.readouterr().out
 
 
@@ -94,10 +78,9 @@ def test_only_the_first_process_shows_but_every_one_computes(capsys):
 
 
 def test_tensorboard_receives_histograms_and_traces(kind, model, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = make_trainer(kind, model, tmp_path, "tensorboard", log_completions=True)
+    trainer = build(kind, model, tmp_path, "tensorboard", log_completions=True)
     trainer.train()
     trainer.evaluate()
     (folder,) = (tmp_path / "runs").iterdir()
@@ -135,7 +118,7 @@ class FakeTracker:
 def test_trackers_with_tables_receive_both(name, model, tmp_path, monkeypatch):
     tracker = FakeTracker(name)
     monkeypatch.setitem(sys.modules, name, tracker)
-    trainer = make_trainer("dflash", model, tmp_path, "none", log_completions=True)
+    trainer = build(ANY_KIND, model, tmp_path, "none", log_completions=True)
     trainer.args.report_to = [name]
     trainer.train()
     trainer.evaluate()
@@ -157,10 +140,10 @@ def test_trackers_with_tables_receive_both(name, model, tmp_path, monkeypatch):
 
 def test_the_real_trackio_takes_them(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    trackio = pytest.importorskip("trackio", reason="trackio is optional, and no development requirement")
     log, logged = trackio.log, []
     monkeypatch.setattr(trackio, "log", lambda record: logged.append(record) or log(record))
-    trainer = make_trainer("dflash", model, tmp_path, "trackio", log_completions=True)
+    trainer = build(ANY_KIND, model, tmp_path, "trackio", log_completions=True)
     trainer.train()
     records = [record for record in logged if "traces" in record]
     assert [record["train/global_step"] for record in records] == [1, 2]
@@ -170,10 +153,10 @@ def test_the_real_trackio_takes_them(model, tmp_path, monkeypatch):
 
 
 def test_the_real_wandb_takes_them(model, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is optional, and no development requirement")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    trainer = make_trainer("dflash", model, tmp_path, "wandb", log_completions=True)
+    trainer = build(ANY_KIND, model, tmp_path, "wandb", log_completions=True)
     trainer.train()
     trainer.evaluate()
     summary = wandb.run.summary

@@ -7,15 +7,12 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from draft_opd_trl import cli
 from draft_opd_trl.errors import InputError
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass

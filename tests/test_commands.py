@@ -1,15 +1,13 @@
 """What the commands check before they load anything, and what they say."""
 
-from pathlib import Path
-
 import pytest
+from conftest import HELD_OUT, SHIPPED_PAIR
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.commands.evaluate import show
 from draft_opd_trl.commands.options import drafters_by_name
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 PAIR = ["--model", "drafter", "--teacher", "target"]
 
 
@@ -95,18 +93,16 @@ def test_ctrl_c_says_how_to_go_on(words, said, tmp_path, capsys, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("draft_opd_trl.evaluation.measure_acceptance", interrupted)
-    pair = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
     with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", *pair, "--suite", str(POCKET / "prompts" / "heldout.jsonl"), "--num_prompts", "2", *words])
+        main(["evaluate", *SHIPPED_PAIR, "--suite", HELD_OUT, "--num_prompts", "2", *words])
     assert exit_.value.code == 130 and said in capsys.readouterr().err
 
 
 def test_texts_beyond_the_context_are_found_before_decoding(capsys):
-    pair = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
-    words = ["--suite", str(POCKET / "prompts" / "heldout.jsonl"), "--num_prompts", "2"]
+    words = ["--suite", HELD_OUT, "--num_prompts", "2"]
     for command in ("evaluate", "trace"):
         with pytest.raises(SystemExit):
-            main([command, *pair, *words, "--max_new_tokens", "100000"])
+            main([command, *SHIPPED_PAIR, *words, "--max_new_tokens", "100000"])
         assert "100000 of a completion" in capsys.readouterr().err
 
 

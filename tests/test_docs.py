@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import draft_opd_trl
 from draft_opd_trl._trl_compat import _BaseConfig
@@ -18,7 +19,6 @@ from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.config import DraftOPDConfig
 
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
 PACKAGE = ROOT / "draft_opd_trl"
 PAGES = [ROOT / "README.md", *sorted(SOURCE.glob("*.md"))]
@@ -50,6 +50,12 @@ def _options(command: str) -> set[str]:
     """Options of a `draft-opd` command, as its parser knows them."""
     parser = CommandParser(command, importlib.import_module(COMMANDS[command]))
     return {option.removeprefix("--") for option in parser._option_string_actions} | {"help_all"}
+
+
+def _quickstart_options() -> set[str]:
+    module = ast.parse(_read(ROOT / "examples" / "quickstart.py"))
+    arguments = next(node for node in module.body if getattr(node, "name", None) == "QuickstartArguments")
+    return {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
 
 
 def test_architecture_names_every_module():
@@ -124,8 +130,9 @@ def test_readme_commands_are_make_targets():
 
 def test_options_of_commands_exist():
     known = {command: _options(command) for command in COMMANDS}
-    # The quickstart, which examples/train.py runs where it is given no drafter, has an option of its own.
-    known["train"] |= {"drafter", "config_file", "num_processes"}
+    known["quickstart"] = _quickstart_options()
+    for script in ("train", "quickstart"):
+        known[script] |= {"config_file", "num_processes"}  # of `accelerate launch`
     unknown = []
     for page in PAGES:
         lines = "\n".join(_code_blocks(_read(page))).replace("\\\n", " ").splitlines()

@@ -4,12 +4,22 @@ import json
 
 import pytest
 import torch
-from conftest import EAGLE3_VARIANTS, VOCAB, random_prompts, tiny_drafter
+from by_hand import attention, rms, rope
+from conftest import VOCAB, random_prompts, tiny_drafter
+from invariants import (
+    assert_same_drafter,
+    assert_same_weights,
+    assert_saves_and_loads,
+    assert_starts_from_the_targets_layers,
+    every_anchor,
+    sample_texts,
+)
 from torch.nn import functional
 
+from draft_opd_trl.checkpoints import export_drafter
 from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.drafters.eagle3 import LlamaForCausalLMEagle3
-from draft_opd_trl.drafters.eagle3_config import Eagle3Config, default_layer_ids
+from draft_opd_trl.drafters.eagle3_config import Eagle3Config
 from draft_opd_trl.records import DraftBlocks, Rollout
 from draft_opd_trl.replay import text_blocks
 from draft_opd_trl.sampling import Chooser
@@ -17,9 +27,21 @@ from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
 
 
-@pytest.fixture(params=EAGLE3_VARIANTS)
+# What published checkpoints vary.
+VARIANTS = {
+    "plain": {},
+    "norms": {"fc_norm": True, "norm_output": True},
+    "before-residual": {"norm_before_residual": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "narrow": {"hidden_size": 16},
+    "own-embeddings": {"own_embeddings": True},
+    "full-vocabulary": {"draft_token_ids": None},
+}
+
+
+@pytest.fixture(params=VARIANTS)
 def variant(request, qwen_target):
-    return tiny_drafter("eagle3", qwen_target, **EAGLE3_VARIANTS[request.param])
+    return tiny_drafter("eagle3", qwen_target, **VARIANTS[request.param])
 
 
 def test_the_vocabulary_map_by_hand(qwen_target):
@@ -32,6 +54,10 @@ def test_the_vocabulary_map_by_hand(qwen_target):
     assert drafter.linear_head.shape == (3, 32)
     # Created from the target, row i of the head is the target's row of the token it stands for.
     assert torch.equal(drafter.linear_head, qwen_target.head.weight[[0, 2, 5]])
+
+
+def test_it_starts_from_the_targets_layers(target):
+    assert_starts_from_the_targets_layers(target, "eagle3")
 
 
 def test_a_whole_vocabulary_needs_no_map(qwen_target):
@@ -80,17 +106,6 @@ def test_both_spellings_name_the_same_states(target):
     torch.testing.assert_close(features, torch.cat(seen, dim=-1))
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "published"), [(36, [2, 18, 33]), (28, [2, 14, 25]), (32, [2, 16, 29]), (7, [2, 3, 4])]
-)
-def test_published_taps(num_layers, published):
-    assert [index + 1 for index in default_layer_ids(num_layers)] == published
-
-
-def test_taps_of_shallow_targets_still_ascend():
-    assert [default_layer_ids(depth) for depth in (4, 5, 6)] == [[0, 1, 2], [0, 1, 3], [0, 2, 4]]
-
-
 def test_taps_in_any_spelling_are_read(tmp_path, qwen_target):
     base = Eagle3Config.from_target(qwen_target.config).to_dict()
     nested, top = base.pop("eagle_config"), base.pop("eagle_aux_hidden_state_layer_ids")
@@ -109,18 +124,6 @@ def test_taps_in_any_spelling_are_read(tmp_path, qwen_target):
 # -- an uncached reference from the weights alone --------------------------------------------------------------------
 
 
-def _rms(states, weight, eps):
-    return states / torch.sqrt(states.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def _rope(states, positions, theta):
-    half = states.shape[-1] // 2
-    angles = positions[:, None].float() * theta ** (-torch.arange(half).float() / half)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    first, second = states[..., :half], states[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class Reference:
     """EAGLE-3's layer over explicit rows: each row is one pair, with its position and the rows it sees."""
 
@@ -136,7 +139,7 @@ class Reference:
         return output + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else output
 
     def norm(self, name, states):
-        return _rms(states, self.weights[f"{name}.weight"], self.eps)
+        return rms(states, self.weights[f"{name}.weight"], self.eps)
 
     def fuse(self, features):
         """`(T, 3 · H_target)` → `(T, H)`"""
@@ -151,16 +154,11 @@ class Reference:
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         normed = self.norm("midlayer.hidden_norm", hidden)
         both = torch.cat([self.norm("midlayer.input_layernorm", self.embeddings[tokens]), normed], dim=-1)
-        queries = _rope(self.linear(f"{prefix}.q_proj", both).view(-1, heads, width), positions, self.theta)
-        keys = _rope(self.linear(f"{prefix}.k_proj", both).view(-1, kv_heads, width), positions, self.theta)
+        queries = rope(self.linear(f"{prefix}.q_proj", both).view(-1, heads, width), positions, self.theta)
+        keys = rope(self.linear(f"{prefix}.k_proj", both).view(-1, kv_heads, width), positions, self.theta)
         values = self.linear(f"{prefix}.v_proj", both).view(-1, kv_heads, width)
-        outputs = []
-        for head in range(heads):
-            shared = head * kv_heads // heads
-            scores = queries[:, head] @ keys[:, shared].T / width**0.5
-            outputs.append(scores.masked_fill(~sees, float("-inf")).softmax(-1) @ values[:, shared])
         residual = normed if config.norm_before_residual else hidden
-        hidden = residual + self.linear(f"{prefix}.o_proj", torch.cat(outputs, dim=-1))
+        hidden = residual + self.linear(f"{prefix}.o_proj", attention(queries, keys, values, sees))
         normed = self.norm("midlayer.post_attention_layernorm", hidden)
         gate = functional.silu(self.linear("midlayer.mlp.gate_proj", normed))
         return hidden + self.linear("midlayer.mlp.down_proj", gate * self.linear("midlayer.mlp.up_proj", normed))
@@ -193,20 +191,18 @@ class Reference:
 
 
 def _texts():
-    return Rollout.from_ids(random_prompts(3, seed=8), random_prompts(3, longest=20, seed=9))
+    return sample_texts(seed=8, longest=20)
 
 
 def _blocks(rollout, num_draft_tokens, drafted=None):
-    places = [(row, anchor) for row, length in enumerate(rollout.lengths.tolist()) for anchor in range(1, length)]
-    rows, anchors = torch.tensor(places).T
-    blocks = text_blocks(rollout, rows, anchors, num_draft_tokens)
+    blocks = every_anchor(rollout, num_draft_tokens)
     if drafted is not None:
         blocks.draft_tokens = torch.randint(VOCAB, blocks.draft_tokens.shape, generator=drafted)
     return blocks
 
 
 @torch.no_grad()
-def test_replay_equals_the_uncached_reference(qwen_target, variant):
+def test_drafting_with_gradients_equals_the_uncached_reference(qwen_target, variant):
     """Rejected slots are conditioned on the drafted tokens, whatever they are."""
     rollout, reference = _texts(), Reference(variant, qwen_target)
     features, _ = qwen_target.forward_text(rollout.tokens, variant.target_layer_ids)
@@ -376,3 +372,20 @@ def test_embeddings_of_its_own_are_frozen_where_serving_lends_the_targets(qwen_t
     copy = tiny_drafter("eagle3", qwen_target, own_embeddings=True)
     assert not copy.embed_tokens.weight.requires_grad
     assert "embed_tokens.weight" not in tiny_drafter("eagle3", qwen_target).state_dict()
+
+
+# -- folders of every variant --------------------------------------------------------------------------------------
+
+
+def test_every_variant_survives_saving_and_loading(variant, qwen_target, tmp_path):
+    assert_saves_and_loads(qwen_target, variant, tmp_path)
+    loaded, told = type(variant).from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_weights(variant, loaded)
+    assert not any(told.values())
+
+
+def test_every_variant_survives_both_layouts(variant, qwen_target, target_folder, tmp_path):
+    variant.save_pretrained(tmp_path / "flat")
+    export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    again = export_drafter(str(tmp_path / "spec"), str(tmp_path / "again"), "eagle3")
+    assert_same_drafter(qwen_target, variant, again)

@@ -5,25 +5,19 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import HELD_OUT, POCKET, ROOT, SHIPPED, SHIPPED_KINDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl import (
-    DRAFTERS,
-    DraftOPDConfig,
     SpeculationSettings,
     Target,
     load_drafter,
     speculate,
     stop_token_ids,
 )
-
-
-ROOT = Path(__file__).parents[1]
-POCKET = ROOT / "examples" / "pocket"
 
 
 @pytest.fixture
@@ -33,12 +27,12 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(POCKET))
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("kind", SHIPPED_KINDS)
 def test_quickstart_writes_what_it_promises(scripts, kind, tmp_path):
-    from pocket.quickstart import Recipe, run_quickstart
+    from quickstart import QuickstartArguments, main
 
-    recipe = Recipe(steps=2, batch_size=2, eval_prompts=4, max_new_tokens=48)
-    results = run_quickstart(DraftOPDConfig(str(tmp_path), seed=3), recipe, kind)
+    small = {"max_steps": 2, "batch_size": 2, "eval_prompts": 4, "max_new_tokens": 48}
+    results = main(QuickstartArguments(kind, str(tmp_path), seed=3, **small))
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     for name in ("tau_start", "tau_sft", "tau_sft_equal_time", "tau_opd"):
         assert 1 < results[name] <= 8, name
@@ -52,28 +46,55 @@ def test_quickstart_writes_what_it_promises(scripts, kind, tmp_path):
     assert f"{results['tau_opd']:.3f}" in table
     assert (tmp_path / "tau.png").read_bytes().startswith(b"\x89PNG")
     start, trained = load_drafter(str(POCKET / f"drafter-{kind}")), load_drafter(str(tmp_path / "drafter-opd"))
-    assert not torch.equal(start.fc.weight, trained.fc.weight)
+    unmoved = [name for name, value in trained.named_parameters() if torch.equal(value, start.state_dict()[name])]
+    assert unmoved == []
     assert (tmp_path / "drafter-sft" / "config.json").is_file()
 
 
-def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--num_prompts", "4"]
-    command += ["--max_new_tokens", "64", "--output_dir", "run", "--json"]
+def run_script(name, options, folder):
+    """What the script prints, started in `folder`."""
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
+    return done.stdout
+
+
+def test_train_trains_measures_and_saves_a_drafter(tmp_path):
+    options = {
+        "model_name_or_path": SHIPPED[0],
+        "teacher_model_name_or_path": POCKET / "target",
+        "dataset_name": HELD_OUT,
+        "num_eval_prompts": 2,
+        "max_steps": 2,  # the first is of the warm-up, at a rate of 0
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 32,
+        "save_strategy": "no",
+        "report_to": "none",
+        "output_dir": "run",
+    }
+    printed = run_script("train.py", [f"--{name}={value}" for name, value in options.items()], tmp_path)
+    assert "eval_acceptance_length" in printed
+    assert "Drafter saved to run." in printed
+    start, trained = load_drafter(str(SHIPPED[0])), load_drafter(str(tmp_path / "run"))
+    unmoved = [name for name, value in trained.named_parameters() if torch.equal(value, start.state_dict()[name])]
+    assert unmoved == []
+
+
+def test_evaluate_measures_the_pocket_pair_and_finds_it_lossless(tmp_path):
+    options = ["--num_prompts", "4", "--max_new_tokens", "64", "--output_dir", "run", "--json"]
+    result = json.loads(run_script("evaluate.py", options, tmp_path))
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == result
-    measured = result["results"][0]["drafters"]["drafter-dflash"]
+    measured = result["results"][0]["drafters"][SHIPPED[0].name]
     assert measured["texts"] == {"checked": 4, "changed": 0, "at_ties": 0, "largest_gap": 0.0}
     assert measured["interval"][0] <= measured["acceptance_length"] <= measured["interval"][1]
-    assert (tmp_path / "run" / "pocket-t0-drafter-dflash.jsonl").is_file()
+    assert (tmp_path / "run" / f"pocket-t0-{SHIPPED[0].name}.jsonl").is_file()
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("kind", SHIPPED_KINDS)
 def test_the_shipped_drafter_keeps_its_acceptance_length(scripts, kind):
     """The weights in the repository are those the card speaks of: same target, same τ, to sampling of prompts."""
-    from pocket.quickstart import read_prompts
+    from pocket import read_prompts
 
     report = json.loads((POCKET / f"drafter-{kind}" / "report.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)

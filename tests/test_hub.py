@@ -2,27 +2,27 @@
 
 import json
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HUB_SOCKET, KINDS, random_prompts, tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, HUB_SOCKET, KINDS, random_prompts, tiny_drafter, tiny_tokenizer
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import LoraConfig
+from runs import make_trainer
 from safetensors.torch import load
-from transformers import AutoModel, dynamic_module_utils
+from transformers import AutoModel
 
 from draft_opd_trl import (
     DraftOPDConfig,
-    DraftOPDTrainer,
     MuonWithAdamW,
     SpeculationSettings,
     hub_trainer,
     load_drafter,
+    push_drafter,
     speculate,
 )
 from draft_opd_trl._trl_compat import _BaseConfig
@@ -54,13 +54,6 @@ def hub(server, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model():
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [0]
-    return model
-
-
-@pytest.fixture(scope="module")
 def texts(model):
     prompts = [[5 + token % 25 for token in prompt] for prompt in random_prompts(8, seed=3)]
     rollout = speculate(Target(model), None, prompts, SETTINGS)
@@ -72,24 +65,10 @@ def start(kind, model, folder):
     return str(folder)
 
 
-def make_trainer(drafter, model, texts, output_dir, **options):
-    more = {name: options.pop(name) for name in ("peft_config", "optimizers") if name in options}
-    defaults = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_completion_length": 20,
-        "num_anchors": 6,
-        "report_to": "none",
-        "save_steps": 1,
-        "disable_tqdm": True,
-        "rollout_source": "dataset",
-    }
-    args = DraftOPDConfig(str(output_dir), **{**defaults, **options})
+def build(drafter, model, texts, output_dir, **options):
     prompts = texts.select_columns(["prompt_ids"])
-    return DraftOPDTrainer(
-        drafter, model, args, train_dataset=texts, eval_dataset=prompts, processing_class=tiny_tokenizer(), **more
-    )
+    options = {"save_strategy": "steps", "save_steps": 1, **options}
+    return make_trainer(drafter, model, texts, output_dir, eval_dataset=prompts, **options)
 
 
 def proposals(drafter, target):
@@ -129,7 +108,7 @@ def test_every_setting_is_in_the_card_or_left_out_on_purpose():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_path):
     drafter = start(kind, model, tmp_path / "start")
-    trainer = make_trainer(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+    trainer = build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
     trainer.evaluate()
     trainer.train()
     trainer.save_model()
@@ -153,20 +132,10 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.large = (".safetensors",)
     target = Target(model)
-    drafter = tiny_drafter("dflash", target)
-    drafter.push_to_hub("user/large")
+    drafter = tiny_drafter(ANY_KIND, target)
+    push_drafter(drafter, "user/large")
     assert len(hub.blobs) == 1
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
-
-
-@pytest.fixture
-def code_cache(tmp_path, monkeypatch):
-    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +143,7 @@ def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
     """With the code that came along, not with this package's."""
     target = Target(model)
     drafter = tiny_drafter(kind, target)
-    drafter.push_to_hub("user/mine")
+    push_drafter(drafter, "user/mine")
     loaded = AutoModel.from_pretrained("user/mine", trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules.user.mine.")
     assert torch.equal(proposals(loaded, target), proposals(drafter, target))
@@ -182,8 +151,8 @@ def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_pushes_during_training(hub, model, texts, tmp_path, strategy):
-    trainer = make_trainer(
-        start("dflash", model, tmp_path / "start"),
+    trainer = build(
+        start(ANY_KIND, model, tmp_path / "start"),
         model,
         texts,
         tmp_path / "out",
@@ -215,14 +184,14 @@ def test_pushes_during_training(hub, model, texts, tmp_path, strategy):
 
 
 def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path):
-    drafter = start("dflash", model, tmp_path / "start")
+    drafter = start(ANY_KIND, model, tmp_path / "start")
     steps = {"max_steps": 3, "per_device_train_batch_size": 2}
     push = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "hub_always_push": True}
-    whole = make_trainer(drafter, model, texts, tmp_path / "out", **steps, **push)
+    whole = build(drafter, model, texts, tmp_path / "out", **steps, **push)
     whole.evaluate()
     whole.train()
     folder = snapshot_download("user/out", allow_patterns="checkpoint-2/*")
-    resumed = make_trainer(drafter, model, texts, tmp_path / "again", **steps)
+    resumed = build(drafter, model, texts, tmp_path / "again", **steps)
     resumed.evaluate()
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     for name, value in whole.drafter.named_parameters():
@@ -233,7 +202,7 @@ def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = make_trainer(
+    trainer = build(
         start(kind, model, tmp_path / "start"),
         model,
         texts,
@@ -262,18 +231,20 @@ def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_pa
 
 
 def test_the_card_tells_the_optimizer_that_was_given(model, texts, tmp_path):
-    drafter = tiny_drafter("dflash", Target(model))
+    drafter = tiny_drafter(ANY_KIND, Target(model))
     given = {"optimizers": (MuonWithAdamW(drafter.parameters(), lr=4e-3, adamw_lr=1e-3), None)}
     for output_dir, options in ((tmp_path / "given", given), (tmp_path / "own", {"optim": "sgd"})):
-        make_trainer(drafter, model, texts, output_dir, **options).create_model_card()
+        build(drafter, model, texts, output_dir, **options).create_model_card()
     told = (tmp_path / "given" / "README.md").read_text()
-    assert "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | cosine |" in told
+    assert (
+        "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | constant |" in told
+    )
     assert "| `optim` | sgd |\n| `learning_rate` | 0.01 |" in (tmp_path / "own" / "README.md").read_text()
 
 
 def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, tmp_path):
-    trainer = make_trainer(
-        start("dflash", model, tmp_path / "start"),
+    trainer = build(
+        start(ANY_KIND, model, tmp_path / "start"),
         model,
         texts,
         tmp_path / "out",
@@ -292,17 +263,18 @@ def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, t
     assert card.data.eval_results[0].metric_value == round(trainer.evaluate()["eval_acceptance_length"], 4)
 
 
-def test_a_drafter_pushes_itself_and_leaves_a_card_that_is_there(hub, model, tmp_path):
+def test_a_drafter_is_pushed_and_leaves_a_card_that_is_there(hub, model, tmp_path):
     target = Target(model)
-    drafter = tiny_drafter("dflash", target)
-    drafter.push_to_hub("user/mine")
+    drafter = tiny_drafter(ANY_KIND, target)
+    push_drafter(drafter, "user/mine")
     files = hub.files("user/mine")
     drafter.save_pretrained(tmp_path / "saved")
     assert set(files) == {*os.listdir(tmp_path / "saved"), "README.md"}
     assert_names_no_machine(files, tmp_path)
-    assert "A drafter (**dflash**) for speculative decoding with `Qwen3ForCausalLM`" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert f"A drafter (**{ANY_KIND}**) for speculative decoding with `Qwen3ForCausalLM`" in card
     hub.commit("user/mine", {"README.md": b"---\nlicense: mit\n---\nby hand"}, "edit")
-    load_drafter("user/mine").push_to_hub("user/mine")
+    push_drafter(load_drafter("user/mine"), "user/mine")
     assert hub.files("user/mine")["README.md"].endswith(b"by hand")
 
 
@@ -310,14 +282,14 @@ def test_the_card_names_the_target_by_id_and_revision(hub, model, texts, tmp_pat
     """Drafter and target both come from the Hub."""
     model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
-    drafter = start("dflash", model, tmp_path / "start")
+    drafter = start(ANY_KIND, model, tmp_path / "start")
     for repo, folder in (("user/target", tmp_path / "target"), ("user/start", Path(drafter))):
         hub.repos[repo] = []
         hub.commit(repo, {file.name: file.read_bytes() for file in folder.iterdir()}, "upload")
     revision = hub.commit("user/target", {"README.md": b"---\nlicense: apache-2.0\n---\n# Target"}, "card")
     hub.commit("user/target", {"README.md": b"---\nlicense: mit\n---\n# Later"}, "card")
     args = {"teacher_model_init_kwargs": {"revision": revision}, "push_to_hub": True, "hub_model_id": "user/out"}
-    trainer = make_trainer("user/start", "user/target", texts, tmp_path / "out", **args)
+    trainer = build("user/start", "user/target", texts, tmp_path / "out", **args)
     trainer.push_to_hub()
     card = ModelCard(hub.files("user/out")["README.md"].decode())
     assert card.data.base_model == "user/target"
@@ -334,9 +306,7 @@ REMEDIES = {401: "hf auth login", 403: "The token may not write there", 409: "So
 
 @pytest.mark.parametrize("status", REMEDIES)
 def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_path, status):
-    trainer = make_trainer(
-        start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", save_strategy="no"
-    )
+    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", save_strategy="no")
     trainer.train()
     hub.refuse = {"commit": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to user/out .*{REMEDIES[status]}.*is saved in {tmp_path}/out"):
@@ -350,7 +320,7 @@ def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_pat
 
 
 def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, monkeypatch):
-    trainer = make_trainer(start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", max_steps=1)
+    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", max_steps=1)
     trainer.train()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="OfflineModeIsEnabled.*Check the name and the network.*is saved in"):
@@ -359,15 +329,13 @@ def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, mon
     hub.deaf = True
     with pytest.raises(OSError, match="Check the name and the network.*is saved in"):
         trainer.push_to_hub()
-    assert load_drafter(str(tmp_path / "out")).kind == "dflash"
+    assert load_drafter(str(tmp_path / "out")).kind == ANY_KIND
 
 
 def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, model, texts, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(hub_trainer.logger, "warning", told.append)
-    trainer = make_trainer(
-        start("dflash", model, tmp_path / "start"), model, texts, tmp_path / "out", push_to_hub=True
-    )
+    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", push_to_hub=True)
     hub.refuse = {"commit": (403, "no")}
     trainer.train()
     assert trainer.state.global_step == 2
@@ -380,28 +348,28 @@ def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, m
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_repository_that_cannot_be_made_stops_before_training(hub, model, texts, tmp_path, status):
-    drafter = start("dflash", model, tmp_path / "start")
+    drafter = start(ANY_KIND, model, tmp_path / "start")
     hub.refuse = {"create": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to out.*{REMEDIES[status]}.*Nothing was pushed"):
-        make_trainer(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+        build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
 
 
 def test_no_token_or_no_network_is_said_before_anything_is_loaded(hub, texts, tmp_path, monkeypatch):
     nowhere = str(tmp_path / "nowhere")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="push_to_hub=True, but there is no token.*`hf auth login`"):
-        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True)
+        build(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True)
     # A token of its own gets past that, so the next thing to be missing is the target.
     with pytest.raises(OSError, match="nowhere"):
-        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
+        build(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="push_to_hub=True, but HF_HUB_OFFLINE is set"):
-        make_trainer(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
+        build(nowhere, nowhere, texts, tmp_path / "out", push_to_hub=True, hub_token=TOKEN)
 
 
-def test_a_drafter_that_cannot_push_itself_says_why(hub, model):
+def test_a_drafter_that_cannot_be_pushed_says_why(hub, model):
     hub.refuse = {"preupload": (403, "no")}
     with pytest.raises(
         OSError, match="Could not push to user/mine.*The token may not write there.*Nothing was pushed"
     ):
-        tiny_drafter("dflash", Target(model)).push_to_hub("user/mine")
+        push_drafter(tiny_drafter(ANY_KIND, Target(model)), "user/mine")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
-from conftest import random_prompts
+from conftest import ROOT, random_prompts
 
 from draft_opd_trl.acceptance import AcceptanceReport
 from draft_opd_trl.evaluation import measure_acceptance
@@ -126,6 +126,6 @@ def test_its_example_runs(metric):
 
 def test_the_package_ships_it():
     metadata = configparser.ConfigParser()
-    metadata.read(Path(__file__).parents[1] / "setup.cfg")
+    metadata.read(ROOT / "setup.cfg")
     shipped = metadata["options.package_data"]["draft_opd_trl"].split()
     assert {"metrics/*/*.py", "metrics/*/*.md"} <= set(shipped)

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_stopping_model, tiny_tokenizer
 
 from draft_opd_trl import suites
 from draft_opd_trl.cli import main
@@ -18,11 +18,10 @@ from draft_opd_trl.target_folder import read_target_config
 def place(tmp_path_factory):
     """A target, its drafter, prompts, and what is wrong with copies of them."""
     place = tmp_path_factory.mktemp("place")
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [0, 3]
+    model = tiny_stopping_model()
     model.save_pretrained(place / "target")
     tiny_tokenizer().save_pretrained(place / "target")
-    tiny_drafter("dflash", Target(model)).save_pretrained(place / "drafter")
+    tiny_drafter(ANY_KIND, Target(model)).save_pretrained(place / "drafter")
     (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"ab{'c' * i}"}) + "\n" for i in range(12)))
 
     def copy(name):
@@ -88,7 +87,11 @@ MISTAKES = [
     ("train", {"teacher": "headless"}, ["target", "headless holds no config.json", "Give one that is"]),
     # What lies there is something else
     *(
-        (command, {"model": "target", "teacher": "drafter"}, ["a drafter of kind dflash", "look swapped", "--teacher"])
+        (
+            command,
+            {"model": "target", "teacher": "drafter"},
+            [f"of kind {ANY_KIND}", "look swapped", "--teacher"],
+        )
         for command in ("evaluate", "trace", "train", "plan")
     ),
     ("evaluate", {"model": "target"}, ["none of which is a drafter", "not of a target?"]),
@@ -125,7 +128,7 @@ MISTAKES = [
         for dtype in ("fp16", "half", "float64", "")
     ),
     ("evaluate", {"dtype": "fp16"}, ["Did you mean float16?"]),
-    ("export", {"_": ["drafter"], "output_dir": "new", "format": "dflash", "dtype": "fp16"}, ["`dtype` is 'fp16'"]),
+    ("export", {"_": ["drafter"], "output_dir": "new", "format": ANY_KIND, "dtype": "fp16"}, ["`dtype` is 'fp16'"]),
     ("evaluate", {"batch_size": "0"}, ["`batch_size` is 0; it must lie in [1, 65536]. Its default is 16"]),
     ("trace", {"batch_size": "0"}, ["`batch_size` is 0"]),
     (

@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from transformers import HfArgumentParser, Trainer
 from transformers.cache_utils import CacheLayerMixin
 from trl import TrlParser
@@ -20,7 +21,7 @@ from draft_opd_trl.cli import CommandParser
 from draft_opd_trl.trainer import DraftOPDTrainer
 
 
-PACKAGE = Path(__file__).parents[1] / "draft_opd_trl"
+PACKAGE = ROOT / "draft_opd_trl"
 # Methods and attributes of the Trainer that ours override, call or read, private by name or by habit.
 TRAINER = {
     "_finish_current_push",
@@ -42,7 +43,6 @@ TRAINER_ATTRIBUTES = {"_signature_columns", "_train_batch_size"}
 PARSER = {"_parse_dataclass_field", "set_defaults_with_config", "parse_args_and_config"}
 # Modules that are nobody's public API, and what is taken from them.
 MODULES = {
-    "datasets.arrow_writer": {"ArrowWriter"},
     "datasets.utils": {"logging"},
     "transformers.activations": {"ACT2FN"},
     "transformers.convert_slow_tokenizer": {"bytes_to_unicode"},

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
+
+from conftest import POCKET, SHIPPED, SHIPPED_PAIR
 
 from draft_opd_trl.cli import COMMANDS
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
-PAIR = ["--model", str(POCKET / "drafter-dflash"), "--teacher", str(POCKET / "target")]
 PROMPTS = str(POCKET / "prompts" / "quickstart.jsonl")
 
 
@@ -22,14 +21,18 @@ def _stderr(commands, cwd):
 
 def test_commands_that_show_no_progress_are_silent(tmp_path):
     commands = [[name, "--help"] for name in COMMANDS]
-    commands += [["inspect", PAIR[1], "--target", PAIR[3]], ["plan", *PAIR, "--output_dir", str(tmp_path)]]
+    commands += [
+        ["inspect", str(SHIPPED[0]), "--target", str(POCKET / "target")],
+        ["plan", *SHIPPED_PAIR, "--output_dir", str(tmp_path)],
+    ]
     assert _stderr(commands, tmp_path) == ""
 
 
 def test_no_library_warns_while_training_and_measuring(tmp_path):
     sizes = ["--max_steps", "1", "--per_device_train_batch_size", "1", "--max_completion_length", "8"]
-    train = ["train", *PAIR, "--dataset_name", PROMPTS, "--num_eval_prompts", "1", "--output_dir", "run", *sizes]
-    evaluate = ["evaluate", *PAIR, "--suite", PROMPTS, "--num_prompts", "1", "--max_new_tokens", "8"]
+    told = ["--dataset_name", PROMPTS, "--num_eval_prompts", "1", "--output_dir", "run"]
+    train = ["train", *SHIPPED_PAIR, *told, *sizes]
+    evaluate = ["evaluate", *SHIPPED_PAIR, "--suite", PROMPTS, "--num_prompts", "1", "--max_new_tokens", "8"]
     told = _stderr([train, evaluate], tmp_path)
     lines = [line for line in told.replace("\r", "\n").splitlines() if line.strip()]
     assert [line for line in lines if "arning" in line or "deprecated" in line or "ailed" in line] == []

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import draft_opd_trl
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(draft_opd_trl.__file__).parent
 IMPORT_SECONDS = 3.0
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
@@ -23,13 +23,6 @@ from draft_opd_trl.target import Target
 # Big enough that what a step holds outweighs what Python keeps around.
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 512, "head_dim": 16}
 PROMPT_LENGTH = 8
-
-
-class RealBytes(LiveBytes):
-    """The count on tensors that have data: nothing to answer."""
-
-    def _answer(self, func, args, kwargs):
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +48,8 @@ def settings(folder="unused", **options):
 
 
 def drafter_for(model, kind):
-    options = {"draft_token_ids": list(range(0, 512, 4))} if kind == "eagle3" else {}
     torch.manual_seed(0)
-    return tiny_drafter(kind, Target(model), init_from_target=False, **options)
+    return tiny_drafter(kind, Target(model), init_from_target=False)
 
 
 def planned(model, drafter, args, **options):
@@ -70,7 +62,7 @@ def held_by(model, drafter):
 
 def test_bytes_are_counted_while_they_live_and_views_count_nothing():
     given = torch.zeros(100)
-    with RealBytes([given]) as live:
+    with LiveBytes([given]) as live:
         first = given + 1
         view = first[:50]
         assert (live.live, live.peak) == (400, 400)
@@ -103,7 +95,7 @@ def test_the_plan_is_what_a_run_holds(model, kind, tmp_path, options):
     dataset = Dataset.from_dict(columns)
     trainer = DraftOPDTrainer(drafter, model, args, dataset, processing_class=tiny_tokenizer())
     trainer._before_training = lambda: None  # the plan that a run announces is not part of it
-    with RealBytes(held_by(model, drafter)) as live:
+    with LiveBytes(held_by(model, drafter)) as live:
         trainer.train()
     measured = sum(tensor.nbytes for tensor in held_by(model, drafter)) + live.peak
     assert planned(model, drafter, args).peak == pytest.approx(measured, rel=0.1)
@@ -178,7 +170,6 @@ def test_mixed_precision_halves_activations(model, kind):
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
 def test_a_quantised_target_is_as_large_as_bitsandbytes_makes_it(model, kind, tmp_path, options):
-    pytest.importorskip("bitsandbytes")
     model.save_pretrained(tmp_path)
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options))
     drafter = drafter_for(model, kind)
@@ -192,7 +183,7 @@ def test_a_quantised_target_is_as_large_as_bitsandbytes_makes_it(model, kind, tm
 
 
 def test_levers_are_measured_and_sorted(model):
-    drafter, args = drafter_for(model, "dflash"), settings()
+    drafter, args = drafter_for(model, ANY_KIND), settings()
     levers = find_levers(model.config, drafter.config, args, PROMPT_LENGTH)
     assert list(levers.values()) == sorted(levers.values(), reverse=True)
     assert "num_anchors=5" in levers
@@ -216,7 +207,7 @@ def test_training_begins_with_the_plan(model, kind, tmp_path, capsys):
 def test_a_model_that_cannot_be_rehearsed_trains_all_the_same(model, tmp_path, capsys, monkeypatch):
     columns = {"prompt_ids": [[5, 6]] * 3, "completion_ids": [[7] * 10] * 3}
     args = settings(tmp_path, max_steps=1)
-    drafter = drafter_for(model, "dflash")
+    drafter = drafter_for(model, ANY_KIND)
     trainer = DraftOPDTrainer(drafter, model, args, Dataset.from_dict(columns), processing_class=tiny_tokenizer())
     monkeypatch.setattr(model.config, "quantization_config", {"quant_method": "gptq"}, raising=False)
     trainer.train()
@@ -229,7 +220,7 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     model.config.save_pretrained(tmp_path / "target")
     drafter.config.save_pretrained(tmp_path / "drafter")
     assert type(load_drafter_config(tmp_path / "drafter")) is DRAFTERS[kind].config_class
-    memory = 0.001 if kind == "dflash" else 80
+    memory = 0.001 if kind == ANY_KIND else 80
     arguments = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), device_memory=memory)
     result = command.run(arguments, settings(max_prompt_length=PROMPT_LENGTH))
     assert result == json.loads(json.dumps(result))
@@ -237,7 +228,7 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     assert result["peak"] == plan.peak
     shown = command.show(result)
     assert plan.table() in shown
-    assert ("exceed the device's 0.001 GiB" in shown and "num_anchors=5 frees" in shown) == (kind == "dflash")
+    assert ("exceed the device's 0.001 GiB" in shown and "num_anchors=5 frees" in shown) == (kind == ANY_KIND)
     packed = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), load_in_4bit=True)
     packed = command.run(packed, settings(max_prompt_length=PROMPT_LENGTH))
     assert packed["always"]["target weights"] < plan.always["target weights"]
@@ -252,7 +243,7 @@ def test_the_table_adds_up():
 
 
 def test_refusals_name_value_and_remedy(model):
-    drafter = drafter_for(model, "dflash")
+    drafter = drafter_for(model, ANY_KIND)
     with pytest.raises(ValueError, match="max_prompt_length is unset"):
         plan_memory(model.config, drafter.config, settings(max_prompt_length=None))
     config = copy.deepcopy(model.config)

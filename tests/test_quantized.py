@@ -4,28 +4,25 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import KINDS, ROOT, STOPS, tiny_drafter, tiny_options, tiny_stopping_model, tiny_tokenizer
 from datasets import Dataset
 from ranks import run_case
+from runs import spelled_prompts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
 from draft_opd_trl.commands.options import QuantizationArguments
-from draft_opd_trl.drafters import DRAFTERS, create_drafter
+from draft_opd_trl.drafters import create_drafter
 from draft_opd_trl.loading import warn_about_quantization
 from draft_opd_trl.target import Target
 
 
-pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
-ROOT = Path(__file__).parents[1]
-STOPS = [0, 3]
 KINDS_OF_BITS = {
     "int8": QuantizationArguments(load_in_8bit=True),
     "nf4": QuantizationArguments(load_in_4bit=True, bnb_4bit_compute_dtype="float32"),
@@ -37,11 +34,10 @@ def folder(tmp_path_factory):
     """A target wide enough for 4-bit blocks, and drafters for it."""
     folder = tmp_path_factory.mktemp("quantized")
     shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.15}
-    model = tiny_model("qwen3", **shape)
-    model.generation_config.eos_token_id = STOPS
+    model = tiny_stopping_model(**shape)
     model.save_pretrained(folder / "target")
     tiny_tokenizer().save_pretrained(folder / "target")
-    for kind in DRAFTERS:
+    for kind in KINDS:
         tiny_drafter(kind, Target(model)).save_pretrained(folder / kind)
     return folder
 
@@ -54,8 +50,7 @@ def target(request, folder):
 
 @pytest.fixture(scope="module")
 def prompts():
-    draws = torch.Generator().manual_seed(5)
-    return [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(8)]
+    return spelled_prompts(8)
 
 
 def test_layers_are_quantised_and_what_drafters_read_is_not(target, folder):
@@ -69,17 +64,17 @@ def test_layers_are_quantised_and_what_drafters_read_is_not(target, folder):
     assert not torch.equal(quantized, exact)
 
 
-@pytest.mark.parametrize("kind", sorted(DRAFTERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_speculation_on_a_quantised_target_changes_no_text(target, folder, prompts, kind):
     drafter = load_drafter(str(folder / kind)).bind(target)
     plain = speculate(target, None, prompts, SpeculationSettings(20, STOPS, batch_size=1)).completions()
     assert speculate(target, drafter, prompts, SpeculationSettings(20, STOPS, batch_size=8)).completions() == plain
 
 
-@pytest.mark.parametrize("kind", sorted(DRAFTERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_drafter_starts_from_the_weights_and_not_from_their_codes(target, folder, kind):
     full = Target(AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32"))
-    options = {"dflash": {"mask_token_id": 47, "num_hidden_layers": 1}, "eagle3": {}}[kind]
+    options = tiny_options(kind, target)
     drafters = []
     for one in (target, full):
         torch.manual_seed(0)
@@ -96,9 +91,11 @@ def test_a_quantised_head_is_refused(folder):
         Target(model)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits", "optim"), [("dflash", "nf4", "adamw_torch"), ("eagle3", "int8", "paged_adamw_8bit")]
-)
+WAYS = [("nf4", "adamw_torch"), ("int8", "paged_adamw_8bit")]
+
+
+# Every kind one way, and every way for some kind.
+@pytest.mark.parametrize(("kind", "bits", "optim"), [(kind, *WAYS[i % 2]) for i, kind in enumerate(KINDS)])
 def test_training_on_a_quantised_target_resumes_to_the_very_same_run(
     folder, prompts, tmp_path, caplog, kind, bits, optim
 ):
@@ -109,6 +106,7 @@ def test_training_on_a_quantised_target_resumes_to_the_very_same_run(
         "texts": str(tmp_path / "prompts.jsonl"),
         "quantization": vars(KINDS_OF_BITS[bits]),
         "options": {
+            "rollout_source": "speculation",
             "rejected_weight": 0.5,
             "per_device_train_batch_size": 4,
             "optim": optim,

@@ -5,24 +5,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import cycle
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, KINDS, ROOT, STOPS, tiny_drafter, tiny_stopping_model, tiny_tokenizer
 from datasets import Dataset
 from ranks import run_case
-from torch.distributed.fsdp import StateDictType
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
-from draft_opd_trl.drafters import DRAFTERS
-from draft_opd_trl.sharding import check_parallelism
 from draft_opd_trl.target import Target
 
 
-ROOT = Path(__file__).parents[1]
-STOP = 0
 BATCH = 12  # over all ranks and accumulated steps, so that it divides by two, three and four
 ROWS = 40  # three whole batches; what is left of an epoch is dropped, and five steps reach into the second
 
@@ -31,19 +25,18 @@ ROWS = 40  # three whole batches; what is left of an epoch is dropped, and five 
 def world(tmp_path_factory):
     """Folders of a tiny target and its drafters; texts as written, and with nothing to learn for the last rank."""
     folder = tmp_path_factory.mktemp("world")
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
+    model = tiny_stopping_model()
     model.save_pretrained(folder / "target")
     tiny_tokenizer().save_pretrained(folder / "target")
     target = Target(model)
-    for kind in DRAFTERS:
+    for kind in KINDS:
         tiny_drafter(kind, target).save_pretrained(folder / kind)
     draws = torch.Generator().manual_seed(5)
     prompts = [
         [5 + row % 25, 5 + row // 25, *torch.randint(5, 30, (row % 4,), generator=draws)] for row in range(ROWS)
     ]
     prompts = [[int(token) for token in prompt] for prompt in prompts]
-    rollout = speculate(target, None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=16))
+    rollout = speculate(target, None, prompts, SpeculationSettings(20, STOPS, batch_size=16))
     completions = rollout.completions()
     Dataset.from_dict({"prompt_ids": prompts, "completion_ids": completions}).to_json(folder / "texts.jsonl")
     # A text of one token holds no block.
@@ -61,15 +54,20 @@ def case_of(world, kind, texts="texts", options=None, **more):
 def cases(world):
     """What must not depend on how many ranks share the global batch."""
     found = {}
-    for kind in DRAFTERS:
+    for kind in KINDS:
         found[f"{kind}-dataset"] = case_of(world, kind, eval_prompts=5)
         found[f"{kind}-speculation"] = case_of(
             world, kind, options={"rollout_source": "speculation", "replay_buffer_size": 64}
         )
         found[f"{kind}-bare"] = case_of(world, kind, "bare", {"shuffle_dataset": False}, eval_prompts=1)
     drawn = {"temperature": 0.8, "sample_proposals": True, "lmbda": 0.5, "gradient_accumulation_steps": 2}
-    found["dflash-drawn"] = case_of(world, "dflash", options=drawn)
+    found[f"{ANY_KIND}-drawn"] = case_of(world, ANY_KIND, options=drawn)
     return found
+
+
+def taken_in_turn():
+    """Names of cases, one a kind."""
+    return [f"{kind}-{texts}" for kind, texts in zip(KINDS, cycle(["speculation", "dataset"]))]
 
 
 def split(case, ranks):
@@ -173,8 +171,8 @@ def assert_resumed(folder, found):
 def test_ranks_resume_to_the_very_same_run(world, tmp_path):
     """Cut inside a generation, in the second epoch; the buffers differ from rank to rank."""
     runs = {
-        "plain": case_of(world, "eagle3", options=RESUMED),
-        "lora": case_of(world, "dflash", options=RESUMED, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+        "plain": case_of(world, KINDS[-1], options=RESUMED),
+        "lora": case_of(world, ANY_KIND, options=RESUMED, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]}),
     }
     runs |= {f"{name}-cut": {**case, "cut_at": 3} for name, case in runs.items()}
     assert_resumed(tmp_path, launch(tmp_path, runs, 2))
@@ -182,10 +180,10 @@ def test_ranks_resume_to_the_very_same_run(world, tmp_path):
 
 def test_sharded_ranks_train_what_one_process_trains_and_resume(world, alone, tmp_path):
     """FSDP2: rollouts, replay and evaluation call the target a different number of times on each rank."""
-    names = ["dflash-speculation", "eagle3-dataset", "eagle3-bare"]
+    names = [*taken_in_turn(), f"{KINDS[-1]}-bare"]
     runs = {name: cases(world)[name] for name in names}
-    runs["resumed"] = case_of(world, "dflash", options=RESUMED)
-    runs["lora"] = case_of(world, "eagle3", options=RESUMED, lora={"r": 2, "target_modules": ["q_proj", "fc"]})
+    runs["resumed"] = case_of(world, ANY_KIND, options=RESUMED)
+    runs["lora"] = case_of(world, KINDS[-1], options=RESUMED, lora={"r": 2, "target_modules": ["q_proj", "fc"]})
     runs |= {f"{name}-cut": {**runs[name], "cut_at": 3} for name in ("resumed", "lora")}
     found = launch(tmp_path, {name: {**case, "fsdp": True} for name, case in runs.items()}, 2, "fsdp2")
     for results in found.values():
@@ -196,10 +194,10 @@ def test_sharded_ranks_train_what_one_process_trains_and_resume(world, alone, tm
 
 
 def test_zero_ranks_train_what_one_process_trains(world, alone, tmp_path):
-    pytest.importorskip("deepspeed")
-    names = ["dflash-speculation", "eagle3-dataset"]
+    pytest.importorskip("deepspeed", reason="deepspeed is optional, and has no wheels")
+    names = taken_in_turn()
     runs = {name: cases(world)[name] for name in names}
-    runs["resumed"] = case_of(world, "dflash", options=RESUMED)
+    runs["resumed"] = case_of(world, ANY_KIND, options=RESUMED)
     runs["resumed-cut"] = {**runs["resumed"], "cut_at": 3}
     found = launch(tmp_path, runs, 2, "deepspeed_zero2", {"DS_ACCELERATOR": "cpu"})
     assert_same_training(world, alone, tmp_path, {name: found[name] for name in names})
@@ -208,37 +206,11 @@ def test_zero_ranks_train_what_one_process_trains(world, alone, tmp_path):
 
 def test_without_deepspeed_its_configuration_says_so(world, tmp_path):
     if importlib.util.find_spec("deepspeed") is not None:
-        pytest.skip("deepspeed is installed")
+        pytest.skip("deepspeed is installed, so nothing is missing")
     with pytest.raises(AssertionError, match="DeepSpeed is not installed"):
         launch(tmp_path, {}, 2, "deepspeed_zero2")
 
 
 def test_the_configuration_of_a_single_process_launches(world, tmp_path):
-    runs = {"dflash-dataset": case_of(world, "dflash", options={"max_steps": 1})}
-    assert launch(tmp_path, runs, 1, "single_cpu")["dflash-dataset"][0]["logs"]
-
-
-def plugins(zero_stage=None, **fsdp):
-    """An accelerator as far as `check_parallelism` looks."""
-    deepspeed = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
-    state_dict_type = StateDictType[fsdp.pop("state_dict_type", "FULL_STATE_DICT")]
-    plugin = SimpleNamespace(state_dict_type=state_dict_type, **fsdp) if fsdp else None
-    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=plugin))
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "message"),
-    [
-        (plugins(zero_stage=3), "ZeRO-3 partitions embeddings"),
-        (plugins(fsdp_version=1), "fsdp_version is 1"),
-        (plugins(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT"), "fsdp_state_dict_type is SHARDED_STATE_DICT"),
-    ],
-)
-def test_ways_of_sharding_that_do_not_work_are_refused(accelerator, message):
-    with pytest.raises(ValueError, match=message):
-        check_parallelism(accelerator)
-
-
-def test_ways_of_sharding_that_work_are_not_refused():
-    for accelerator in (plugins(), plugins(zero_stage=2), plugins(fsdp_version=2)):
-        check_parallelism(accelerator)
+    runs = {"one": case_of(world, ANY_KIND, options={"max_steps": 1})}
+    assert launch(tmp_path, runs, 1, "single_cpu")["one"][0]["logs"]

@@ -3,14 +3,14 @@
 import importlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from draft_opd_trl import DraftOPDConfig
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import torch
 
-from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots, pack_by_text
+from draft_opd_trl.packing import pack_by_text
+from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
 
 
 def _blocks():

@@ -64,7 +64,6 @@ def test_a_pickle_has_no_token_rather_than_a_wrong_one(config):
 
 def test_training_with_tokens_leaves_none_on_the_disk(drafter_folder, model, tmp_path):
     """TensorBoard's files, checkpoints with their pickled arguments, the card: every byte."""
-    pytest.importorskip("tensorboard")
     model.save_pretrained(tmp_path / "target")
     args = DraftOPDConfig(
         str(tmp_path / "out"),

@@ -4,12 +4,19 @@ Replay equals speculation block for block (invariant 3), by hand and over famili
 
 import pytest
 import torch
-from conftest import LAWS, ScriptedDrafter, counting_target, random_prompts, same_law_p, tiny_drafter
+from conftest import LAWS, ScriptedDrafter, counting_target, random_prompts, tiny_drafter
+from invariants import (
+    assert_replay_is_speculation,
+    assert_same_blocks,
+    coupling_of,
+    replayed,
+    replayed_law_p,
+    speculated_histograms,
+)
 
 from draft_opd_trl import replay
 from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import (
-    Coupling,
     draft_at,
     grid_of,
     read_text,
@@ -23,13 +30,7 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.verification import couple_to_text
 
 
-FIELDS = ("texts", "anchors", "draft_tokens", "num_accepted", "num_valid")
 CHAINS = (1, 2, 3, 8, 64)
-
-
-def _assert_same(got, expected):
-    for name in FIELDS:
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 def _text():
@@ -118,7 +119,7 @@ def test_replay_equals_scripted_speculation():
     )
     features = torch.zeros(*rollout.tokens.shape, 1)
     for num_chains in CHAINS:
-        _assert_same(replay_text(_counting_drafter(), rollout, features, num_chains), rollout.blocks)
+        assert_same_blocks(replay_text(_counting_drafter(), rollout, features, num_chains), rollout.blocks)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,8 @@ def greedy_rollout(target, drafter, prompts):
 
 @pytest.mark.parametrize("num_chains", CHAINS)
 def test_replay_equals_speculation(target, drafter, greedy_rollout, num_chains):
-    """Invariant 3: same anchors, proposals, accepted counts."""
-    features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
-    _assert_same(replay_text(drafter, greedy_rollout, features, num_chains), greedy_rollout.blocks)
+    """Invariant 3."""
+    assert_replay_is_speculation(target, drafter, greedy_rollout, num_chains)
 
 
 @pytest.mark.parametrize("num_chains", [1, 8])
@@ -143,9 +143,8 @@ def test_replay_of_sampled_text_equals_its_speculation(target, drafter, prompts,
     """At T > 0 with argmax proposals the verdicts can be read off the text that speculation wrote."""
     settings = SpeculationSettings(40, [5], SamplingParams(0.7, top_k=20), batch_size=3)
     rollout = speculate(target, drafter, prompts, settings, torch.Generator().manual_seed(0))
-    features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     assert (rollout.blocks.num_accepted > 0).any()
-    _assert_same(replay_text(drafter, rollout, features, num_chains), rollout.blocks)
+    assert_replay_is_speculation(target, drafter, rollout, num_chains)
 
 
 def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout):
@@ -159,9 +158,9 @@ def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout)
     expected = speculate(target, other, prompts, SpeculationSettings(longest, stops))
     assert expected.completions() == greedy_rollout.completions()
     features, _ = target.forward_text(greedy_rollout.tokens, other.target_layer_ids)
-    replayed = replay_text(other, greedy_rollout, features, 4)
-    _assert_same(replayed, expected.blocks)
-    assert len(replayed) != len(greedy_rollout.blocks)
+    blocks = replay_text(other, greedy_rollout, features, 4)
+    assert_same_blocks(blocks, expected.blocks)
+    assert len(blocks) != len(greedy_rollout.blocks)
 
 
 def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
@@ -169,48 +168,20 @@ def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
     state = read_text(drafter, greedy_rollout, features)
     chosen = greedy_rollout.blocks.select(torch.arange(0, len(greedy_rollout.blocks), 3))
     grid = grid_of(chosen.texts, chosen.anchors, len(greedy_rollout))
-    _assert_same(draft_at(drafter, state, greedy_rollout, *grid), chosen)
+    assert_same_blocks(draft_at(drafter, state, greedy_rollout, *grid), chosen)
 
 
 # -- drawn proposals: speculation's law (invariant 2) --------------------------------------------------------------
 
 
-def _coupling(target, states, sampling, num_draft_tokens, seed=0):
-    shape = (*states.shape[:2], num_draft_tokens, 2)
-    return Coupling(target, states, sampling, torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
-
-
-def _replayed(target, drafter, rollout, sampling, num_chains=2):
-    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens)
-    return replay_text(drafter, rollout, features, num_chains, coupling)
-
-
-def _histograms(blocks):
-    """How often each first block, and each second anchor with its first proposal, came up."""
-    first = blocks.anchors == 2
-    draft = blocks.draft_tokens
-    blocks_seen = (draft[first, 0] * 8 + draft[first, 1]) * 5 + blocks.num_accepted[first]
-    later = (blocks.anchors[~first] * 8 + draft[~first, 0]) * 5 + blocks.num_accepted[~first]
-    return torch.bincount(blocks_seen, minlength=320), torch.bincount(later, minlength=400)
-
-
 @pytest.fixture(scope="module", params=LAWS.values(), ids=LAWS)
 def law_of_proposals(request, small_target, small_drafter):
-    """Texts of five tokens, what speculation with drawn proposals exposed on them, and as many the target wrote."""
-    prompts = [[3, 1]] * 4000
-    settings = SpeculationSettings(5, [], request.param, sample_proposals=True, batch_size=1000)
-    speculated = speculate(small_target, small_drafter, prompts, settings, torch.Generator().manual_seed(0))
-    plain = speculate(small_target, None, prompts, settings, torch.Generator().manual_seed(1))
-    assert 0.02 < (speculated.blocks.num_accepted > 0).float().mean() < 0.98
-    return request.param, _histograms(speculated.blocks), plain
+    """How proposals are drawn, and the law of the blocks that speculation then exposes, with texts to replay."""
+    return request.param, *speculated_histograms(small_target, small_drafter, request.param)
 
 
 def test_drawn_replay_has_the_law_of_speculation(small_target, small_drafter, law_of_proposals):
-    sampling, expected, texts = law_of_proposals
-    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
-    for ours, theirs in zip(replayed, expected, strict=True):
-        assert same_law_p(ours, theirs) > 1e-4
+    assert replayed_law_p(small_target, small_drafter, *law_of_proposals) > 1e-4
 
 
 def _drawn_blind(draft_probs, target_probs, labels, uniforms):
@@ -228,10 +199,8 @@ def _always_accepted(draft_probs, target_probs, labels, uniforms):
 @pytest.mark.parametrize("law_of_proposals", [LAWS["hot"]], ids=["hot"], indirect=True)
 @pytest.mark.parametrize("wrong", [_drawn_blind, _always_accepted])
 def test_a_wrong_coupling_has_another_law(small_target, small_drafter, law_of_proposals, wrong, monkeypatch):
-    monkeypatch.setattr(replay, "couple_to_text", wrong)
-    sampling, expected, texts = law_of_proposals
-    replayed = _histograms(_replayed(small_target, small_drafter, texts, sampling))
-    assert min(same_law_p(ours, theirs) for ours, theirs in zip(replayed, expected, strict=True)) < 1e-6
+    monkeypatch.setattr("draft_opd_trl.coupling.couple_to_text", wrong)
+    assert replayed_law_p(small_target, small_drafter, *law_of_proposals) < 1e-6
 
 
 def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, prompts):
@@ -240,17 +209,17 @@ def test_drawn_replay_is_the_same_for_any_chains_and_rows(target, drafter, promp
     rollout = speculate(
         target, None, prompts, SpeculationSettings(40, [5], sampling), torch.Generator().manual_seed(0)
     )
-    sequential = _replayed(target, drafter, rollout, sampling, num_chains=1)
+    sequential = replayed(target, drafter, rollout, sampling, num_chains=1)
     assert len(set(sequential.num_accepted.tolist())) >= 3
     for num_chains in CHAINS[1:]:
-        _assert_same(_replayed(target, drafter, rollout, sampling, num_chains), sequential)
+        assert_same_blocks(replayed(target, drafter, rollout, sampling, num_chains), sequential)
     features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     rows = torch.tensor([4, 1])
     part = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
-    coupling = _coupling(target, states, sampling, drafter.num_draft_tokens).select(rows)
+    coupling = coupling_of(target, states, sampling, drafter.num_draft_tokens).select(rows)
     alone = replay_text(drafter, part, features[rows], 1, coupling)
-    _assert_same(alone.select(alone.texts == 1), _in_row(sequential.select(sequential.texts == 1), 1))
-    _assert_same(alone.select(alone.texts == 0), _in_row(sequential.select(sequential.texts == 4), 0))
+    assert_same_blocks(alone.select(alone.texts == 1), _in_row(sequential.select(sequential.texts == 1), 1))
+    assert_same_blocks(alone.select(alone.texts == 0), _in_row(sequential.select(sequential.texts == 4), 0))
 
 
 def _in_row(blocks, row):
@@ -262,4 +231,4 @@ def test_many_anchors_are_drafted_in_parts(target, drafter, greedy_rollout, monk
     features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
     whole = replay_text(drafter, greedy_rollout, features, 8)
     monkeypatch.setattr(replay, "ANCHORS_AT_ONCE", 3)
-    _assert_same(replay_text(drafter, greedy_rollout, features, 8), whole)
+    assert_same_blocks(replay_text(drafter, greedy_rollout, features, 8), whole)

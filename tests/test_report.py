@@ -2,22 +2,14 @@
 
 import numpy as np
 import pytest
+from by_hand import AFTER, BEFORE
 from conftest import random_prompts
 from matplotlib.colors import to_hex
 
-from draft_opd_trl.acceptance import AcceptanceReport, bootstrap_interval
+from draft_opd_trl.acceptance import bootstrap_interval
 from draft_opd_trl.evaluation import evaluate_drafters, measure_acceptance
 from draft_opd_trl.report import acceptance_figure, acceptance_table, error_density, plot_acceptance
 from draft_opd_trl.speculation import SpeculationSettings, speculate
-
-
-def report(accepted, lengths, slots=2):
-    return AcceptanceReport(slots, [[7] * length for length in lengths], accepted, [True] * len(lengths), 1.0)
-
-
-# Accepted runs of K = 2 in texts of 6 and 4 tokens.
-BEFORE = report([[0, 1, 0, 0], [0, 0, 0]], [6, 4])
-AFTER = report([[2, 1], [0, 1]], [6, 4])
 
 
 def test_table_by_hand():

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STOP, tiny_drafter, tiny_model, tiny_tokenizer
-from datasets import Dataset
+from conftest import ANY_KIND, tiny_drafter, tiny_stopping_model
+from hostile_folders import RunsCode
 from peft import LoraConfig
-from test_run_state import Touch
+from runs import make_trainer, written_texts
 from transformers import TrainerCallback
 
-from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, speculate
+from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
 from draft_opd_trl.cli import CommandParser
 from draft_opd_trl.commands import evaluate as evaluate_command
 from draft_opd_trl.commands import train as command
@@ -41,42 +41,18 @@ def frozen():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A target, the folder of a drafter, and texts."""
-    model = tiny_model("qwen3")
-    model.generation_config.eos_token_id = [STOP, 3]
+    model = tiny_stopping_model()
     folder = tmp_path_factory.mktemp("drafter")
-    tiny_drafter("dflash", Target(model)).save_pretrained(folder)
+    tiny_drafter(ANY_KIND, Target(model)).save_pretrained(folder)
     prompts = [[5 + row, *range(6, 8 + row % 3)] for row in range(16)]
-    rollout = speculate(Target(model), None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=16))
-    texts = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()})
-    return model, str(folder), texts
+    return model, str(folder), written_texts(model, prompts)
 
 
-def build(world, output_dir, callbacks=(), peft_config=None, eval_dataset=None, **options):
+def build(world, output_dir, callbacks=(), **options):
     model, drafter, texts = world
-    defaults = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_completion_length": 20,
-        "num_anchors": 6,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "disable_tqdm": True,
-        "rollout_source": "dataset",
-        "replay_buffer_size": 8,
-        "replay_ratio": 0.5,
-    }
-    trainer = DraftOPDTrainer(
-        drafter,
-        model,
-        DraftOPDConfig(str(output_dir), **{**defaults, **options}),
-        train_dataset=texts,
-        eval_dataset=eval_dataset,
-        processing_class=tiny_tokenizer(),
-        callbacks=list(callbacks),
-        peft_config=peft_config,
+    saved = {"save_strategy": "steps", "save_steps": 1, "replay_buffer_size": 8, "replay_ratio": 0.5}
+    trainer = make_trainer(
+        drafter, model, texts, output_dir, callbacks=list(callbacks), **{"max_steps": 3, **saved, **options}
     )
     trainer._before_training = lambda: None  # the memory plan takes longer than the runs
     return trainer
@@ -300,12 +276,12 @@ def test_texts_written_after_the_checkpoint_change_nothing(world, tmp_path, temp
     wanted = weights(run)
     for path in checkpoints_in(tmp_path)[1:]:
         shutil.rmtree(path)
-    shards = sorted(tmp_path.glob("_text_cache/*/*.arrow"))
+    shards = sorted(tmp_path.glob("_text_cache/*/*.parquet"))
     resumed = build(world, tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed), wanted)
     # A text is on disk once, and known once it has been written again.
-    assert sorted(tmp_path.glob("_text_cache/*/*.arrow")) == shards
+    assert sorted(tmp_path.glob("_text_cache/*/*.parquet")) == shards
     assert len(resumed.source.cache) == 16
 
 
@@ -406,7 +382,7 @@ PICKLES = "draft_opd_state_0.pt optimizer.pt scheduler.pt rng_state.pth scaler.p
 def test_a_strangers_checkpoint_runs_nothing(world, whole, tmp_path, name):
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(whole[0] / "checkpoint-2", folder)
-    torch.save({"state": Touch(tmp_path / "ran")}, folder / name)
+    torch.save({"state": RunsCode(tmp_path / "ran")}, folder / name)
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     write_manifest(folder, 2, {})

@@ -1,11 +1,20 @@
 """Texts from every source are the target's; what is on disk is not written again; a server is believed only so far."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from completions_server import CompletionsServer
-from conftest import ScriptedDrafter, counting_target, scripted_target, tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import (
+    ANY_KIND,
+    HELD_OUT,
+    POCKET,
+    STOPS,
+    ScriptedDrafter,
+    counting_target,
+    scripted_target,
+    tiny_drafter,
+    tiny_model,
+    tiny_tokenizer,
+)
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,17 +29,11 @@ from draft_opd_trl import (
     stop_token_ids,
 )
 from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.rollout import (
-    CachedSource,
-    DatasetSource,
-    DecodingSource,
-    ServerSource,
-    _faithful_text,
-    build_source,
-    seed_of,
-    until_stop,
-)
+from draft_opd_trl.rollout import _faithful_text, build_source
+from draft_opd_trl.seeding import seed_of
 from draft_opd_trl.server import Answer, CompletionsClient, ServerError
+from draft_opd_trl.server_source import ServerSource
+from draft_opd_trl.sources import CachedSource, DatasetSource, DecodingSource, until_stop
 from draft_opd_trl.text_cache import TextCache
 
 
@@ -107,7 +110,6 @@ def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
 # A server that serves the target, or something like it.
 
 TOKENIZER = tiny_tokenizer()
-STOPS = [0, 3]
 LETTERS = [[5 + number % 26, 6 + number // 26, 8] for number in range(20)]
 
 
@@ -328,7 +330,7 @@ def test_faithful_text():
 def build(tmp_path, target, **options):
     settings = SpeculationSettings(20, STOPS, SamplingParams(options.get("temperature", 0.0)))
     args = DraftOPDConfig(str(tmp_path), report_to="none", **options)
-    drafter = tiny_drafter("dflash", target)
+    drafter = tiny_drafter(ANY_KIND, target)
     return build_source(args, target, drafter, TOKENIZER, settings, lambda name, value: None)
 
 
@@ -377,10 +379,9 @@ def test_a_fingerprint_sees_the_config_too():
 
 def test_conversational_rows_are_the_texts_they_came_from():
     """What the template writes behind the stop token is not the target's, and is cut."""
-    folder = Path(__file__).parents[1] / "examples" / "pocket"
-    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
-    model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
-    prompts = load_dataset("json", data_files=str(folder / "prompts" / "heldout.jsonl"), split="train[:6]")
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    prompts = load_dataset("json", data_files=HELD_OUT, split="train[:6]")
     settings = SpeculationSettings(300, stop_token_ids(model, tokenizer))
     rows = list(tokenize_dataset(prompts, tokenizer, None))
     written = DecodingSource(Target(model), None, settings, 0).write(rows).completions()

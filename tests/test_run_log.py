@@ -5,43 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STOP
-from datasets import Dataset
-from test_trainer import make_trainer
+from runs import make_trainer, spelled_prompts, written_texts
 from transformers import TrainerCallback
 
-from draft_opd_trl import SpeculationSettings, load_drafter, speculate
+from draft_opd_trl import load_drafter, run_log
 from draft_opd_trl.run_log import RunLog
-from draft_opd_trl.stopwatch import Stopwatch
-from draft_opd_trl.target import Target
 
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """Twelve texts the target wrote, of unequal lengths."""
-    draws = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(5, 30, (2 + i % 5,), generator=draws).tolist() for i in range(12)]
-    rollout = speculate(Target(model), None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=12))
-    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()})
-
-
-class Ranks:
-    """An accelerator of two ranks, the other of which adds what `other` holds."""
-
-    num_processes, device = 2, torch.device("cpu")
-
-    def __init__(self, other):
-        self.other = other
-
-    def gather(self, row):
-        return torch.cat([row, torch.tensor([self.other], dtype=row.dtype)])
+    """Of unequal lengths."""
+    return written_texts(model, spelled_prompts(12))
 
 
 ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 
 
 def test_a_window_is_a_ratio_of_sums_and_an_extreme_an_extreme():
-    log = RunLog(ALONE, 2)
+    log = RunLog(ALONE)
     for part, whole, length in ((1, 1, 7), (9, 2, 3), (2, 5, 5)):
         log.add("acceptance/length", part, whole)
         log.add("loss/accepted", torch.tensor(float(part)), torch.tensor(float(whole)))
@@ -64,47 +45,17 @@ def test_a_window_is_a_ratio_of_sums_and_an_extreme_an_extreme():
         "replay/blocks": 4,
     }
     assert log.take() == {}
-    with pytest.raises(KeyError):
-        log.add("a name no other rank expects", 1)
 
 
-def test_ranks_are_added_and_one_that_met_nothing_counts_nothing():
-    other = RunLog(ALONE, 1)
-    other._begin_step()
-    flat = [0.0, 0.0] * len(other._names)
-    place = other._names.index("replay/blocks")
-    flat[2 * place : 2 * place + 2] = [5.0, 0.5]
-    log = RunLog(Ranks(flat), 1)
+def test_ranks_are_added_and_one_that_met_nothing_counts_nothing(monkeypatch):
+    other = {"replay/blocks": (5.0, 0.5), "replay/error_share": (1, 4)}
+    monkeypatch.setattr(run_log, "gather_object", lambda own: [*own, other])
+    log = RunLog(SimpleNamespace(num_processes=2, device=torch.device("cpu")))
     log.add("replay/blocks", 3)
     log.add("completions/min_length", 4, 2)
+    log.add("completions/min_length", 1, 0)
     log.end_step()
-    assert log.take() == {"replay/blocks": 8, "completions/min_length": 4}
-
-
-def test_on_cuda_a_phase_lasts_until_the_device_is_done(monkeypatch):
-    """Events on the device's own time line, where work ends 5 s after Python has handed it over."""
-    waited, clock = [], iter(range(0, 100, 5))
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = next(clock)
-
-        def synchronize(self):
-            waited.append(self.at)
-
-        def elapsed_time(self, end):
-            return 1000.0 * (end.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    stopwatch = Stopwatch(torch.device("cuda"))
-    with stopwatch.measure("step"):
-        stopwatch.timed("forward", lambda: None)()
-    assert waited == []
-    assert stopwatch.read() == {"forward": 5.0, "step": 15.0}
-    assert waited == [10, 15] and stopwatch.read() == {}
+    assert log.take() == {"replay/blocks": 8, "completions/min_length": 4, "replay/error_share": 0.25}
 
 
 RUN = {

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
+from hostile_folders import RunsCode
 
-from draft_opd_trl.errors import EnvironmentFault, ExistsError, InputError, NotFoundError
-from draft_opd_trl.files import writing
+from draft_opd_trl.errors import ExistsError, InputError, NotFoundError
 from draft_opd_trl.run_state import (
     ASIDE,
     MANIFEST,
@@ -201,41 +201,9 @@ def test_state_is_tensors_and_plain_values(tmp_path):
         load_state(tmp_path, 1, 2)
 
 
-class Touch:
-    """Writes a file when it is unpickled, as a stranger's checkpoint might run anything."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
-
-
 @pytest.mark.parametrize("dump", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
 def test_pickled_objects_are_not_read(tmp_path, dump):
-    dump({"feed": Touch(tmp_path / "run")}, tmp_path / "draft_opd_state_0.pt")
+    dump({"feed": RunsCode(tmp_path / "run")}, tmp_path / "draft_opd_state_0.pt")
     with pytest.raises(InputError, match="could run code"):
         load_state(tmp_path, 0, 1)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device", "a/b"),
-        PermissionError(13, "Permission denied"),
-        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
-        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_what_the_machine_refuses_is_one_line_with_the_path(error):
-    with pytest.raises(EnvironmentFault, match=r"^out/checkpoint-3 could not be written \(.*\). All else is whole.$"):
-        with writing("out/checkpoint-3", "All else is whole."):
-            raise error
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "x"), RuntimeError("a bug"), KeyError("x")])
-def test_a_bug_is_not_dressed_up(error):
-    with pytest.raises(type(error)) as raised, writing("out"):
-        raise error
-    assert raised.value is error

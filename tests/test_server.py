@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import urllib3
 from completions_server import CompletionsServer
-from conftest import tiny_tokenizer
+from conftest import ROOT, tiny_tokenizer
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,11 +22,12 @@ from draft_opd_trl import SamplingParams, SpeculationSettings, Target, endpoint,
 from draft_opd_trl.consistency import describe_misfit, text_fit
 from draft_opd_trl.errors import InputError
 from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.rollout import DecodingSource, ServerSource, _faithful_text
+from draft_opd_trl.rollout import _faithful_text
 from draft_opd_trl.server import CompletionsClient, ServerError
+from draft_opd_trl.server_source import ServerSource
+from draft_opd_trl.sources import DecodingSource
 
 
-ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket"
 TOKENIZER = tiny_tokenizer()
 STOP = 0

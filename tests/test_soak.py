@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 SOAK = ROOT / "examples" / "soak"
 
 

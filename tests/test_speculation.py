@@ -10,32 +10,20 @@ from conftest import (
     LAWS,
     ScriptedDrafter,
     chi_square_p,
-    continuation_law,
     counting_target,
     random_prompts,
     scripted_target,
     tiny_drafter,
-    train_drafter,
 )
-from transformers.generation import candidate_generator
+from invariants import (
+    assert_kept_states_are_those_of_packed_scoring,
+    assert_lossless,
+    assert_texts_follow_the_targets_law,
+    generated,
+)
 
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
-
-
-def _generated(target, prompt, max_new_tokens, stops=(), **options):
-    """What transformers' own greedy decoding writes."""
-    ids = torch.tensor([prompt])
-    output = target.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stops) or None,
-        pad_token_id=0,
-        **options,
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 # -- scripted: after t comes t + 1, modulo 12 --------------------------------------------------------------------
@@ -143,31 +131,25 @@ def test_empty_prompts_are_refused(prompts):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_greedy_speculation_is_the_targets_text(target, drafter, prompts, batch_size):
-    expected = [_generated(target, prompt, 30) for prompt in prompts]
     assert any(len(prompt) == 1 for prompt in prompts) and len({len(prompt) for prompt in prompts}) > 3
-    rollout = speculate(target, drafter, prompts, SpeculationSettings(30, [], batch_size=batch_size))
-    assert rollout.completions() == expected
+    rollout = assert_lossless(target, drafter, prompts, SpeculationSettings(30, [], batch_size=batch_size))
     assert len(set(rollout.blocks.num_accepted.tolist())) >= 3, "the case must hold early and late errors"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_greedy_speculation_with_several_stop_tokens(target, drafter, prompts, batch_size):
-    plain = [_generated(target, prompt, 30) for prompt in prompts]
-    stops = [plain[0][9], plain[2][4], plain[3][14]]
-    expected = [_generated(target, prompt, 30, stops) for prompt in prompts]
-    assert len({len(text) for text in expected}) > 2, "the case must end texts early and not"
-    rollout = speculate(target, drafter, prompts, SpeculationSettings(30, stops, batch_size=batch_size))
-    assert rollout.completions() == expected
+    stops = [generated(target, prompts[row], length)[-1] for row, length in ((0, 10), (2, 5), (3, 15))]
+    rollout = assert_lossless(target, drafter, prompts, SpeculationSettings(30, stops, batch_size=batch_size))
+    assert len(set(rollout.completion_lengths.tolist())) > 2, "the case must end texts early and not"
 
 
 def test_an_untrained_drafter_is_lossless_too(target, kind, prompts):
-    rollout = speculate(target, tiny_drafter(kind, target), prompts, SpeculationSettings(16, [], batch_size=4))
-    assert rollout.completions() == [_generated(target, prompt, 16) for prompt in prompts]
+    assert_lossless(target, tiny_drafter(kind, target), prompts, SpeculationSettings(16, [], batch_size=4))
 
 
 def test_without_a_drafter_it_is_generate(target, prompts):
     rollout = speculate(target, None, prompts, SpeculationSettings(20, [], batch_size=3))
-    assert rollout.completions() == [_generated(target, prompt, 20) for prompt in prompts]
+    assert rollout.completions() == [generated(target, prompt, 20) for prompt in prompts]
     assert rollout.blocks is None
 
 
@@ -184,20 +166,7 @@ def test_speculation_leaves_the_target_alone(target, drafter, prompts):
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
 @pytest.mark.parametrize("sampling", LAWS.values(), ids=LAWS)
 def test_sampled_text_follows_the_targets_law(small_target, small_drafter, sampling, sample_proposals):
-    count, prompt = 3000, [3, 1]
-    settings = SpeculationSettings(4, [], sampling, sample_proposals, batch_size=1000)
-    rollout = speculate(small_target, small_drafter, [prompt] * count, settings, torch.Generator().manual_seed(0))
-    first = rollout.tokens[:, 2:5]
-    cells = (first * torch.tensor([64, 8, 1])).sum(1)
-    law = continuation_law(small_target, prompt, 3, sampling)
-    torch.testing.assert_close(law.sum(), torch.ones(()))
-    counts = torch.bincount(cells, minlength=512)
-    assert chi_square_p(counts, law) > 1e-4
-    # The same test sees a law that is off by a little temperature.
-    other = SamplingParams(sampling.temperature * 1.5, sampling.top_k, sampling.top_p)
-    assert chi_square_p(counts, continuation_law(small_target, prompt, 3, other)) < 1e-6
-    accepted = rollout.blocks.num_accepted
-    assert 0.02 < (accepted > 0).float().mean() < 0.98, "the case must hold accepted and rejected proposals"
+    assert_texts_follow_the_targets_law(small_target, small_drafter, sampling, sample_proposals)
 
 
 @pytest.mark.parametrize("sample_proposals", [False, True], ids=["argmax", "sampled"])
@@ -251,22 +220,7 @@ def test_a_drawn_text_depends_on_its_prompt_and_seed_alone(target, drafter, samp
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0)], ids=["greedy", "sampled"])
 def test_kept_states_equal_packed_scoring(target, drafter, sampling):
-    prompts = random_prompts(10, seed=21)
-    settings = SpeculationSettings(24, [], sampling, batch_size=3, keep_states=True)
-    rollout = speculate(target, drafter, prompts, settings, torch.Generator().manual_seed(0))
-    cache = target.new_cache(*rollout.tokens.shape)
-    _, states = target.forward_text(rollout.tokens, (), cache)
-    blocks = rollout.blocks
-    scored = target.score_blocks(rollout.tokens, blocks, cache)
-    slots = torch.arange(blocks.num_draft_tokens)
-    off_text = (slots > blocks.num_accepted[:, None]) & blocks.has_error[:, None]
-    assert off_text.sum() > 50
-    torch.testing.assert_close(rollout.block_states[off_text], scored[off_text], rtol=1e-4, atol=1e-4)
-    on_text = (slots <= blocks.num_accepted[:, None]) & (slots < blocks.num_valid[:, None])
-    before = (blocks.anchors[:, None] + slots).clamp(max=rollout.tokens.shape[1] - 1)
-    torch.testing.assert_close(
-        rollout.block_states[on_text], states[blocks.texts[:, None], before][on_text], rtol=1e-4, atol=1e-4
-    )
+    assert_kept_states_are_those_of_packed_scoring(target, drafter, sampling)
 
 
 def test_states_are_kept_only_when_asked(qwen_target, qwen_drafter, prompts):
@@ -282,35 +236,3 @@ def test_record_is_in_text_order_and_covers_the_text(target, drafter, prompts):
         # The next anchor stands on the token after the accepted run.
         assert torch.equal(mine.anchors[1:], (mine.anchors + mine.num_accepted + 1)[:-1])
     assert torch.equal(blocks.texts, blocks.texts.sort().values)
-
-
-# -- transformers' own DFlash as an outside reference --------------------------------------------------------------
-
-
-def test_transformers_native_dflash_says_the_same(target, prompts, monkeypatch):
-    drafter = train_drafter(target, tiny_drafter("dflash", target), prompts, steps=50)
-    theirs = []
-    original = candidate_generator.DFlashTokenCandidateGenerator.get_candidates
-
-    def observed(self, input_ids, *args, **kwargs):
-        candidates, logits = original(self, input_ids, *args, **kwargs)
-        if candidates.shape[1] > input_ids.shape[1]:
-            theirs.append((input_ids.shape[1] - 1, candidates[0, input_ids.shape[1] :].tolist()))
-        return candidates, logits
-
-    monkeypatch.setattr(candidate_generator.DFlashTokenCandidateGenerator, "get_candidates", observed)
-    rollout = speculate(target, drafter, prompts, SpeculationSettings(24, []))
-    compared = 0
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 1:
-            continue
-        theirs.clear()
-        text = _generated(target, prompt, 24, assistant_model=drafter, speculation_type="dflash")
-        assert text == rollout.completions()[row]
-        mine = rollout.blocks.select(rollout.blocks.texts == row)
-        proposals = dict(zip(mine.anchors.tolist(), mine.draft_tokens.tolist(), strict=True))
-        for anchor, tokens in theirs:
-            if anchor in proposals:
-                assert tokens == proposals[anchor][: len(tokens)]
-                compared += 1
-    assert compared > 40

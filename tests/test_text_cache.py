@@ -11,14 +11,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
+from conftest import ROOT
+from datasets import load_dataset
+from pyarrow import parquet
 
 from draft_opd_trl.errors import EnvironmentFault
 from draft_opd_trl.text_cache import TextCache
 
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"target": "t", "temperature": 0.0}
+
+
+def rows_in(folder):
+    """All that is on disk, in the order it was written."""
+    return [row for shard in sorted(Path(folder).glob("*.parquet")) for row in parquet.read_table(shard).to_pylist()]
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -44,7 +50,7 @@ def test_a_text_that_is_there_is_not_written_again(tmp_path):
     cache.add([[1]], [[2]])
     cache.add([[1], [3], [3]], [[9], [4], [4]])
     assert cache.find([[1], [3]]) == [[2], [4]]
-    assert Counter(load_from_disk(str(cache.folder))["key"]).most_common(1)[0][1] == 1
+    assert Counter(row["key"] for row in rows_in(cache.folder)).most_common(1)[0][1] == 1
 
 
 def test_what_others_write_is_seen(tmp_path):
@@ -65,7 +71,7 @@ def test_a_shard_that_cannot_be_read_is_passed_over_and_written_again(tmp_path, 
     cache = TextCache(tmp_path, SETTINGS)
     for number in range(3):
         cache.add([[number]], [[number] * 200])
-    broken = sorted(cache.folder.glob("*.arrow"))[1]
+    broken = sorted(cache.folder.glob("*.parquet"))[1]
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2 if size < 0 else size])
     again = TextCache(tmp_path, SETTINGS)
@@ -73,7 +79,7 @@ def test_a_shard_that_cannot_be_read_is_passed_over_and_written_again(tmp_path, 
     assert len(told) == 1 and str(broken) in told[0] and "written again" in told[0]
     again.add([[1]], [[1] * 200])
     assert again.find([[1]]) == [[1] * 200]
-    assert len(load_from_disk(str(again.folder))) == 3
+    assert len(list(again.folder.glob("*.parquet"))) == 4
 
 
 def test_what_is_forgotten_is_written_once_more_and_kept_once(tmp_path):
@@ -87,7 +93,7 @@ def test_what_is_forgotten_is_written_once_more_and_kept_once(tmp_path):
     assert again.find([[1], [3]]) == [[2], None]
     again.add([[3]], [[4]])
     assert again.find([[1], [3]]) == [[2], [4]]
-    assert len(load_from_disk(str(cache.folder))) == 2
+    assert len(rows_in(cache.folder)) == 2
     again.forget_after("")
     assert again.find([[1], [3]]) == [None, None]
 
@@ -98,7 +104,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
     try:
-        with pytest.raises(EnvironmentFault, match=r"\.arrow could not be written \(File too large"):
+        with pytest.raises(EnvironmentFault, match=r"\.parquet could not be written \(File too large"):
             cache.add([[3]], [[4] * 2000])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -113,22 +119,25 @@ def test_shards_are_flushed_before_they_take_their_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("sync") or sync(handle))
     monkeypatch.setattr(os, "replace", lambda one, other: done.append(Path(other).suffix) or replace(one, other))
     cache.add([[1]], [[2]])
-    assert done == ["sync", ".arrow", "sync", "sync", ".json", "sync"]
+    assert done == ["sync", ".parquet", "sync"]
 
 
 def test_datasets_opens_the_folder(tmp_path):
     cache = TextCache(tmp_path, SETTINGS)
     cache.add([[1, 2]], [[3, 4]])
     cache.add([[5]], [[6]], draw=2)
-    rows = load_from_disk(str(cache.folder)).remove_columns("key").to_list()
+    rows = (
+        load_dataset(str(cache.folder), split="train", cache_dir=str(tmp_path / "hub")).remove_columns("key").to_list()
+    )
     assert rows == [
         {"prompt_ids": [1, 2], "completion_ids": [3, 4], "draw": 0},
         {"prompt_ids": [5], "completion_ids": [6], "draw": 2},
     ]
-    assert '"target": "t"' in (cache.folder / "settings.json").read_text()
+    assert parquet.read_table(cache.folder).num_rows == 2
+    assert "target: t" in (cache.folder / "_settings.yaml").read_text()
 
 
-def test_more_shards_than_stay_open(tmp_path):
+def test_more_shards_than_are_kept(tmp_path):
     cache = TextCache(tmp_path, SETTINGS)
     for number in range(40):
         cache.add([[number]], [[number, number]])
@@ -159,7 +168,7 @@ def start_writer(folder, start, count):
 def check_whole(folder, count):
     cache = TextCache(folder, SETTINGS)
     assert cache.find([[number] for number in range(count)]) == [[number] * 200 for number in range(count)]
-    keys = load_from_disk(str(cache.folder))["key"][:]
+    keys = [row["key"] for row in rows_in(cache.folder)]
     assert len(keys) == len(set(keys)) == count
 
 
@@ -183,7 +192,7 @@ def test_killed_at_random_it_loses_nothing(tmp_path):
 # Kills a forked writer right before and right after each call that changes what is on disk, and looks at what is left.
 CRASHES = """
 import os, signal, sys
-from datasets import load_from_disk
+from pyarrow import parquet
 from draft_opd_trl import text_cache
 
 SETTINGS = {"target": "t", "temperature": 0.0}
@@ -201,9 +210,9 @@ def crash(step, before):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return call
-    text_cache.os.replace = deadly(os.replace)
-    text_cache.ArrowWriter.write = deadly(text_cache.ArrowWriter.write)
-    text_cache.ArrowWriter.finalize = deadly(text_cache.ArrowWriter.finalize)
+    os.replace = deadly(os.replace)
+    os.fsync = deadly(os.fsync)
+    parquet.write_table = deadly(parquet.write_table)
     cache = text_cache.TextCache(sys.argv[1], SETTINGS)
     for number in range(100):
         if cache.find([[number]]) == [None]:
@@ -225,7 +234,7 @@ for step in range(1, 13):
         assert count >= len(acknowledged)
         assert cache.find([[number] for number in range(count)]) == [[number] * 200 for number in range(count)]
         if count:
-            keys = load_from_disk(str(cache.folder))["key"][:]
+            keys = parquet.read_table(cache.folder)["key"].to_pylist()
             assert len(keys) == len(set(keys)) == count
 print(count, len(acknowledged))
 """

@@ -2,22 +2,21 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-from test_viewer import data_of
+from conftest import HELD_OUT, SHIPPED, SHIPPED_PAIR
+from readers import data_of
 
 from draft_opd_trl import cli
 
 
-POCKET = Path(__file__).parents[1] / "examples" / "pocket"
-DRAFTER, OTHER = POCKET / "drafter-dflash", "other"
+DRAFTER, OTHER = SHIPPED[0], "other"
 
 
 def trace(*words):
-    options = ["--teacher", str(POCKET / "target"), "--prompts", str(POCKET / "prompts" / "heldout.jsonl")]
+    options = ["--prompts", HELD_OUT]
     sizes = ["--num_prompts", "2", "--max_new_tokens", "40"]
-    return cli.main(["trace", "--model", str(DRAFTER), *options, *sizes, *map(str, words)])
+    return cli.main(["trace", *SHIPPED_PAIR, *options, *sizes, *map(str, words)])
 
 
 def test_page_and_json_hold_the_same_traces_of_both_drafters(tmp_path, capsys):
@@ -27,7 +26,7 @@ def test_page_and_json_hold_the_same_traces_of_both_drafters(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     page = data_of(file)
     assert result["file"] == str(file)
-    assert list(result["traces"]) == page["drafters"] == [OTHER, "drafter-dflash"]
+    assert list(result["traces"]) == page["drafters"] == [OTHER, DRAFTER.name]
     assert len(page["texts"]) == 2
     first, second = result["traces"].values()
     # The same weights along the same texts.
@@ -42,7 +41,7 @@ def test_terminal_writes_no_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert trace("--terminal") == 0
     out = capsys.readouterr().out
-    assert "drafter-dflash: τ" in out and "What is 3756+9789?" in out and "recovered" in out
+    assert f"{DRAFTER.name}: τ" in out and "What is 3756+9789?" in out and "recovered" in out
     assert "\x1b" not in out  # no colours where none can be seen
     assert list(tmp_path.iterdir()) == []
 

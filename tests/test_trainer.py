@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import STOP, tiny_model, tiny_tokenizer
+from conftest import ROOT, STOPS, tiny_model, tiny_tokenizer
 from datasets import Dataset
+from invariants import assert_a_resumed_run_is_the_same_run
 from peft import LoraConfig
-from transformers import TrainerCallback
+from runs import make_trainer, parameters_of, spelled_prompts, written_texts
 
 from draft_opd_trl import (
     DraftOPDConfig,
@@ -21,52 +21,19 @@ from draft_opd_trl import (
     measure_acceptance,
     speculate,
 )
-from draft_opd_trl.target import Target
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """Sixteen texts the target wrote."""
-    draws = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(16)]
-    rollout = speculate(Target(model), None, prompts, SpeculationSettings(20, [STOP, 3], batch_size=16))
-    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": rollout.completions()})
+    return written_texts(model, spelled_prompts(16))
 
 
-def make_trainer(drafter_folder, model, dataset, output_dir, **options):
-    defaults = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "max_completion_length": 20,
-        "num_anchors": 6,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "rollout_source": "dataset",
-    }
-    beside = ("eval_dataset", "peft_config", "callbacks", "optimizers")
-    more = {name: options.pop(name) for name in beside if name in options}
-    args = DraftOPDConfig(str(output_dir), **{**defaults, **options})
-    return DraftOPDTrainer(
-        drafter_folder, model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), **more
-    )
-
-
-def parameters_of(trainer):
-    return {name: value.detach().clone() for name, value in trainer.drafter.named_parameters()}
-
-
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("source", ["speculation", "generate", "dataset"])
+@pytest.mark.parametrize(
+    ("source", "lmbda"),
+    [("speculation", 0.0), ("speculation", 1.0), ("generate", 0.5), ("dataset", 0.0), ("dataset", 1.0)],
+)
 def test_training_moves_every_drafter_parameter_and_no_target_weight(
-    drafter_folder, model, texts, tmp_path, lmbda, source
+    drafter_folder, model, texts, tmp_path, source, lmbda
 ):
     before_target = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(drafter_folder, model, texts, tmp_path, lmbda=lmbda, rollout_source=source)
@@ -115,57 +82,14 @@ def test_eight_at_once_equal_two_times_four_accumulated(drafter_folder, model, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-class StopAt(TrainerCallback):
-    """Ends a run early without changing its schedule, as a kill would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
-
-
 @pytest.mark.parametrize("step", [3, 4, 5], ids=["inside-cycle", "end-of-epoch", "second-epoch"])
 def test_a_resumed_run_is_the_same_run(drafter_folder, model, texts, tmp_path, step):
-    """Weights, optimizer, schedule, random state, order of rows, texts in use and buffer."""
-    options = {
-        "rollout_source": "speculation",
-        "temperature": 0.8,
-        "teacher_temperature": 0.8,
-        "rejected_weight": 0.3,
-        "lmbda": 0.5,
-        "replay_buffer_size": 8,
-        "replay_ratio": 0.5,
-        "replay_by_loss": True,
-        "steps_per_generation": 2,
-        "lr_scheduler_type": "cosine",
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": step,
-        "logging_steps": 2,  # of which a checkpoint may cut a window in two
-    }
-    whole = make_trainer(drafter_folder, model, texts, tmp_path / "whole", **options)
-    whole.train()
-    cut = make_trainer(drafter_folder, model, texts, tmp_path / "cut", callbacks=[StopAt(step)], **options)
-    cut.train()
-    assert cut.state.global_step == step
-    resumed = make_trainer(drafter_folder, model, texts, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
-    for name, value in parameters_of(whole).items():
-        torch.testing.assert_close(value, parameters_of(resumed)[name], atol=0, rtol=0)
-    assert whole.error_buffer.entries == resumed.error_buffer.entries
-    assert any(loss is not None for entry in whole.error_buffer.entries.values() for loss in entry.losses.values())
-    assert _figures(whole) == _figures(resumed) and len(_figures(whole)) == 3
+    """Invariant 7, run part: weights, optimizer, schedule, random state, order of rows, texts in use and buffer."""
 
+    def build(output_dir, **options):
+        return make_trainer(drafter_folder, model, texts, output_dir, **options)
 
-def _figures(trainer):
-    """All that was logged of training steps, times aside."""
-    return [
-        {name: value for name, value in log.items() if "time" not in name}
-        for log in trainer.state.log_history
-        if "loss" in log
-    ]
+    assert_a_resumed_run_is_the_same_run(build, tmp_path, step)
 
 
 def test_train_save_load_proposes_the_same(drafter_folder, model, texts, tmp_path):
@@ -173,7 +97,7 @@ def test_train_save_load_proposes_the_same(drafter_folder, model, texts, tmp_pat
     trainer.train()
     trainer.save_model()
     loaded = load_drafter(str(tmp_path)).bind(trainer.target)
-    settings = SpeculationSettings(20, [STOP, 3], batch_size=4)
+    settings = SpeculationSettings(20, STOPS, batch_size=4)
     trainer.drafter.eval()
     ours = speculate(trainer.target, trainer.drafter, texts["prompt_ids"], settings).blocks
     theirs = speculate(trainer.target, loaded, texts["prompt_ids"], settings).blocks
@@ -214,7 +138,7 @@ def test_evaluate_is_real_speculative_decoding(drafter_folder, model, texts, tmp
     held_out = texts.select_columns(["prompt_ids"])
     trainer = make_trainer(drafter_folder, model, texts, tmp_path, eval_dataset=held_out)
     metrics = trainer.evaluate()
-    settings = SpeculationSettings(20, [STOP, 3], batch_size=1)
+    settings = SpeculationSettings(20, STOPS, batch_size=1)
     rollout = speculate(trainer.target, trainer.drafter, texts["prompt_ids"], settings)
     expected = float((rollout.completion_lengths - 1).sum()) / len(rollout.blocks)
     assert metrics["eval_acceptance_length"] == pytest.approx(expected)
@@ -323,32 +247,29 @@ def test_in_the_kernel_a_run_is_what_it_is_in_chunks(drafter_folder, model, text
         assert not torch.equal(before[name], value), name
 
 
-def refuses(message, drafter_folder, model, dataset, tmp_path, error=ValueError, **options):
-    with pytest.raises(error, match=message):
-        make_trainer(drafter_folder, model, dataset, tmp_path, **options)
-
-
 def test_bad_input_is_refused_before_any_work(drafter_folder, model, texts, tmp_path):
+    def assert_refused(message, drafter=drafter_folder, dataset=texts, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            make_trainer(drafter, model, dataset, tmp_path, **options)
+
     empty, unknown = Dataset.from_dict({"prompt": []}), Dataset.from_dict({"question": ["a"] * 8})
-    source = {"rollout_source": "generate"}
-    refuses("`train_dataset` is empty", drafter_folder, model, empty, tmp_path, **source)
-    refuses(r"columns \['question'\]", drafter_folder, model, unknown, tmp_path, **source)
-    refuses("16 rows, fewer than one generation batch of 32", drafter_folder, model, texts, tmp_path,
-            per_device_train_batch_size=32)  # fmt: skip
-    refuses("prompt of 3 tokens, more than max_prompt_length=2", drafter_folder, model, texts, tmp_path,
-            max_prompt_length=2)  # fmt: skip
-    refuses("none of which is 'completion'", drafter_folder, model, texts.select_columns(["prompt_ids"]), tmp_path)
-    refuses("is not a folder here", str(tmp_path / "nowhere"), model, texts, tmp_path, FileNotFoundError)
-    refuses("task_type is", drafter_folder, model, texts, tmp_path, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    assert_refused("`train_dataset` is empty", dataset=empty, rollout_source="generate")
+    assert_refused(r"columns \['question'\]", dataset=unknown, rollout_source="generate")
+    assert_refused("16 rows, fewer than one generation batch of 32", per_device_train_batch_size=32)
+    assert_refused("prompt of 3 tokens, more than max_prompt_length=2", max_prompt_length=2)
+    assert_refused("none of which is 'completion'", dataset=texts.select_columns(["prompt_ids"]))
+    assert_refused("is not a folder here", drafter=str(tmp_path / "nowhere"), error=FileNotFoundError)
+    assert_refused("task_type is", peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="needs a `train_dataset`"):
         make_trainer(drafter_folder, model, None, tmp_path).train()
     with pytest.raises(ValueError, match="needs prompts"):
         make_trainer(drafter_folder, model, texts, tmp_path).evaluate()
 
 
-def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path):
-    refuses("does not fit the target", drafter_folder, tiny_model("qwen3", vocab_size=40), texts, tmp_path)
-    refuses("does not fit the target", drafter_folder, tiny_model("qwen3", hidden_size=16), texts, tmp_path)
+@pytest.mark.parametrize("other", [{"vocab_size": 40}, {"hidden_size": 16}])
+def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path, other):
+    with pytest.raises(ValueError, match="does not fit the target"):
+        make_trainer(drafter_folder, tiny_model("qwen3", **other), texts, tmp_path)
 
 
 def test_a_target_without_stop_tokens_is_refused(drafter_folder, texts, tmp_path):

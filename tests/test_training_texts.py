@@ -5,42 +5,34 @@ import logging
 import pytest
 import torch
 from completions_server import CompletionsServer
-from conftest import tiny_model, tiny_tokenizer
-from datasets import Dataset, load_from_disk
-from test_trainer import STOP, StopAt, make_trainer, parameters_of
+from conftest import ANY_KIND, STOPS, tiny_drafter, tiny_stopping_model, tiny_tokenizer
+from datasets import Dataset
+from invariants import assert_same_weights
+from pyarrow import parquet
+from runs import StopAt, make_trainer, parameters_of, spelled_prompts, written_texts
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, rollout, server, speculate
-from draft_opd_trl.drafters import create_drafter
+from draft_opd_trl import SamplingParams, SpeculationSettings, server, sources, speculate
 from draft_opd_trl.target import Target
 
 
-STOPS = [STOP, 3]
 DRAWN = {"temperature": 0.8, "teacher_temperature": 0.8}
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("qwen3", vocab_size=32)
-    model.generation_config.eos_token_id = STOPS
-    return model
+    """Of the tiny tokenizer's vocabulary, as a server says texts in words."""
+    return tiny_stopping_model(vocab_size=32)
 
 
 @pytest.fixture(scope="module")
 def drafter_folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafter")
-    torch.manual_seed(0)
-    create_drafter("dflash", Target(model), mask_token_id=31, block_size=5, target_layer_ids=[1]).save_pretrained(
-        folder
-    )
+    tiny_drafter(ANY_KIND, Target(model)).save_pretrained(folder)
     return str(folder)
 
 
 def write(model, temperature=0.0):
-    draws = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(5, 30, (3 + i % 4,), generator=draws).tolist() for i in range(16)]
-    settings = SpeculationSettings(20, STOPS, SamplingParams(temperature), batch_size=16)
-    completions = speculate(Target(model), None, prompts, settings, draws).completions()
-    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": completions})
+    return written_texts(model, spelled_prompts(16), temperature)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def decoded(monkeypatch):
         prompts.extend(asked)
         return speculate(target, drafter, asked, *arguments, **options)
 
-    monkeypatch.setattr(rollout, "speculate", counting)
+    monkeypatch.setattr(sources, "speculate", counting)
     return prompts
 
 
@@ -88,7 +80,7 @@ def test_later_epochs_and_runs_at_temperature_0_write_nothing(drafter_folder, mo
     make_trainer(drafter_folder, model, texts, tmp_path / "second", seed=3, **options).train()
     assert decoded == []
     folders = list((tmp_path / "shared").iterdir())
-    kept = load_from_disk(str(folders[0]))
+    kept = parquet.read_table(folders[0]).to_pydict()
     assert len(folders) == 1 and sorted(kept["completion_ids"]) == sorted(texts["completion_ids"])
 
 
@@ -99,7 +91,7 @@ def test_drawn_texts_are_drawn_again_when_asked(drafter_folder, model, texts, tm
     assert len(decoded) == 2 * 16
     shares = [log["rollout/cached"] for log in trainer.state.log_history if "rollout/cached" in log]
     assert shares == ([0.0] * 4 + [1.0] * 4) * 2
-    kept = load_from_disk(str(trainer.source.cache.folder)).to_list()
+    kept = parquet.read_table(trainer.source.cache.folder).to_pylist()
     first, second = ({tuple(r["prompt_ids"]): r["completion_ids"] for r in kept if r["draw"] == d} for d in (0, 1))
     assert len(kept) == 32 and first.keys() == second.keys()
     assert sum(first[prompt] != second[prompt] for prompt in first) > 8
@@ -128,8 +120,7 @@ def test_a_run_killed_after_its_checkpoint_resumes_as_the_same_run(drafter_folde
     cut.train()
     resumed = make_trainer(drafter_folder, model, texts, tmp_path / "cut", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    for name, value in parameters_of(whole).items():
-        torch.testing.assert_close(value, parameters_of(resumed)[name], atol=0, rtol=0)
+    assert_same_weights(parameters_of(whole), parameters_of(resumed))
 
 
 def test_a_servers_texts_train_as_the_data_sets(drafter_folder, model, tmp_path, serving, decoded):
@@ -142,8 +133,7 @@ def test_a_servers_texts_train_as_the_data_sets(drafter_folder, model, tmp_path,
     )
     for trainer in (read, asked):
         trainer.train()
-    for name, value in parameters_of(read).items():
-        assert torch.equal(value, parameters_of(asked)[name]), name
+    assert_same_weights(parameters_of(read), parameters_of(asked))
     assert decoded == [] and asked.state.log_history[0]["rollout/dropped"] == 0
     # Each seed is the draw's and the prompt's own.
     assert len({request["seed"] for request in serving.requests}) == 2 * 16

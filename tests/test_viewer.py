@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from readers import data_of
 from rich.console import Console
 
 from draft_opd_trl.traces import Trace, TraceBlock
@@ -47,11 +48,6 @@ def traces():
         Trace("three", "x", [wrong(1, ["1"], ["3"], ["2"], 0.4), wrong(3, ["3"], ["\\xe2"], ["4"], 0.3)]),
     ]
     return {"before <b>": first, "after": second}
-
-
-def data_of(file):
-    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text("utf-8"), re.DOTALL)
-    return json.loads(script[1])
 
 
 # -- the file -------------------------------------------------------------------------------------------------------

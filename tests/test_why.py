@@ -3,10 +3,10 @@
 import argparse
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import HELD_OUT, POCKET, ROOT, SHIPPED
 
 from draft_opd_trl.evaluation import measure_acceptance
 from draft_opd_trl.records import DraftBlocks
@@ -16,7 +16,7 @@ from draft_opd_trl.speculation import SpeculationSettings, speculate
 from draft_opd_trl.vocabulary import to_draft_ids
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 LENGTH = 24
 
 
@@ -142,10 +142,9 @@ def test_nothing_changes_without_training(why, qwen_target, qwen_drafter, prompt
 
 
 def test_the_command_writes_what_it_promises(why, tmp_path, capsys):
-    pocket = EXAMPLES / "pocket"
     args = argparse.Namespace(
-        origin=str(pocket / "drafter-dflash"), after=[("same", str(pocket / "drafter-dflash"))],
-        target=str(pocket / "target"), prompt_file=str(pocket / "prompts" / "heldout.jsonl"), prompts=2,
+        origin=str(SHIPPED[0]), after=[("same", str(SHIPPED[0]))],
+        target=str(POCKET / "target"), prompt_file=HELD_OUT, prompts=2,
         max_new_tokens=24, temperature=0.0, sample_proposals=False, seed=0, output=str(tmp_path),
     )  # fmt: skip
     why.main(args)
@@ -154,7 +153,7 @@ def test_the_command_writes_what_it_promises(why, tmp_path, capsys):
     assert headline["tau"] == {name: one["acceptance_length"] for name, one in drafters.items()}
     assert f"| same | {headline['tau']['same']:.3f} | +0.000 [+0.000, +0.000] |" in (tmp_path / "why.md").read_text()
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
-    args.after = [("other", str(pocket / "drafter-eagle3"))]
+    args.after = [("other", str(SHIPPED[-1]))]
     with pytest.raises(SystemExit, match="trained from --origin"):
         why.main(args)
     for wrong in ("outputs/opd", "=outputs/opd", "start=outputs/opd"):

@@ -1,4 +1,4 @@
-"""Write a drafter in another layout: the flat folder that SGLang and vLLM load, or vLLM's speculators."""
+"""Write a drafter in another layout: the flat folder of its kind, which engines load, or vLLM's speculators."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ExportArguments:
 
     path: str = field(metadata={"help": "Drafter: path or id, in any layout.", "positional": True})
     output_dir: str = field(metadata={"help": "New folder."})
-    format: str = field(metadata={"help": "dflash or eagle3 (flat), whichever the drafter is; or speculators."})
+    format: str = field(metadata={"help": "The drafter's own kind (the folder it is published in), or speculators."})
     target: str | None = field(
         default=None,
         metadata={
             "help": "Its target: path or id, of which the config is read; a speculators folder names it, "
-            "and of EAGLE-3 holds its embedding."
+            "and of a kind that borrows its embedding holds that."
         },
     )
     target_name: str | None = field(

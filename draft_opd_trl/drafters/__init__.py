@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..target import Target
+from ..travel import travelling_code
 from .base import Drafter, Proposal
 from .dflash import DFlashDraftModel
 from .dflash_config import DFlashConfig
@@ -14,6 +15,7 @@ from .eagle3 import LlamaForCausalLMEagle3
 
 
 DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": LlamaForCausalLMEagle3}
+Drafter.travelling_code = staticmethod(travelling_code)
 
 
 def create_drafter(kind: str, target: Target, init_from_target: bool = True, **config: Any) -> Drafter:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 from ..errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import TAPPED_BY_VLLM, layer_faults, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 # Fields of `dflash_config` that are computed here. Any other that asks for something is refused.
@@ -33,6 +33,16 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
     Raises:
         `ValueError`: A field asks for something that is not computed here.
     """
+
+    # SGLang's `set_dflash_layers_to_capture`; a target's class without it refuses to start.
+    served_targets = {
+        "SGLang": frozenset("deepseek_v3 gpt_oss llama ministral3 mistral phi3 qwen3 qwen3_moe".split()),
+        "vLLM": TAPPED_BY_VLLM,
+    }
+    card_notes = (
+        '`target.generate(..., assistant_model=drafter, speculation_type="dflash")` then decodes with it, one text at '
+        "a time."
+    )
 
     def __init__(
         self,
@@ -118,17 +128,10 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
 
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
-        """
-        Where engines do otherwise than this package with a flat folder.
-
-        Args:
-            written (`dict`): Its `config.json`.
-            names (`set[str]`): Its tensors.
-
-        Returns:
-            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
-        """
-        inner, faults = written.get("dflash_config") or {}, []
+        faults = layer_faults(written)
+        if "speculators_model_type" in written:
+            return faults
+        inner = written.get("dflash_config") or {}
         if not inner.get("target_layer_ids"):
             faults.append(("dflash_config names no target_layer_ids: vLLM then taps EAGLE-3's layers", {"vLLM"}))
         if not inner.get("block_size") and not written.get("block_size"):

@@ -82,10 +82,15 @@ class DrafterConfig:
         """
         raise InputError(f"A {type(self).__name__} has no speculators layout. Export it in its flat one.")
 
+    @classmethod
+    def layout(cls, written: dict[str, Any]) -> str:
+        """The name of the layout that a folder with this `config.json` is in, where it is not `speculators`."""
+        return f"flat ({', '.join(cls.served_targets)})" if cls.served_targets else "flat"
+
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
         """
-        Where engines do otherwise than this package with a flat folder.
+        Where engines do otherwise than this package with a folder, in any layout that the kind reads.
 
         Args:
             written (`dict`): Its `config.json`.
@@ -98,7 +103,7 @@ class DrafterConfig:
 
     @classmethod
     def sglang_flags(cls, kind: str, num_draft_tokens: int) -> list[str]:
-        """What `sglang.launch_server` is told beside the two models."""
+        """What `sglang.launch_server` is told beside the two models: its algorithm, then whatever else it needs."""
         return [f"--speculative-algorithm {kind.upper()}"]
 
     @classmethod

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import SpeculationSettings, Target, load_drafter, speculate, stop_token_ids  # noqa: E402
 
@@ -57,9 +57,9 @@ class Engines:
                 pad_token_id=self.tokenizer.pad_token_id,
                 **options,
             )
-            for row in output[:, batch["input_ids"].shape[1] :].tolist():
-                end = next((i for i, token in enumerate(row) if token in self.stops), len(row) - 1)
-                completions.append(row[: end + 1])
+            for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+                end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids) - 1)
+                completions.append(ids[: end + 1])
         return completions
 
     def generate_batch(self, prompts: list[list[int]]) -> list[list[int]]:

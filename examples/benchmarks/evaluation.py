@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import (  # noqa: E402
     DraftOPDConfig,
@@ -73,8 +73,8 @@ def recount(rollout) -> tuple[int, int]:
     committed = verifications = 0
     texts, lengths = rollout.tokens.tolist(), rollout.lengths.tolist()
     columns = (getattr(rollout.blocks, name).tolist() for name in ("texts", "anchors", "draft_tokens"))
-    for row, anchor, drafted in zip(*columns, strict=True):
-        after = texts[row][anchor + 1 : lengths[row]]
+    for text, anchor, drafted in zip(*columns, strict=True):
+        after = texts[text][anchor + 1 : lengths[text]]
         run = 0
         while run < min(len(drafted), len(after)) and drafted[run] == after[run]:
             run += 1

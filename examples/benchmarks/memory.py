@@ -45,7 +45,7 @@ SETTINGS = (
     ("dflash, recomputed", "dflash", {"activation_checkpointing": True, **GIVEN}),
     ("dflash, rejected stream", "dflash", {"rejected_weight": 1.0, "num_anchors": 64, **GIVEN}),
     ("dflash, T = 1, forward KL", "dflash", {"temperature": 1.0, "num_anchors": 64, **SFT}),
-    ("dflash, 32 rows decoded", "dflash", {"gradient_accumulation_steps": 8, **SHORT}),
+    ("dflash, 32 texts decoded", "dflash", {"gradient_accumulation_steps": 8, **SHORT}),
     ("dflash, kept states", "dflash", {"gradient_accumulation_steps": 8, "rejected_weight": 1.0, **SHORT}),
     ("dflash, 8 batches a step", "dflash", {"gradient_accumulation_steps": 8, "num_anchors": 8, **SFT}),
     ("eagle3", "eagle3", GIVEN),
@@ -101,9 +101,9 @@ def compare(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     options = {"per_device_train_batch_size": 4, "max_completion_length": 256, **settings}
     with tempfile.TemporaryDirectory() as folder:
         args = DraftOPDConfig(folder, max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, **options)
-        rows = 2 * args.per_device_train_batch_size * args.steps_per_generation
+        count = 2 * args.per_device_train_batch_size * args.steps_per_generation
         draws = torch.Generator().manual_seed(0)
-        texts = torch.randint(2, VOCAB, (rows, PROMPT_LENGTH + args.max_completion_length), generator=draws)
+        texts = torch.randint(2, VOCAB, (count, PROMPT_LENGTH + args.max_completion_length), generator=draws)
         columns = {
             "prompt_ids": texts[:, :PROMPT_LENGTH].tolist(),
             "completion_ids": texts[:, PROMPT_LENGTH:].tolist(),

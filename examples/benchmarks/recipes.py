@@ -1,7 +1,7 @@
 """The study of losses and recipes: one starting drafter, one set of texts, equal steps and blocks, many recipes.
 
-    python examples/benchmarks/recipes.py             # every row; leading rows on every seed
-    python examples/benchmarks/recipes.py --quick     # leading rows on one seed, rates as the study chose them
+    python examples/benchmarks/recipes.py             # every recipe; leading ones on every seed
+    python examples/benchmarks/recipes.py --quick     # leading recipes on one seed, rates as the study chose them
 
 Two worlds: the target writes and verifies greedily (T = 0), and it draws (T = 1). In each, the learning rate of SFT
 and of the default recipe is chosen among the same rates, on prompts that nothing else is measured on. Every run is a
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import (  # noqa: E402
     DraftOPDConfig,
@@ -61,12 +61,12 @@ SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the pap
 LEADING = {0.0: (SFT, DEFAULT, PAPER), 1.0: (SFT, DEFAULT, SOFT)}
 TUNED = (SFT, DEFAULT)
 THE_PAPERS = read_recipe("paper")
-# Rows with AdamW instead of Muon, and its rate. The first is the paper's.
+# Recipes with AdamW instead of Muon, and its rate. The first is the paper's.
 ADAMW = {PAPER: THE_PAPERS["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW at 1e-3": 1e-3}
-# Of the paper's preset: the same for every row here.
+# Of the paper's preset: the same for every recipe here.
 SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
 SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
-# Temperature, row, learning rate, seed, steps.
+# Temperature, recipe, learning rate, seed, steps.
 Job = tuple[float, str, float, int, int]
 MEASURES = {"T = 0": (0.0, False), "T = 1, argmax": (1.0, False), "T = 1, drawn": (1.0, True)}
 
@@ -79,7 +79,7 @@ class StudyArguments:
     origin: str = field(default=str(POCKET / "drafter-dflash-narrow"), metadata={"help": "Drafter to start from."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds: 0 and 1."})
     steps: int = field(default=800, metadata={"help": "Optimizer steps of a run on one seed."})
-    long_steps: int = field(default=1600, metadata={"help": "Of the leading rows' runs on every seed."})
+    long_steps: int = field(default=1600, metadata={"help": "Of the leading recipes' runs on every seed."})
     batch_size: int = field(default=4, metadata={"help": "Texts of a step."})
     num_anchors: int = field(default=32, metadata={"help": "Most blocks of a text."})
     texts: int = field(default=1600, metadata={"help": "Texts to train on."})
@@ -87,9 +87,9 @@ class StudyArguments:
     rates: list[float] = field(
         default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Muon's rates to choose among."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading rows."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the leading recipes."})
     workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs side by side, one thread each."})
-    quick: bool = field(default=False, metadata={"help": "Leading rows, one seed, one rate, half of all numbers."})
+    quick: bool = field(default=False, metadata={"help": "Leading recipes, one seed, one rate, half of all numbers."})
     quick_rate: float = field(default=2e-3, metadata={"help": "That rate."})
 
 
@@ -110,7 +110,7 @@ class StudyConfig(DraftOPDConfig):
 
 
 def rows(temperature: float) -> dict[str, dict[str, Any]]:
-    """What each row changes of the default recipe."""
+    """What each recipe changes of the default one."""
     own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
     table: dict[str, dict[str, Any]] = {
         SFT: {"lmbda": 0.0, "accepted_loss": "ce"},
@@ -149,7 +149,7 @@ def load_world() -> tuple[Any, Target]:
 
 
 def write_texts(args: StudyArguments, temperature: float) -> Path:
-    """What every row of a world trains on: written once, by the target alone."""
+    """What every recipe of a world trains on: written once, by the target alone."""
     folder = Path(args.output_dir) / f"texts-{args.texts}-t{temperature:g}"
     if not folder.is_dir():
         tokenizer, target = load_world()
@@ -164,7 +164,7 @@ def write_texts(args: StudyArguments, temperature: float) -> Path:
 
 
 def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: int, steps: int, file: Path) -> None:
-    """Train one row and measure it, in a process of its own. Candidates of a rate are measured on more prompts."""
+    """Train one recipe and measure it, in a process of its own. Candidates of a rate are measured on more prompts."""
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer, target = load_world()
@@ -273,7 +273,7 @@ def own_tau(result: dict[str, Any], temperature: float, part: str = "tau") -> fl
 
 def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
     """
-    In every world: choose the rates, run every row on one seed, and the leading ones for longer and on every seed.
+    In every world: choose the rates, run every recipe on one seed, and the leading ones for longer and on every seed.
 
     Returns:
         By temperature and label, the results of a table.
@@ -299,8 +299,8 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
         return jobs(temperature, [EQUAL_TIME], args.seeds, round(args.long_steps * ours / theirs))
 
     start = study.everywhere("start", lambda t: jobs(t, [START], first, 0))
-    screened = study.everywhere("every row", lambda t: [] if args.quick else jobs(t, rows(t), first, args.steps))
-    leading = study.everywhere("leading rows", lambda t: jobs(t, LEADING[t], args.seeds, args.long_steps))
+    screened = study.everywhere("every recipe", lambda t: [] if args.quick else jobs(t, rows(t), first, args.steps))
+    leading = study.everywhere("leading recipes", lambda t: jobs(t, LEADING[t], args.seeds, args.long_steps))
     equal = study.everywhere("equal time", equal_jobs)
     found = {}
     for t in args.temperatures:
@@ -311,7 +311,7 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
 
 
 def chosen_rates(args: StudyArguments, sweep: list[dict[str, Any]], temperature: float) -> dict[str, float]:
-    """Rates of the rows that do not take the default recipe's; of the tuned, the best on the prompts for choosing."""
+    """Rates of recipes that do not take the default one's; of the tuned, the best on the prompts for choosing."""
     chosen = dict.fromkeys(TUNED, args.rates[0])
     for one in sorted(sweep, key=lambda one: own_tau(one, temperature, "tau_choosing")):
         chosen[one["row"]] = one["rate"]
@@ -331,7 +331,7 @@ def paired(results: list[dict[str, Any]], row: str, temperature: float) -> list[
 
 
 def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Runs of each row; runs of the sweep at other rates are rows of their own."""
+    """Runs of each recipe; runs of the sweep at other rates are recipes of their own."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, float] = {}
     for one in results:
@@ -342,7 +342,7 @@ def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(results: list[dict[str, Any]], temperature: float) -> str:
-    """Mean and spread of each row, and its paired difference to SFT continued, in Markdown."""
+    """Mean and spread of each recipe, and its paired difference to SFT continued, in Markdown."""
     names = [name for name in MEASURES if any(name in one["tau"] for one in results)]
     lines = [
         f"| recipe | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
@@ -362,7 +362,7 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
 
 
 def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> None:
-    """Every run as a point, a row a line, a world a column; dashed: SFT continued."""
+    """Every run as a point, a recipe a line, a world a column; dashed: SFT continued."""
     labels = next(iter(worlds.values()))
     parts = [(temperature, label, worlds[temperature][label]) for label in labels for temperature in worlds]
     figure, axes = new_figure(len(labels), len(worlds), (7 * len(worlds), 6 * len(labels)))

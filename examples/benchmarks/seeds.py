@@ -1,6 +1,6 @@
 """Mean, spread and paired difference over several quickstarts.
 
-    for seed in 0 1 2; do python examples/train.py --seed $seed --output_dir outputs/seed-$seed; done
+    for seed in 0 1 2; do python examples/quickstart.py --seed $seed --output_dir outputs/seed-$seed; done
     python examples/benchmarks/seeds.py outputs/seed-*/results.json
 
 Ends by printing one JSON line.

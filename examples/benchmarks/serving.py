@@ -2,7 +2,7 @@
 
     python examples/benchmarks/serving.py --prompts 64
 
-Greedy, float32. At temperature 0 the numbers of a row are equal, verification for verification. What SGLang and vLLM
+Greedy, float32. At temperature 0 the numbers of a line are equal, verification for verification. What SGLang and vLLM
 make of the same folders is printed by `make test-serving`.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import (  # noqa: E402
     DRAFTERS,

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.quickstart import POCKET, read_prompts  # noqa: E402
+from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import (  # noqa: E402
     DraftOPDConfig,

@@ -70,10 +70,10 @@ class Slots:
     weights: torch.Tensor
 
     @classmethod
-    def cat(cls, parts: Sequence[Slots], first_rows: Sequence[int]) -> Slots:
-        """Parts under each other, on the CPU; a part's row 0 becomes its first row."""
+    def cat(cls, parts: Sequence[Slots], first_texts: Sequence[int]) -> Slots:
+        """Parts under each other, on the CPU; a part's text 0 becomes its first text."""
         blocks = DraftBlocks.cat([part.blocks for part in parts]).to("cpu")
-        blocks.texts += torch.tensor(first_rows).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
+        blocks.texts += torch.tensor(first_texts).repeat_interleave(torch.tensor([len(part.blocks) for part in parts]))
         values = {name: torch.cat([part.values[name] for part in parts]).cpu() for name in parts[0].values}
         return cls(blocks, values, torch.cat([part.weights for part in parts]).cpu())
 
@@ -243,12 +243,12 @@ def examine(
         start's exposed anchors (`start_text`) and random ones (`random`), given the text. But for `own`, classes are
         those of the start's proposals. Weights are SFT's in `random`, else those of the accepted stream.
     """
-    batches, first_rows = [], range(0, len(texts), batch_size)
-    for row in tqdm(first_rows, desc="Replaying", leave=False):
-        some = texts.part(row, min(row + batch_size, len(texts)))
+    batches, first_texts = [], range(0, len(texts), batch_size)
+    for first in tqdm(first_texts, desc="Replaying", leave=False):
+        some = texts.part(first, min(first + batch_size, len(texts)))
         batches.append(examine_batch(target, drafters, some, sampling, sample_proposals))
     return {
-        name: {key: Slots.cat([batch[name][key] for batch in batches], first_rows) for key in sets}
+        name: {key: Slots.cat([batch[name][key] for batch in batches], first_texts) for key in sets}
         for name, sets in batches[0].items()
     }
 
@@ -256,8 +256,8 @@ def examine(
 def report_of(texts: Rollout, blocks: DraftBlocks, stops: Sequence[int]) -> AcceptanceReport:
     """What verification said, from all blocks of the texts."""
     runs: list[list[int]] = [[] for _ in range(len(texts))]
-    for row, run in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
-        runs[row].append(run)
+    for text, run in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
+        runs[text].append(run)
     completions = texts.completions()
     stopped = [text[-1] in stops for text in completions]
     return AcceptanceReport(blocks.num_draft_tokens, completions, runs, stopped, 0.0)

@@ -26,9 +26,10 @@ from draft_opd_trl import SamplingParams, SpeculationSettings, Target, speculate
 from draft_opd_trl.consistency import text_fit
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.records import Rollout
-from draft_opd_trl.rollout import DecodingSource, ServerSource
 from draft_opd_trl.seeding import seed_of
 from draft_opd_trl.server import CompletionsClient, ServerError
+from draft_opd_trl.server_source import ServerSource
+from draft_opd_trl.sources import DecodingSource
 
 
 ROOT = Path(__file__).resolve().parents[2]

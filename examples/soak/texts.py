@@ -58,13 +58,13 @@ class ScriptedDrafter:
         return [[] for _ in range(batch_size)]
 
     def extend(self, state, features, positions, tokens, lanes=None) -> None:
-        """Remembers what each row holds; whoever wrote it, its prompt says how it goes on."""
-        for slot, line in zip(range(len(state)) if lanes is None else lanes.tolist(), tokens.tolist(), strict=True):
-            state[slot] = line
+        """Remembers what each lane holds; whoever wrote it, its prompt says how it goes on."""
+        for lane, line in zip(range(len(state)) if lanes is None else lanes.tolist(), tokens.tolist(), strict=True):
+            state[lane] = line
 
     def propose(self, state, tokens, anchors, limit, choose) -> Proposal:
         return Proposal(
-            torch.tensor([[self._block(state[row], int(a)) for a in line] for row, line in enumerate(anchors)])
+            torch.tensor([[self._block(state[lane], int(a)) for a in line] for lane, line in enumerate(anchors)])
         )
 
     def _block(self, line: list[int], anchor: int) -> list[int]:
@@ -99,12 +99,12 @@ def _references(prompts: list[list[int]]) -> list[list[int]]:
         groups[len(prompt)].append(index)
     texts: list[list[int]] = [[] for _ in prompts]
     for length, indices in tqdm(groups.items(), desc="references", unit="batch"):
-        rows = torch.tensor([prompts[index] for index in indices])
+        same = torch.tensor([prompts[index] for index in indices])
         written = world().model.generate(
-            rows, attention_mask=torch.ones_like(rows), max_new_tokens=LENGTH, do_sample=False, pad_token_id=0
+            same, attention_mask=torch.ones_like(same), max_new_tokens=LENGTH, do_sample=False, pad_token_id=0
         )
-        for index, row in zip(indices, written[:, length:].tolist(), strict=True):
-            texts[index] = _until(row, world().stops)
+        for index, text in zip(indices, written[:, length:].tolist(), strict=True):
+            texts[index] = _until(text, world().stops)
     return texts
 
 
@@ -165,7 +165,7 @@ def run(
         _drafter(name, 0)
     draws = Random(seed)
     most = 64 if wanted > 1000 else 4
-    # A few of every size, and many of small ones, where rows are seldom alike.
+    # A few of every size, and many of small ones, where texts are seldom alike.
     jobs = (
         Job(draws.randrange(2**32), names[number % len(names)], draws.choice((1, 2, 3, draws.randint(1, most), most)))
         for number in range(wanted)

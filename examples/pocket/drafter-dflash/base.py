@@ -6,27 +6,22 @@ one line in `DRAFTERS`. Knows nothing of rollouts, losses or where anchors come 
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import shutil
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
-from .records import DraftBlocks
-from .sampling import Chooser
-from .target import Target, TargetShape
 from .drafter_config import DrafterConfig
+
+
 
 
 @contextmanager
@@ -79,31 +74,6 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
         )
 
 
-def modelling_files(module: str) -> dict[str, str]:
-    """
-    The code that a drafter class needs, as files of one flat folder.
-
-    transformers takes code along with a checkpoint only from a single folder. So these are the very modules that run
-    here, whose imports of a parent package are written as imports of a sibling.
-
-    Args:
-        module (`str`): Name of the module that holds the class.
-
-    Returns:
-        Sources by file name.
-    """
-    files, waiting = {}, [module]
-    while waiting:
-        name = waiting.pop()
-        package, _, stem = name.rpartition(".")
-        if f"{stem}.py" not in files:
-            source = Path(sys.modules[name].__file__).read_text(encoding="utf-8")
-            siblings = re.findall(r"^from (\.+\w+) import", source, flags=re.M)
-            waiting += [resolve_name(sibling, package) for sibling in siblings]
-            files[f"{stem}.py"] = re.sub(r"^from \.+(\w+) import", r"from .\1 import", source, flags=re.M)
-    return files
-
-
 class Drafter(PreTrainedModel, ABC):
     """
     A small model that proposes `num_draft_tokens` tokens after an anchor, from tapped target states or from the text.
@@ -118,13 +88,17 @@ class Drafter(PreTrainedModel, ABC):
     kind: str
     config_class: type[DrafterConfig]
     vocab_map: torch.Tensor | None = None
-    # Under which a `speculators` folder holds the embedding that the drafter borrows; its library fills it with noise.
-    speculators_embedding: str | None = None
+    # The class of transformers that reads a folder of this kind, and whether with code that lies beside the weights.
+    auto_class = "AutoModel"
+    code_travels = True
+    # A module's code as files of one folder. The registry sets it: it stays behind where this file has travelled, and
+    # transformers copies the files that it loaded.
+    travelling_code: Callable[[str], dict[str, str]] | None = None
     main_input_name = "features"
     supports_gradient_checkpointing = True
     # Set by transformers' `activation_checkpointing_enable`; [`draft`] then keeps no activations of its blocks.
     gradient_checkpointing = False
-    _target: Target | None = None
+    _target = None  # A [`Target`]; transformers evaluates annotations of a class.
 
     # -- to be provided by each architecture ---------------------------------------------------------------------
 
@@ -243,6 +217,22 @@ class Drafter(PreTrainedModel, ABC):
         """A folder's tensors under the names this class gives them; what only they tell is settled in `config`."""
         return tensors
 
+    def folder_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse: this class's tensors under the names that they have in its folder."""
+        return tensors
+
+    def speculators_tensors(
+        self, tensors: dict[str, torch.Tensor], target_embedding: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        The same in a `speculators` folder.
+
+        Args:
+            tensors (`dict`): This class's.
+            target_embedding (`Callable`): Fetches the target's input embedding, for layouts that hold it.
+        """
+        return tensors
+
     @classmethod
     def from_pretrained(
         cls,
@@ -269,6 +259,12 @@ class Drafter(PreTrainedModel, ABC):
             raise InputError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
         return (drafter, info) if output_loading_info else drafter
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The Trainer goes on from a folder's file without `load_drafter`, so the names in it are understood here too.
+        if state_dict.keys() - self.state_dict().keys():
+            state_dict = self.canonical_tensors(dict(state_dict), self.config)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -282,27 +278,38 @@ class Drafter(PreTrainedModel, ABC):
         Raises:
             `ValueError`: `state_dict` lacks a tensor, or holds one that is not the drafter's, by name.
         """
-        if state_dict is not None:
+        if state_dict is None:
+            state_dict = self.state_dict()
+        else:
             check_tensors(self.state_dict(), state_dict, "the state to save")
-        # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
         module = type(self).__module__
-        self.config.auto_map = {"AutoModel": f"{module.rpartition('.')[2]}.{type(self).__name__}"}
+        code = self.travelling_code(module) if self.code_travels and self.travelling_code is not None else {}
+        if code:
+            # AutoModel alone: an engine that is told to trust remote code would run ours to read the config.
+            self.config.auto_map = {self.auto_class: f"{module.rpartition('.')[2]}.{type(self).__name__}"}
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
-            for name, source in modelling_files(module).items():
+            for name, source in code.items():
                 Path(save_directory, name).write_text(source, encoding="utf-8")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        tensors = self.folder_tensors(state_dict)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=tensors, **kwargs)
         if is_main_process:
             # safetensors lets nobody but its owner read a file; the config has the mode that this process gives files.
             for file in Path(save_directory).glob("*.safetensors"):
                 shutil.copymode(Path(save_directory, "config.json"), file)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Push the folder, with a card of its own; see [`~draft_opd_trl.hub.push_drafter`]."""
-        # By name: the copy of this file that travels with a checkpoint stands without the package.
-        return importlib.import_module("draft_opd_trl.hub").push_drafter(self, repo_id, **kwargs)
-
     # -- shared --------------------------------------------------------------------------------------------------
+
+    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+        """
+        Raises:
+            `ValueError`: There are faults; it names all of them.
+        """
+        if faults:
+            raise InputError(
+                f"This {self.kind} drafter does not fit the target {target.name}: {'; '.join(faults)}. Take the "
+                "drafter made for this target, or make one with `create_drafter`."
+            )
 
     def fit(self, target: Target | TargetShape) -> None:
         """
@@ -320,6 +327,10 @@ class Drafter(PreTrainedModel, ABC):
         """
         Lend the target's embedding and head; they never become parameters of the drafter.
 
+        Args:
+            target ([`Target`]): Where this file has travelled, anything that has the target's `name`, `config`,
+                `hidden_size`, `vocab_size`, `num_layers`, `embedding`, `embed` and `head`.
+
         Raises:
             `ValueError`: The two do not fit.
         """
@@ -336,3 +347,17 @@ class Drafter(PreTrainedModel, ABC):
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Draft vocabulary ids → target ids."""
         return draft_ids if self.vocab_map is None else self.vocab_map[draft_ids]
+
+    def as_proposal(self, draft_ids: torch.Tensor, probs: torch.Tensor | None) -> Proposal:
+        """What a [`Chooser`] gave for all slots `(B, M, K)`, over the target's vocabulary."""
+        if probs is not None and self.vocab_map is not None:
+            wide = probs.new_zeros((*probs.shape[:-1], self.config.vocab_size))
+            probs = wide.index_copy_(-1, self.vocab_map, probs)
+        return Proposal(self.to_target_ids(draft_ids), probs)
+
+    def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
+        """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
+        draft_ids, probs = zip(*steps, strict=True)
+        return self.as_proposal(
+            torch.stack(draft_ids, dim=-1), None if probs[0] is None else torch.stack(probs, dim=2)
+        )

@@ -7,7 +7,8 @@ Knows no drafter kinds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +17,16 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .errors import InputError
+from .packing import pack_by_text
+
+
+
+
+# Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
+# states there. One without it refuses to start.
+TAPPED_BY_VLLM = frozenset(
+    "apertus deepseek_v3 gpt_oss granite llama ministral3 mistral phi3 qwen2 qwen3 qwen3_moe".split()
+)
 
 
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -51,6 +62,20 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
 
 
+def layer_faults(written: dict[str, Any]) -> list[tuple[str, set[str]]]:
+    """Where engines read a draft layer's fields otherwise, in a flat `config.json` or one of `speculators`."""
+    fields = written.get("transformer_layer_config") or {} if "speculators_model_type" in written else written
+    faults, both = [], {"SGLang", "vLLM"}
+    if (fields.get("hidden_act") or "silu") != "silu":
+        faults.append((f"hidden_act is {fields['hidden_act']!r}, and engines compute silu alone", both))
+    top, inner = fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta")
+    if top is None and inner is None:
+        faults.append(("no rope_theta is written, and each loader has a default of its own", both))
+    elif None not in (top, inner) and top != inner:
+        faults.append((f"rope_theta is {top} at the top level and {inner} in rope_parameters", both))
+    return faults
+
+
 def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
     """
     The flat fields in the `config.json` of a `speculators` folder.
@@ -68,6 +93,35 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     return states * cos + rotate_half(states) * sin
+
+
+@dataclass
+class BlockGrid:
+    """
+    Packed blocks as a grid, a row a text. Cells without a block draft at position 1.
+
+    Args:
+        anchors, tokens (`torch.LongTensor` of shape `(B, M)`): Anchors and the text's tokens there.
+        drafted (`torch.LongTensor` of shape `(B, M, K)`): Proposals.
+        cells (`tuple`): Index of the packed blocks, `(N,)` twice.
+    """
+
+    anchors: torch.Tensor
+    tokens: torch.Tensor
+    drafted: torch.Tensor
+    cells: tuple[torch.Tensor, torch.Tensor]
+
+
+def lay_out(blocks: DraftBlocks, tokens: torch.Tensor) -> BlockGrid:
+    """Blocks over texts `(B, T)` as a grid, at least one column wide."""
+    batch, length = tokens.shape
+    columns, width = pack_by_text(blocks.texts, batch)
+    cells = blocks.texts, columns
+    anchors = tokens.new_ones((batch, max(width, 1)))
+    anchors[cells] = blocks.anchors
+    drafted = tokens.new_zeros((*anchors.shape, blocks.num_draft_tokens))
+    drafted[cells] = blocks.draft_tokens
+    return BlockGrid(anchors, tokens.gather(1, anchors.clamp(max=length - 1)), drafted, cells)
 
 
 def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int, recompute: bool) -> torch.Tensor:

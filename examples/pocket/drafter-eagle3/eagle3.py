@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .errors import InputError
-from .records import DraftBlocks, pack_by_text
-from .sampling import Chooser
-from .target import Target, TargetShape
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
-from .parts import copy_norm, draft_in_parts, init_layer, plain_weight, rotate
+from .parts import copy_norm, draft_in_parts, init_layer, lay_out, plain_weight, rotate
+
+
 
 
 class Eagle3Attention(nn.Module):
@@ -123,7 +121,6 @@ class LlamaForCausalLMEagle3(Drafter):
     config_class = Eagle3Config
     base_model_prefix = ""
     sft_decay = 0.8
-    speculators_embedding = "embed_tokens.weight"
     # Chains of a text drafted side by side with gradients; more than this many are recomputed in the backward pass.
     chains_per_chunk = 64
 
@@ -176,6 +173,15 @@ class LlamaForCausalLMEagle3(Drafter):
             }
         return renamed
 
+    def speculators_tensors(
+        self, tensors: dict[str, torch.Tensor], target_embedding: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # `speculators` numbers the layers of every kind, and fills an embedding that is not there with noise.
+        renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+        if "embed_tokens.weight" not in renamed:
+            renamed["embed_tokens.weight"] = target_embedding().to(self.fc.weight.dtype)
+        return renamed
+
     @property
     def target_layer_ids(self) -> list[int]:
         return self.config.target_layer_ids or default_layer_ids(self.target.num_layers)
@@ -213,12 +219,7 @@ class LlamaForCausalLMEagle3(Drafter):
             )
         if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):
             faults.append("d2t and t2d do not hold the same tokens in ascending order")
-        if faults:
-            raise InputError(
-                f"This EAGLE-3 drafter does not fit the target {target.name}: "
-                + "; ".join(faults)
-                + ". Take the drafter made for this target, or make one with `create_drafter`."
-            )
+        self.refuse_misfit(faults, target)
 
     @property
     def linear_head(self) -> torch.Tensor | None:
@@ -229,8 +230,9 @@ class LlamaForCausalLMEagle3(Drafter):
 
     def _embed(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         # Raw rows, as the engines lend them: without the scale that Gemma's own embedding applies.
-        weight = self.embed_tokens.weight if hasattr(self, "embed_tokens") else self.target.embedding.weight
-        return nn.functional.embedding(tokens, weight).to(like.dtype)
+        if hasattr(self, "embed_tokens"):
+            return self.embed_tokens(tokens).to(like.dtype)
+        return nn.functional.embedding(tokens, self.target.embedding.weight).to(like.dtype)
 
     # -- context ------------------------------------------------------------------------------------------------
 
@@ -301,47 +303,30 @@ class LlamaForCausalLMEagle3(Drafter):
         return torch.stack(states, dim=2)
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
-        drafted, drawn_from = [], []
+        steps = []
 
         def draft(slot: int, states: torch.Tensor) -> torch.Tensor:
-            ids, probs = choose(self.logits(states))
-            drafted.append(self.to_target_ids(ids))
-            drawn_from.append(probs)
-            return drafted[-1]
+            steps.append(choose(self.logits(states)))
+            return self.to_target_ids(steps[-1][0])
 
         context = state.hidden[:, :limit], state.keys[:, :, :limit], state.values[:, :, :limit]
         states = self._chains(*context, tokens, anchors, draft)
         draft(self.num_draft_tokens, states[:, :, -1])
-        if drawn_from[0] is None:
-            return Proposal(torch.stack(drafted, dim=-1))
-        probs = torch.stack(drawn_from, dim=2)
-        if self.vocab_map is not None:
-            wide = probs.new_zeros((*probs.shape[:-1], self.config.vocab_size))
-            probs = wide.index_copy_(-1, self.vocab_map, probs)
-        return Proposal(torch.stack(drafted, dim=-1), probs)
+        return self.join_steps(steps)
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
-        batch, length = tokens.shape
-        positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden, keys, values = self._context(features, positions, tokens.roll(-1, dims=1))
-        context = hidden, keys.transpose(1, 2), values.transpose(1, 2)
-        columns, width = pack_by_text(blocks.texts, batch)
-        # Grid cells without a block draft at position 1 and are dropped.
-        anchors = tokens.new_ones((batch, max(width, 1)))
-        anchors[blocks.texts, columns] = blocks.anchors
-        read = tokens.new_zeros((*anchors.shape, self.num_draft_tokens))
-        read[blocks.texts, columns] = blocks.draft_tokens
-        anchor_tokens = tokens.gather(1, anchors.clamp(max=length - 1))
+        context, grid = (hidden, keys.transpose(1, 2), values.transpose(1, 2)), lay_out(blocks, tokens)
 
         def draft(part: slice) -> torch.Tensor:
-            given = read[:, part]
+            given = grid.drafted[:, part]
             return self._chains(
-                *context, anchor_tokens[:, part], anchors[:, part], lambda slot, _: given[..., slot - 1]
+                *context, grid.tokens[:, part], grid.anchors[:, part], lambda slot, _: given[..., slot - 1]
             )
 
-        chains, chunk = anchors.shape[1], self.chains_per_chunk
-        states = draft_in_parts(draft, chains, chunk, self.gradient_checkpointing or chains > chunk)
-        return states[blocks.texts, columns]
+        chains, chunk = grid.anchors.shape[1], self.chains_per_chunk
+        return draft_in_parts(draft, chains, chunk, self.gradient_checkpointing or chains > chunk)[grid.cells]
 
     @torch.no_grad()
     def init_from_target(self, target: Target) -> LlamaForCausalLMEagle3:

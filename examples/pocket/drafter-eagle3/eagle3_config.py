@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 from .errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import TAPPED_BY_VLLM, layer_faults, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
 NUM_TAPS = 3
@@ -60,6 +60,16 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
         `ValueError`: A field asks for something that is not computed here, the two spellings of the taps disagree, or
             `draft_token_ids` leave the vocabulary.
     """
+
+    # SGLang's `set_eagle3_layers_to_capture`; a target's class without it refuses to start. Gemma's raw embedding rows
+    # are lent, without its scale, and this kind is drafted with those here too.
+    served_targets = {
+        "SGLang": frozenset(
+            "apertus deepseek_v3 gemma3_text glm4_moe gpt_oss llama ministral3 mistral phi3 qwen2 qwen2_moe qwen3 "
+            "qwen3_moe".split()
+        ),
+        "vLLM": TAPPED_BY_VLLM,
+    }
 
     def __init__(
         self,
@@ -152,19 +162,28 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
             "embed_requires_grad": bool(self.own_embeddings or self.hidden_size != self.target_hidden_size),
         }
 
+    @classmethod
+    def layout(cls, written: dict[str, Any]) -> str:
+        published = "LlamaForCausalLMEagle3" in (written.get("architectures") or [])
+        return super().layout(written) if published else "flat, as SafeAILab publishes it"
+
+    @classmethod
+    def sglang_flags(cls, kind: str, num_draft_tokens: int) -> list[str]:
+        return [
+            *super().sglang_flags(kind, num_draft_tokens),
+            f"--speculative-num-steps {num_draft_tokens}",
+            "--speculative-eagle-topk 1",
+            f"--speculative-num-draft-tokens {num_draft_tokens + 1}",
+        ]
+
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
-        """
-        Where engines do otherwise than this package with a flat folder.
-
-        Args:
-            written (`dict`): Its `config.json`.
-            names (`set[str]`): Its tensors.
-
-        Returns:
-            What is the matter, and the engines (`"SGLang"`, `"vLLM"`) that do not draft with it as trained.
-        """
-        faults = []
+        faults = layer_faults(written)
+        if "speculators_model_type" in written:
+            if "embed_tokens.weight" not in names:
+                told = "there is no embed_tokens.weight, in place of which the speculators library computes noise"
+                faults.append((told, set()))
+            return faults
         if written.get("architectures") == ["LlamaForCausalLM"]:
             faults.append(("architectures says LlamaForCausalLM, which SGLang loads as a target", {"SGLang"}))
         if "draft_vocab_size" not in written:
