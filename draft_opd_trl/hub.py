@@ -65,7 +65,7 @@ def push_errors(repo_id: str, kept: str = "Nothing was pushed.") -> Iterator[Non
 
 def merged(model: PeftModel) -> Drafter:
     """A drafter with its adapter added to its weights, as engines load no adapters; `model` stays as it is."""
-    target = model.get_base_model().target
+    target = model.get_base_model()._target
     return copy.deepcopy(model, {id(target): target}).merge_and_unload()
 
 

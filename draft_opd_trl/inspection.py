@@ -39,7 +39,7 @@ def _layout(written: dict[str, Any], drafter_class: type[Drafter]) -> str:
 
 
 def _code_is_there(folder: Path, reference: Any) -> bool:
-    """Whether a folder holds the file that `auto_map` names, and those that it imports from beside it."""
+    """Whether a folder holds the file that `auto_map` names, and those that transformers finds imported in it."""
     waiting = [reference.split("--")[-1].partition(".")[0]] if isinstance(reference, str) else [""]
     seen: set[str] = set()
     while waiting:

@@ -68,8 +68,8 @@ class Chooser:
     """
     How a drafter turns its logits into proposals.
 
-    Drafters propose their argmax by default, as DFlash does; with `sampling` they draw, and verification needs the
-    distribution they drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
+    Drafters propose their argmax by default; with `sampling` they draw, and verification needs the distribution they
+    drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
 
     Args:
         sampling ([`SamplingParams`], *optional*): What proposals are drawn at; their argmax by default.

@@ -260,6 +260,8 @@ def target(request):
     return Target(tiny_model(request.param))
 
 
+# As it is of the session, pytest runs all tests of one kind before those of the next, from file to file. A file whose
+# own fixtures cost much marks its tests with `parametrize("kind", KINDS)` instead.
 @pytest.fixture(scope="session", params=KINDS)
 def kind(request):
     return request.param
@@ -346,11 +348,11 @@ def model():
     return tiny_stopping_model()
 
 
-@pytest.fixture(scope="module")
-def drafter_folder(kind, model, tmp_path_factory):
+@pytest.fixture(scope="module", params=KINDS)
+def drafter_folder(request, model, tmp_path_factory):
     """The folder of an untrained drafter for `model`, of each kind."""
-    folder = tmp_path_factory.mktemp(kind)
-    tiny_drafter(kind, Target(model)).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_drafter(request.param, Target(model)).save_pretrained(folder)
     return str(folder)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ANY_KIND, STOP, STOPS, tiny_drafter, tiny_tokenizer
+from conftest import ANY_KIND, STOPS, tiny_drafter
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig
 from runs import make_trainer, spelled_prompts
@@ -16,7 +16,6 @@ from draft_opd_trl.commands.options import AdapterArguments, QuantizationArgumen
 from draft_opd_trl.errors import InputError
 from draft_opd_trl.loading import add_adapter
 from draft_opd_trl.target import Target
-from draft_opd_trl.traces import trace_texts
 
 
 METHODS = {
@@ -61,47 +60,6 @@ def test_an_adapter_folder_reads_as_the_trained_drafter_and_exports_as_a_plain_o
         assert torch.equal(ours.draft_tokens, trained.draft_tokens)
         assert torch.equal(ours.num_accepted, trained.num_accepted)
     assert all(torch.equal(target_before[name], value) for name, value in model.state_dict().items())
-
-
-HEADS = {
-    "lora": LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False),
-    "dora": LoraConfig(r=2, target_modules=["lm_head", "fc"], use_dora=True, init_lora_weights=False),
-    "whole": LoraConfig(r=2, target_modules=["fc"], modules_to_save=["lm_head"]),
-}
-
-
-@pytest.mark.parametrize("method", sorted(HEADS))
-def test_an_adapter_on_a_drafters_own_head_counts_wherever_logits_are_read(model, prompts, tmp_path, method):
-    """In losses, proposals, traces and what is saved, which is what was trained and no more."""
-    tiny_drafter("eagle3", Target(model)).save_pretrained(tmp_path / "base")
-    texts = Dataset.from_dict({"prompt_ids": prompts})
-    options = {"peft_config": copy.deepcopy(HEADS[method]), "rollout_source": "speculation", "rejected_weight": 0.5}
-    trainer = make_trainer(str(tmp_path / "base"), model, texts, tmp_path / "out", **options)
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
-    trainer.train()
-    trainer.save_model()
-    after = dict(trainer.model.named_parameters())
-    assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
-    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert sum(value.numel() for value in saved.values()) == sum(value.numel() for value in before.values())
-
-    trained, target = trainer.drafter, trainer.target
-    trainer.model.eval()
-    merged, base = (load_drafter(str(tmp_path / name)).bind(target) for name in ("out", "base"))
-    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
-    assert trained.linear_head is None and merged.linear_head is merged.lm_head.weight
-    settings = SpeculationSettings(20, [STOP, 3], batch_size=8)
-    rollout = speculate(target, trained, prompts, settings)
-    assert torch.equal(rollout.blocks.draft_tokens, speculate(target, merged, prompts, settings).blocks.draft_tokens)
-    found = {}
-    for name, drafter in (("trained", trained), ("merged", merged), ("base", base)):
-        traces = trace_texts(target, drafter, rollout, tiny_tokenizer())
-        features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-        logits = drafter.logits(drafter.draft(features, rollout.tokens, rollout.blocks)).detach()
-        shares = torch.tensor([share for trace in traces for block in trace.blocks for share in block.draft_probs])
-        found[name] = logits, shares
-    torch.testing.assert_close(found["trained"], found["merged"], rtol=1e-4, atol=1e-5)
-    assert all(not torch.allclose(*pair, atol=1e-3) for pair in zip(found["trained"], found["base"], strict=True))
 
 
 def test_an_adapter_of_a_drafter_without_a_path_says_so(model, tmp_path):
@@ -179,12 +137,6 @@ def test_what_an_adapter_cannot_reach_is_refused(model):
         add_adapter(tiny_drafter(ANY_KIND, Target(model)), {"r": 2})
     with pytest.raises(ValueError, match="PromptTuningConfig trains a prompt"):
         add_adapter(tiny_drafter(ANY_KIND, Target(model)), PromptTuningConfig(num_virtual_tokens=4))
-    for options in (
-        {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["fc"], "modules_to_save": ["embed_tokens"]},
-    ):
-        with pytest.raises(ValueError, match=r"adapts \['embed_tokens'\], which a eagle3 drafter .* keeps as it is"):
-            add_adapter(tiny_drafter("eagle3", Target(model), own_embeddings=True), LoraConfig(**options))
 
 
 def test_options_make_the_configurations_they_name():

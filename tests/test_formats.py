@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from conftest import IN_SPECULATORS, KINDS, POCKET, SHIPPED, pocket_target_and_p
 from invariants import assert_same_blocks, assert_same_drafter
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
+from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.sampling import Chooser
 from draft_opd_trl.speculation import SpeculationSettings, speculate
@@ -139,6 +142,8 @@ def test_export_refuses(qwen_drafter, target_folder, folder, tmp_path):
 
 # -- the code that travels with a folder ---------------------------------------------------------------------------
 
+# Kinds whose folder holds code; that of others is a plain model of transformers.
+TRAVELLING = [kind for kind in KINDS if DRAFTERS[kind].code_travels]
 ALONE = """
 import sys
 class Blocker:
@@ -200,8 +205,8 @@ def test_the_shipped_code_is_the_packages(shipped):
 
 
 @torch.no_grad()
-def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, kind, tmp_path):
-    drafter = tiny_drafter(kind, qwen_target)
+def assert_drafts_alone(drafter, target, target_folder, tmp_path):
+    """Saved, a drafter proposes the same in a process without this package, and saves itself there as it was."""
     drafter.save_pretrained(tmp_path / "drafter")
     prompt = torch.arange(3, 12)[None]
     torch.save(prompt, tmp_path / "job")
@@ -214,15 +219,33 @@ def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, ki
     assert there["state"].keys() == drafter.state_dict().keys()
     assert all(torch.equal(value, there["state"][name]) for name, value in drafter.state_dict().items())
     # The same by hand in this process; the anchor is the prompt's last token.
-    features, _ = qwen_target.forward_text(prompt, drafter.target_layer_ids)
+    features, _ = target.forward_text(prompt, drafter.target_layer_ids)
     state, length = drafter.start(1, 64), prompt.shape[1]
     drafter.extend(state, features, torch.arange(length)[None], prompt)
     here = drafter.propose(state, prompt[:, -1:], torch.tensor([[length - 1]]), length, Chooser())
     assert torch.equal(there["tokens"], here.tokens)
     # Saved again from there, the folder is the same, code included.
-    for path in (tmp_path / "drafter").glob("*.py"):
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    assert_same_drafter(qwen_target, drafter, load_drafter(str(tmp_path / "again")))
+    names = {path.name for path in (tmp_path / "drafter").iterdir()}
+    assert names == {path.name for path in (tmp_path / "again").iterdir()}
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "drafter" / name).read_bytes()
+    assert_same_drafter(target, drafter, load_drafter(str(tmp_path / "again")))
+
+
+@pytest.mark.parametrize("kind", TRAVELLING)
+def test_a_folder_loads_where_this_package_is_not(qwen_target, target_folder, kind, tmp_path):
+    assert_drafts_alone(tiny_drafter(kind, qwen_target), qwen_target, target_folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", TRAVELLING)
+def test_what_travels_is_what_drafting_needs(kind, qwen_target, tmp_path):
+    """No target, no cache, no records, no sampling; and transformers finds every file."""
+    drafter = tiny_drafter(kind, qwen_target)
+    drafter.save_pretrained(tmp_path)
+    main = tmp_path / f"{type(drafter).__module__.rpartition('.')[2]}.py"
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert files == {main.name, *(Path(file).name for file in get_relative_import_files(main))}
+    assert not {"target.py", "cache.py", "records.py", "sampling.py"} & files
 
 
 def test_from_pretrained_reads_what_save_pretrained_wrote(qwen_target, kind, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANY_KIND, HUB_SOCKET, random_prompts, tiny_drafter, tiny_tokenizer
+from conftest import ANY_KIND, HUB_SOCKET, KINDS, random_prompts, tiny_drafter, tiny_tokenizer
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -105,6 +105,7 @@ def test_every_setting_is_in_the_card_or_left_out_on_purpose():
     assert own - set(hub_trainer.RECIPE) == private | changes_no_weight, "put a new setting into RECIPE, or here"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_path):
     drafter = start(kind, model, tmp_path / "start")
     trainer = build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
@@ -137,6 +138,7 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
     """With the code that came along, not with this package's."""
     target = Target(model)
@@ -197,6 +199,7 @@ def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path
     assert [log["step"] for log in resumed.state.log_history if "eval_acceptance_length" in log] == [0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     trainer = build(

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model
+from conftest import KINDS, tiny_drafter, tiny_model
 from huggingface_hub import ModelCard
 from readers import checked
 
@@ -41,9 +41,9 @@ def run(*history, step=300, **options):
     return TrainingRun(step=step, history=history, recipe=recipe, law="temperature 0", tokens=1234567, **options)
 
 
-@pytest.fixture(scope="module")
-def drafter(kind):
-    return tiny_drafter(kind, Target(tiny_model("qwen3")))
+@pytest.fixture(scope="module", params=KINDS)
+def drafter(request):
+    return tiny_drafter(request.param, Target(tiny_model("qwen3")))
 
 
 @pytest.fixture
@@ -253,6 +253,7 @@ def test_the_card_of_an_adapter_sends_nobody_to_an_engine_with_it(card, drafter,
     assert "adapter" not in card(ID).text
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_the_card_promises_the_engines_that_inspection_does(kind, family, tmp_path):
     """Not every engine serves every target with every kind."""

@@ -13,8 +13,9 @@ from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, MuonWithAdamW
 from draft_opd_trl.checkpoints import load_drafter_config
 from draft_opd_trl.commands import plan as command
 from draft_opd_trl.commands.options import AdapterArguments
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.drafters import DRAFTERS
-from draft_opd_trl.losses import Heads, LossSettings, slot_losses
+from draft_opd_trl.losses import Heads, slot_losses
 from draft_opd_trl.planning import MemoryPlan, find_levers, plan_memory
 from draft_opd_trl.shapes import LiveBytes, Shapes
 from draft_opd_trl.target import Target

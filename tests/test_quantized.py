@@ -64,12 +64,14 @@ def test_layers_are_quantised_and_what_drafters_read_is_not(target, folder):
     assert not torch.equal(quantized, exact)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_speculation_on_a_quantised_target_changes_no_text(target, folder, prompts, kind):
     drafter = load_drafter(str(folder / kind)).bind(target)
     plain = speculate(target, None, prompts, SpeculationSettings(20, STOPS, batch_size=1)).completions()
     assert speculate(target, drafter, prompts, SpeculationSettings(20, STOPS, batch_size=8)).completions() == plain
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_drafter_starts_from_the_weights_and_not_from_their_codes(target, folder, kind):
     full = Target(AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32"))
     options = tiny_options(kind, target)

@@ -199,7 +199,7 @@ def _always_accepted(draft_probs, target_probs, labels, uniforms):
 @pytest.mark.parametrize("law_of_proposals", [LAWS["hot"]], ids=["hot"], indirect=True)
 @pytest.mark.parametrize("wrong", [_drawn_blind, _always_accepted])
 def test_a_wrong_coupling_has_another_law(small_target, small_drafter, law_of_proposals, wrong, monkeypatch):
-    monkeypatch.setattr(replay, "couple_to_text", wrong)
+    monkeypatch.setattr("draft_opd_trl.coupling.couple_to_text", wrong)
     assert replayed_law_p(small_target, small_drafter, *law_of_proposals) < 1e-6
 
 

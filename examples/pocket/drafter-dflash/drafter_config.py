@@ -82,10 +82,10 @@ class DrafterConfig:
         """
         raise InputError(f"A {type(self).__name__} has no speculators layout. Export it in its flat one.")
 
-    @staticmethod
-    def layout(written: dict[str, Any]) -> str:
+    @classmethod
+    def layout(cls, written: dict[str, Any]) -> str:
         """The name of the layout that a folder with this `config.json` is in, where it is not `speculators`."""
-        return "flat (SGLang, vLLM)"
+        return f"flat ({', '.join(cls.served_targets)})" if cls.served_targets else "flat"
 
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:

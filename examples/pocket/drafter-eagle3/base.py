@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +258,12 @@ class Drafter(PreTrainedModel, ABC):
             where = pretrained_model_name_or_path
             raise InputError(f"The tensors in {where} are not those of a {cls.__name__}: {faults}.")
         return (drafter, info) if output_loading_info else drafter
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The Trainer goes on from a folder's file without `load_drafter`, so the names in it are understood here too.
+        if state_dict.keys() - self.state_dict().keys():
+            state_dict = self.canonical_tensors(dict(state_dict), self.config)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(
         self,

@@ -162,10 +162,10 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
             "embed_requires_grad": bool(self.own_embeddings or self.hidden_size != self.target_hidden_size),
         }
 
-    @staticmethod
-    def layout(written: dict[str, Any]) -> str:
+    @classmethod
+    def layout(cls, written: dict[str, Any]) -> str:
         published = "LlamaForCausalLMEagle3" in (written.get("architectures") or [])
-        return DrafterConfig.layout(written) if published else "flat, as SafeAILab publishes it"
+        return super().layout(written) if published else "flat, as SafeAILab publishes it"
 
     @classmethod
     def sglang_flags(cls, kind: str, num_draft_tokens: int) -> list[str]:
