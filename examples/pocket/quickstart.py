@@ -25,12 +25,12 @@ from draft_opd_trl import (
     MuonWithAdamW,
     SpeculationSettings,
     Target,
-    bootstrap_interval,
     load_drafter,
     measure_acceptance,
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.acceptance import difference
 from draft_opd_trl.files import write_atomically
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.report import plot_acceptance
@@ -118,11 +118,6 @@ def step_parts(trainer: DraftOPDTrainer) -> dict[str, float]:
     return {name: sum(log[name] for log in logs if name in log) / len(logs) for name in names}
 
 
-def _difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
-    low, high = bootstrap_interval(first, second)
-    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}
-
-
 def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str = "dflash") -> dict[str, Any]:
     """
     Train both arms, measure all drafters on the same held-out prompts, write `outputs/quickstart/`.
@@ -203,8 +198,8 @@ def run_quickstart(args: DraftOPDConfig, recipe: Recipe | None = None, kind: str
         "tau_sft": reports["sft"].acceptance_length,
         "tau_sft_equal_time": reports["sft-equal-time"].acceptance_length,
         "tau_opd": reports["opd"].acceptance_length,
-        "opd_minus_sft": _difference(reports["opd"], reports["sft"]),
-        "opd_minus_sft_equal_time": _difference(reports["opd"], reports["sft-equal-time"]),
+        "opd_minus_sft": difference(reports["opd"], reports["sft"]),
+        "opd_minus_sft_equal_time": difference(reports["opd"], reports["sft-equal-time"]),
         "prompts": len(held_out),
         "seed": args.seed,
         "steps": steps,
