@@ -19,7 +19,6 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from draft_opd_trl import (
-    AcceptanceReport,
     DraftOPDConfig,
     DraftOPDTrainer,
     MuonWithAdamW,
