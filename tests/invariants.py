@@ -344,17 +344,19 @@ RESUMED = {
 }
 
 
-def assert_a_resumed_run_is_the_same_run(make_trainer, folder, step):
-    """`make_trainer(output_dir, **options)` makes the same trainer each time; a run is cut off after `step` of six."""
-    options = {**RESUMED, "save_steps": step}
-    whole = make_trainer(folder / "whole", **options)
+def assert_a_resumed_run_is_the_same_run(make_trainer, folder, *steps):
+    """`make_trainer(output_dir, **options)` makes the same trainer each time; it is cut off after `steps` of six."""
+    whole = make_trainer(folder / "whole", **{**RESUMED, "save_strategy": "no"})
     whole.train()
-    cut = make_trainer(folder / "cut", callbacks=[StopAt(step)], **options)
-    cut.train()
-    assert cut.state.global_step == step
-    resumed = make_trainer(folder / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(folder / "cut" / f"checkpoint-{step}"))
-    assert_same_weights(parameters_of(whole), parameters_of(resumed))
-    assert whole.error_buffer.entries == resumed.error_buffer.entries
     assert any(loss is not None for entry in whole.error_buffer.entries.values() for loss in entry.losses.values())
-    assert figures_of(whole) == figures_of(resumed) and len(figures_of(whole)) == 3
+    assert len(figures_of(whole)) == 3
+    for step in steps:
+        options = {**RESUMED, "save_steps": step}
+        cut = make_trainer(folder / str(step), callbacks=[StopAt(step)], **options)
+        cut.train()
+        assert cut.state.global_step == step
+        resumed = make_trainer(folder / str(step), **options)
+        resumed.train(resume_from_checkpoint=str(folder / str(step) / f"checkpoint-{step}"))
+        assert_same_weights(parameters_of(whole), parameters_of(resumed))
+        assert whole.error_buffer.entries == resumed.error_buffer.entries
+        assert figures_of(whole) == figures_of(resumed)

@@ -29,12 +29,13 @@ from transformers import Qwen3Config, Qwen3Model
 from draft_opd_trl import DraftOPDConfig
 from draft_opd_trl.batching import StreamSettings, make_batch
 from draft_opd_trl.cache import PositionCache, cache_argument, visible
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.drafters.block_backbone import BlockDrafter
 from draft_opd_trl.drafters.drafter_config import DrafterConfig
 from draft_opd_trl.drafters.parts import lay_out, plain_weight, shape_of
-from draft_opd_trl.losses import Heads, LossSettings, batch_loss
+from draft_opd_trl.losses import Heads, batch_loss
 from draft_opd_trl.planning import plan_memory
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings, speculate
