@@ -26,6 +26,7 @@ from trl import TrlParser
 from .checks import nearest
 from .errors import InputError, NotFoundError, UserError
 from .files import REMEDIES, refusal_of
+from .terminal import as_text, grid
 
 
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have
@@ -228,11 +229,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def _overview() -> str:
     """All commands with the first lines of their docstrings, read without importing them."""
-    lines = ["usage: draft-opd <command> [options]", "", "commands:"]
+    rows = []
     for name, module in COMMANDS.items():
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-        lines.append(f"  {name:<10} {ast.get_docstring(ast.parse(source)).splitlines()[0]}")
-    return "\n".join([*lines, "", "`draft-opd <command> --help` shows a command's options."])
+        rows.append(["", name, ast.get_docstring(ast.parse(source)).splitlines()[0]])
+    tail = "`draft-opd <command> --help` shows a command's options."
+    return as_text("usage: draft-opd <command> [options]", "", "commands:", grid(rows), "", tail)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from ._trl_compat import _BaseConfig
 from .block_choice import OnPolicySettings
 from .checks import check_settings, check_value, one_of, read_json
 from .contradictions import check_together
+from .divergences import LOSSES, LossSettings, StreamLosses
 from .errors import InputError
 from .limits import LIMITS
-from .losses import LOSSES, LossSettings, StreamLosses
 from .probing import (
     SCHEDULES_BY_METRIC,
     TRACKERS,

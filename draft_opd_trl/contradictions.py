@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .divergences import HARD_LOSSES
 from .errors import InputError
-from .losses import HARD_LOSSES
 from .redaction import redact_url
 
 

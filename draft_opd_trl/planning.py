@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 GIB = 2**30
 NOT_COUNTED = (
     "Not counted: the CUDA context and kernels' workspaces, fragmentation, gradient buckets of DDP, and what FSDP or "
-    "DeepSpeed shard away. Attention is taken to run fused, and the drafter to be trained whole, without an adapter."
+    "DeepSpeed shard away. Attention is taken to run fused."
 )
 # Settings that bound memory; the plan is made anew with each of them halved.
 HALVED = (

@@ -298,6 +298,8 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         options: dict[str, Any] = {"drafter_dtype": drafter.dtype, "make_optimizer": self._optimizer_class}
         if args.bf16 or args.fp16:
             options["autocast"] = torch.bfloat16 if args.bf16 else torch.float16
+        if isinstance(self.model, PeftModel):
+            options["peft_config"] = self.model.active_peft_config
         longest = max(map(len, self.train_dataset["prompt_ids"]))
         announce_plan(self.target.model.config, drafter.config, args, longest, self.accelerator.device, **options)
 

@@ -23,9 +23,9 @@ from draft_opd_trl.commands.plan import PlanArguments
 from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.commands.train import TrainArguments
 from draft_opd_trl.config import DraftOPDConfig
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.errors import UserError
 from draft_opd_trl.limits import LIMITS
-from draft_opd_trl.losses import LossSettings
 from draft_opd_trl.sampling_params import SamplingParams
 from draft_opd_trl.speculation import SpeculationSettings
 from draft_opd_trl.streams import StreamSettings

@@ -6,8 +6,9 @@ from conftest import random_prompts, tiny_drafter
 
 from draft_opd_trl.batching import BatchMaker, make_batch
 from draft_opd_trl.block_choice import OnPolicySettings
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.error_buffer import ErrorBuffer
-from draft_opd_trl.losses import Heads, LossSettings, batch_loss
+from draft_opd_trl.losses import Heads, batch_loss
 from draft_opd_trl.records import Rollout
 from draft_opd_trl.replay import draft_at, grid_of, read_text, replay_text, text_blocks
 from draft_opd_trl.sampling_params import SamplingParams

@@ -1,4 +1,4 @@
-"""Divergences on three tokens by hand, the chunked path against the reference, clamps and the denominator."""
+"""The chunked path against the reference, streams, batches and the denominator; a loss of the drafter's own."""
 
 import math
 from dataclasses import replace
@@ -6,15 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
+from test_divergences import P, Q, kl
 from torch.nn import functional
 
+from draft_opd_trl.divergences import HARD_LOSSES, LOSSES, LossSettings, divergence
 from draft_opd_trl.losses import (
-    HARD_LOSSES,
-    LOSSES,
     Heads,
-    LossSettings,
     batch_loss,
-    divergence,
     hard_tokens,
     slot_losses,
     stream_loss,
@@ -22,138 +20,6 @@ from draft_opd_trl.losses import (
 )
 from draft_opd_trl.records import DraftBlocks, ReplayBatch
 from draft_opd_trl.target import Target
-
-
-# The drafter's and the target's distribution over three tokens.
-Q, P = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
-DRAFT, TARGET = torch.tensor([Q]).log(), torch.tensor([P]).log()
-
-
-def _kl(first, second):
-    return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
-
-
-def _one(kind, token=0, **settings):
-    settings = {"temperature": 1.0, **settings}
-    return divergence(DRAFT, TARGET, torch.tensor([token]), LossSettings(kind, **settings)).item()
-
-
-def test_cross_entropy():
-    assert _one("ce") == pytest.approx(math.log(2))
-    assert _one("ce", token=2) == pytest.approx(math.log(4))
-
-
-def test_forward_kl():
-    # 1/4 ln(1/2) + 0 + 1/2 ln 2 = 1/4 ln 2
-    assert _one("forward_kl") == pytest.approx(math.log(2) / 4) == pytest.approx(_kl(P, Q))
-
-
-def test_reverse_kl_is_the_other_way_round():
-    draft, target = torch.tensor([[0.8, 0.1, 0.1]]).log(), torch.tensor([[0.4, 0.4, 0.2]]).log()
-    settings = LossSettings("reverse_kl", 1.0)
-    expected = 0.8 * math.log(2) + 0.1 * math.log(0.25) + 0.1 * math.log(0.5)
-    got = divergence(draft, target, torch.tensor([0]), settings).item()
-    assert got == pytest.approx(expected) == pytest.approx(_kl((0.8, 0.1, 0.1), (0.4, 0.4, 0.2)))
-    assert got != pytest.approx(_kl((0.4, 0.4, 0.2), (0.8, 0.1, 0.1)), rel=1e-2)
-
-
-def test_total_variation_is_the_rejected_mass():
-    # 1 − (1/4 + 1/4 + 1/4)
-    assert _one("tv") == pytest.approx(0.25)
-
-
-def test_log_acceptance():
-    assert _one("log_acceptance") == pytest.approx(-math.log(0.75))
-
-
-def test_lk_blends_by_how_much_is_accepted():
-    share = math.exp(-3 * 0.75)
-    assert _one("lk") == pytest.approx(share * _kl(P, Q) + (1 - share) * 0.25)
-    # The share is not differentiated.
-    draft = DRAFT.clone().requires_grad_()
-    divergence(draft, TARGET, torch.tensor([0]), LossSettings("lk", 1.0)).sum().backward()
-    parts = []
-    for kind in ("forward_kl", "tv"):
-        alone = DRAFT.clone().requires_grad_()
-        divergence(alone, TARGET, torch.tensor([0]), LossSettings(kind, 1.0)).sum().backward()
-        parts.append(alone.grad)
-    torch.testing.assert_close(draft.grad, share * parts[0] + (1 - share) * parts[1])
-
-
-def test_with_a_point_mass_acceptance_is_the_drafters_probability():
-    hard = {kind: _one(kind, temperature=0.0) for kind in ("tv", "accepted_length", "lk")}
-    assert hard["tv"] == hard["accepted_length"] == pytest.approx(0.5)
-    share = math.exp(-1.5)
-    assert hard["lk"] == pytest.approx(share * math.log(2) + (1 - share) * 0.5)
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_jsd(beta):
-    mixture = tuple(beta * p + (1 - beta) * q for p, q in zip(P, Q, strict=True))
-    assert _one("jsd", beta=beta) == pytest.approx(beta * _kl(P, mixture) + (1 - beta) * _kl(Q, mixture), rel=1e-5)
-
-
-def test_jsd_limits():
-    assert _one("jsd", beta=0.0) == pytest.approx(_kl(P, Q))
-    assert _one("jsd", beta=1.0) == pytest.approx(_kl(Q, P))
-    # Near its ends jsd / β and jsd / (1 − β) go to the two KLs.
-    draft, target = torch.tensor([[0.8, 0.1, 0.1]]).double().log(), torch.tensor([[0.4, 0.4, 0.2]]).double().log()
-    for beta, expected in (
-        (1e-5, _kl((0.4, 0.4, 0.2), (0.8, 0.1, 0.1))),
-        (1 - 1e-5, _kl((0.8, 0.1, 0.1), (0.4, 0.4, 0.2))),
-    ):
-        loss = divergence(draft, target, torch.tensor([0]), LossSettings("jsd", 1.0, beta=beta)).item()
-        assert loss / min(beta, 1 - beta) == pytest.approx(expected, rel=1e-3)
-
-
-def test_bernoulli_forward_kl():
-    # Token 0: p = 1/4, q = 1/2.
-    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert _one("bernoulli_forward_kl") == pytest.approx(expected, rel=1e-5)
-    assert _one("bernoulli_forward_kl", token=1) == pytest.approx(0, abs=1e-6)
-
-
-def test_k3():
-    # Token 0: ratio 1/2, so 1/2 − 1 + ln 2. Token 2: ratio 2, so 1 − ln 2.
-    assert _one("k3") == pytest.approx(math.log(2) - 0.5, rel=1e-5)
-    assert _one("k3", token=2) == pytest.approx(1 - math.log(2), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "ce"])
-def test_no_divergence_between_equals(kind):
-    loss = divergence(TARGET, TARGET, torch.tensor([1]), LossSettings(kind, 1.0))
-    assert loss.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_max_clamp_at_its_edge():
-    assert _one("ce", max_clamp=0.5) == 0.5
-    assert _one("ce", max_clamp=0.7) == pytest.approx(math.log(2))
-    draft = DRAFT.clone().requires_grad_()
-    divergence(draft, None, torch.tensor([0]), LossSettings("ce", 0.0, max_clamp=0.5)).sum().backward()
-    assert draft.grad.abs().sum() == 0
-
-
-@pytest.mark.parametrize("kind", ["k3", "bernoulli_forward_kl"])
-def test_log_prob_min_clamp(kind):
-    """Far below the floor both estimators read the floor itself, and above it they read the value."""
-    low = torch.tensor([[0.0, -50.0, -50.0]])
-    floor = -2.0
-    clamped = divergence(low, TARGET, torch.tensor([1]), LossSettings(kind, 1.0, log_prob_min_clamp=floor)).item()
-    p, q = 0.25, math.exp(floor)
-    expected = {
-        "k3": p / q - 1 - math.log(p / q),
-        "bernoulli_forward_kl": p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)),
-    }[kind]
-    assert clamped == pytest.approx(expected, rel=1e-4)
-    # Not touched: log 1/2 and log 1/4 lie above it.
-    assert _one(kind, log_prob_min_clamp=floor) == pytest.approx(_one(kind))
-
-
-def test_k3_without_a_clamp_explodes_where_the_clamped_one_does_not():
-    low = torch.tensor([[0.0, -30.0, -30.0]])
-    free = divergence(low, TARGET, torch.tensor([1]), LossSettings("k3", 1.0)).item()
-    assert free > 1e10
-    assert divergence(low, TARGET, torch.tensor([1]), LossSettings("k3", 1.0, max_clamp=10.0)).item() == 10
 
 
 # -- the chunked path ----------------------------------------------------------------------------------------------
@@ -393,7 +259,7 @@ def test_batch_loss_divides_by_the_global_denominator():
     hidden = torch.tensor([[Q, P]]).log()
     parts = batch_loss(hidden, _batch(), _identity_heads(), LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
     accepted = math.log(4)
-    rejected = 0.5 * _kl(Q, P) + 0.25 * _kl(P, Q)
+    rejected = 0.5 * kl(Q, P) + 0.25 * kl(P, Q)
     assert parts["accepted_loss"].item() == pytest.approx(accepted)
     assert parts["rejected_loss"].item() == pytest.approx(rejected, rel=1e-5)
     # The denominator is given, not the batch's own weight of 1.75.
@@ -421,23 +287,6 @@ def test_hard_tokens_only_where_weighted():
     assert tokens.tolist() == [[2, 0], [0, 2]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("hinge", 1.0), "`kind` is .hinge.; it must be one of ce, forward_kl"),
-        (("ce", -1.0), "`temperature` is -1.0; it must be 0, or lie in"),
-        (
-            ("forward_kl", 0.0),
-            "Loss 'forward_kl' compares distributions.*Use one of ce, tv, lk",
-        ),
-        (("jsd", 1.0, 1.5), r"`beta` is 1.5; it must lie in \[0, 1\]"),
-    ],
-)
-def test_settings_that_make_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LossSettings(*arguments)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["hard", "soft"])
 def test_a_token_that_cannot_be_drafted_ends_an_accepted_run(temperature):
     """As over the whole vocabulary, where the drafter gives that token nothing."""
@@ -455,3 +304,98 @@ def test_a_token_that_cannot_be_drafted_ends_an_accepted_run(temperature):
     assert loss[0].item() == pytest.approx(1 / 3 + 1 + 1, rel=1e-4)
     loss[0].backward()
     assert hidden.grad[0, 0].abs().sum() > 0 and hidden.grad[0, 1:].abs().sum() == 0
+
+
+# -- a loss of the drafter's own -----------------------------------------------------------------------------------
+
+
+def _own_loss(gain):
+    """Reads all that it is given, and has a parameter."""
+
+    def auxiliary(states, draft_logps, target_logps):
+        overlap = torch.minimum(draft_logps, target_logps).exp().sum(-1)
+        return {"loss": gain * (overlap + states.float().square().mean(-1)), "overlap": overlap}
+
+    return auxiliary
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 256])
+@pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("ce", 0.0), ("k3", 0.7), ("forward_kl", 0.7), ("accepted_length", 0.7)]
+)
+def test_a_loss_of_the_drafters_own_in_chunks_equals_the_reference(kind, temperature, reduced, chunk_size):
+    """Values, metrics and gradients; it is added behind what `accepted_length` multiplies up."""
+    settings, results = LossSettings(kind, temperature), []
+    weights = torch.tensor([[1.0, 0.5, 0.0], [0.3, 1.0, 0.2], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    tokens = torch.randint(11, (4, 3), generator=torch.Generator().manual_seed(1))
+    for reference in (True, False):
+        hidden, states, _, heads = _problem(reduced, slots=12)
+        gain = torch.tensor(0.7, requires_grad=True)
+        blocks = hidden.view(4, 3, -1), states.view(4, 3, -1)
+        if reference:
+            plain, none = stream_loss(*blocks, tokens, weights, heads, settings)
+            assert none == {}
+            target_logits = heads.target_logits(states)
+            taught = tokens.flatten() if settings.reads_token else target_logits.argmax(-1)
+            inside = torch.ones(12, dtype=torch.bool)
+            if reduced:
+                inside = (taught[:, None] == heads.vocab_map).any(-1)
+                target_logits = target_logits[:, heads.vocab_map]
+            draft_logps = heads.draft_logits(hidden).log_softmax(-1)
+            found = _own_loss(gain)(hidden, draft_logps, (target_logits / (temperature or 1.0)).log_softmax(-1))
+            found = {name: (values * inside).view(4, 3) * weights for name, values in found.items()}
+            losses = plain + found["loss"].sum(-1)
+            sums = {name: values.detach().sum() for name, values in found.items()}
+        else:
+            heads = replace(heads, auxiliary=_own_loss(gain), auxiliary_reads_target=True)
+            losses, sums = stream_loss(*blocks, tokens, weights, heads, settings, chunk_size)
+        losses.sum().backward()
+        results.append((losses.detach(), sums, hidden.grad, heads.draft_weight.grad, gain.grad))
+    assert results[0][1]["loss"] > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_is_read_for_ones_own_loss_only_where_that_asks_for_it():
+    seen = []
+
+    def auxiliary(states, draft_logps, target_logps):
+        seen.append(target_logps is not None)
+        return {"loss": draft_logps.sum(-1)}
+
+    for reads_target in (False, True):
+        heads = replace(_identity_heads(), auxiliary=auxiliary, auxiliary_reads_target=reads_target)
+        hidden = torch.tensor([[Q, P]]).log()
+        batch_loss(hidden, _batch(), heads, LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
+    assert seen == [False, True, True, True]
+    frozen = replace(heads, draft_weight=torch.eye(3), target_weight=torch.eye(3))
+    assert not uses_kernel(torch.device("cuda"), frozen, LossSettings("forward_kl", 1.0))
+    assert uses_kernel(torch.device("cuda"), replace(frozen, auxiliary=None), LossSettings("forward_kl", 1.0))
+
+
+def test_ones_own_loss_is_summed_over_both_streams_and_divided_as_they_are():
+    def auxiliary(states, draft_logps, target_logps):
+        return {"loss": torch.full_like(draft_logps[:, 0], 2.0), "rank": torch.ones_like(draft_logps[:, 0])}
+
+    hidden, settings = torch.tensor([[Q, P]]).log(), (LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
+    plain = batch_loss(hidden, _batch(), _identity_heads(), *settings)
+    parts = batch_loss(hidden, _batch(), replace(_identity_heads(), auxiliary=auxiliary), *settings)
+    # Weights are 1 in the accepted stream, 0.5 and 0.25 in the rejected one; the denominator is 7.
+    assert parts["auxiliary"] == {"loss": pytest.approx(3.5), "rank": pytest.approx(1.75)}
+    assert parts["accepted_loss"].item() == pytest.approx(plain["accepted_loss"].item() + 2)
+    assert parts["rejected_loss"].item() == pytest.approx(plain["rejected_loss"].item() + 1.5)
+    assert parts["loss"].item() == pytest.approx(plain["loss"].item() + 0.5)
+
+
+def test_with_no_slots_every_parameter_of_the_heads_has_a_gradient():
+    gain = torch.tensor(0.7, requires_grad=True)
+    hidden, states, tokens, heads = _problem(False, slots=12)
+    heads = replace(heads, auxiliary=_own_loss(gain), auxiliary_reads_target=True)
+    blocks = (part.view(4, 3, -1) for part in (hidden, states))
+    losses, sums = stream_loss(*blocks, tokens.view(4, 3), torch.zeros(4, 3), heads, LossSettings("forward_kl", 1.0))
+    losses.sum().backward()
+    assert losses.tolist() == [0] * 4 and {name: float(value) for name, value in sums.items()} == {
+        "loss": 0,
+        "overlap": 0,
+    }
+    assert all(float(value.grad.abs().sum()) == 0 for value in (hidden, heads.draft_weight, gain))

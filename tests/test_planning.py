@@ -7,16 +7,17 @@ import pytest
 import torch
 from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, MuonWithAdamW
 from draft_opd_trl.checkpoints import load_drafter_config
 from draft_opd_trl.commands import plan as command
+from draft_opd_trl.commands.options import AdapterArguments
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.drafters import DRAFTERS
-from draft_opd_trl.losses import Heads, LossSettings, slot_losses
+from draft_opd_trl.losses import Heads, slot_losses
 from draft_opd_trl.planning import MemoryPlan, find_levers, plan_memory
-from draft_opd_trl.rehearsal import LiveBytes
+from draft_opd_trl.shapes import LiveBytes, Shapes
 from draft_opd_trl.target import Target
 
 
@@ -56,8 +57,8 @@ def planned(model, drafter, args, **options):
     return plan_memory(model.config, drafter.config, args, PROMPT_LENGTH, **options)
 
 
-def held_by(model, drafter):
-    return [tensor for m in (model, drafter) for tensor in (*m.parameters(), *m.buffers())]
+def held_by(*models):
+    return [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
 
 
 def test_bytes_are_counted_while_they_live_and_views_count_nothing():
@@ -107,7 +108,7 @@ def test_the_kernel_holds_less_than_the_chunks_that_a_plan_counts(monkeypatch, d
     peaks = {}
     for in_kernel in (True, False):
         monkeypatch.setattr("draft_opd_trl.losses.uses_kernel", lambda *_, answer=in_kernel: answer)
-        with FakeTensorMode():
+        with Shapes() as shapes:
             head = torch.empty(151_936, 64, dtype=torch.bfloat16)
             hidden = torch.empty(1024, 64, dtype=torch.bfloat16, requires_grad=True)
             tokens = torch.zeros(1024, dtype=torch.long)
@@ -118,9 +119,9 @@ def test_the_kernel_holds_less_than_the_chunks_that_a_plan_counts(monkeypatch, d
                 head,
                 head,
             )
-            with LiveBytes([head, hidden, tokens]) as live:
-                slot_losses(hidden, hidden.detach(), tokens, heads, LossSettings(divergence, 1.0))[0].sum().backward()
-            peaks[in_kernel] = live.peak
+            held = shapes.begin()
+            slot_losses(hidden, hidden.detach(), tokens, heads, LossSettings(divergence, 1.0))[0].sum().backward()
+            peaks[in_kernel] = shapes.peak - held
     assert peaks[True] < peaks[False]
 
 
@@ -222,7 +223,7 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     assert type(load_drafter_config(tmp_path / "drafter")) is DRAFTERS[kind].config_class
     memory = 0.001 if kind == ANY_KIND else 80
     arguments = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), device_memory=memory)
-    result = command.run(arguments, settings(max_prompt_length=PROMPT_LENGTH))
+    result = command.run(arguments, AdapterArguments(), settings(max_prompt_length=PROMPT_LENGTH))
     assert result == json.loads(json.dumps(result))
     plan = planned(model, drafter, settings(), autocast=torch.bfloat16)
     assert result["peak"] == plan.peak
@@ -230,8 +231,31 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     assert plan.table() in shown
     assert ("exceed the device's 0.001 GiB" in shown and "num_anchors=5 frees" in shown) == (kind == ANY_KIND)
     packed = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), load_in_4bit=True)
-    packed = command.run(packed, settings(max_prompt_length=PROMPT_LENGTH))
+    packed = command.run(packed, AdapterArguments(), settings(max_prompt_length=PROMPT_LENGTH))
     assert packed["always"]["target weights"] < plan.always["target weights"]
+
+
+def test_an_adapter_is_counted_as_a_run_trains_it(model, kind, tmp_path, capsys):
+    drafter = drafter_for(model, kind)
+    drafter.save_pretrained(tmp_path / "drafter")
+    model.config.save_pretrained(tmp_path / "target")
+    args = settings(tmp_path, max_steps=1, max_prompt_length=2)
+    lora = AdapterArguments(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "down_proj"])
+    paths = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"))
+    whole, adapted = (command.run(paths, adapter, args) for adapter in (AdapterArguments(), lora))
+    columns = {"prompt_ids": [[5, 6]] * 3, "completion_ids": [[7] * 10] * 3}
+    dataset, tokenizer = Dataset.from_dict(columns), tiny_tokenizer()
+    trainer = DraftOPDTrainer(
+        drafter, model, args, dataset, processing_class=tokenizer, peft_config=lora.peft_config()
+    )
+    trainable = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert adapted["always"]["drafter weights"] == sum(tensor.nbytes for tensor in held_by(trainer.model))
+    assert adapted["phases"]["training"]["gradients"] == sum(weight.nbytes for weight in trainable)
+    assert adapted["always"]["optimizer state"] == 8 * sum(map(torch.numel, trainable)) + 4 * len(trainable)
+    assert adapted["peak"] < whole["peak"]
+    trainer.train()
+    plan = plan_memory(model.config, drafter.config, args, 2, peft_config=lora.peft_config())
+    assert plan.line() in capsys.readouterr().out
 
 
 def test_the_table_adds_up():

@@ -36,6 +36,7 @@ from draft_opd_trl import DraftOPDConfig
 from draft_opd_trl.batching import StreamSettings, make_batch
 from draft_opd_trl.cache import PositionCache, cache_argument, visible
 from draft_opd_trl.checkpoints import export_drafter, load_drafter
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.drafters.block_backbone import BlockDrafter
@@ -44,7 +45,7 @@ from draft_opd_trl.drafters.parts import lay_out, plain_weight, shape_of
 from draft_opd_trl.hub import merged
 from draft_opd_trl.inspection import inspect_drafter
 from draft_opd_trl.loading import add_adapter
-from draft_opd_trl.losses import Heads, LossSettings, batch_loss
+from draft_opd_trl.losses import Heads, batch_loss
 from draft_opd_trl.model_card import write_model_card
 from draft_opd_trl.planning import plan_memory
 from draft_opd_trl.sampling_params import SamplingParams

@@ -132,45 +132,47 @@ def _paths(words: list[str], names: list[str]) -> dict[str, str]:
     return paths
 
 
-def _with_interval(entry: dict[str, Any], style: str) -> str:
-    low, high = entry["interval"]
-    return f"{entry['value']:{style}} [{low:{style}}, {high:{style}}]"
+def _with_interval(value: float, interval: list[float], style: str) -> str:
+    low, high = interval
+    return f"{value:{style}} [{low:{style}}, {high:{style}}]"
 
 
-def _shown(name: str, drafter: dict[str, Any]) -> list[str]:
+def _figures(drafter: dict[str, Any]) -> dict[str, str]:
+    """What was measured of a drafter, as it is shown, by name."""
+
+    def of(name: str, style: str) -> str:
+        return _with_interval(drafter[name]["value"], drafter[name]["interval"], style)
+
     positions = [
         f"{place['start']}–{place['stop'] - 1}: {place['value']:.2f}" for place in drafter["acceptance_by_position"]
     ]
-    tau = {"value": drafter["acceptance_length"], "interval": drafter["interval"]}
-    lines = [
-        f"  {name}",
-        f"    τ                        {_with_interval(tau, '.3f')}",
-        f"    mean of prompts' own τ   {_with_interval(drafter['acceptance_length_per_prompt'], '.3f')}",
-        f"    blocks fully accepted    {_with_interval(drafter['blocks_fully_accepted'], '.1%')}",
-        f"    stop tokens in blocks    {_with_interval(drafter['stops_in_blocks'], '.1%')}",
-        "    first k accepted         " + " ".join(f"{share:.0%}" for share in drafter["acceptance_by_slot"]),
-        "    τ by position            " + ", ".join(positions),
-        f"    seconds                  {drafter['seconds']:.1f}: {drafter['draft_seconds']:.1f} in the drafter, "
+    figures = {
+        "τ": _with_interval(drafter["acceptance_length"], drafter["interval"], ".3f"),
+        "mean of prompts' own τ": of("acceptance_length_per_prompt", ".3f"),
+        "blocks fully accepted": of("blocks_fully_accepted", ".1%"),
+        "stop tokens in blocks": of("stops_in_blocks", ".1%"),
+        "first k accepted": " ".join(f"{share:.0%}" for share in drafter["acceptance_by_slot"]),
+        "τ by position": ", ".join(positions),
+        "seconds": f"{drafter['seconds']:.1f}: {drafter['draft_seconds']:.1f} in the drafter, "
         f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
-    ]
+    }
     if drafter["speedup"] is not None:
-        speedup = f"{drafter['speedup']:.2f} over decoding without a drafter"
+        beside = "over decoding without a drafter"
         if drafter["speedup_interval"] is None:
-            speedup += ", without an interval: texts decoded side by side share their seconds (--batch_size 1)"
+            beside += ", without an interval: texts decoded side by side share their seconds (--batch_size 1)"
+            figures["speedup"] = f"{drafter['speedup']:.2f} {beside}"
         else:
-            low, high = drafter["speedup_interval"]
-            speedup = speedup.replace(" over", f" [{low:.2f}, {high:.2f}] over")
-        lines.append(f"    speedup                  {speedup}")
+            figures["speedup"] = f"{_with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
     if drafter["texts"] is not None:
-        lines.append("    " + _losslessness(drafter["texts"]))
+        figures["lossless"] = _losslessness(drafter["texts"])
     if drafter["resumed"]:
-        lines.append(f"    {drafter['resumed']} texts came from an earlier run, and so did their times")
-    return lines
+        figures["resumed"] = f"{drafter['resumed']} texts came from an earlier run, and so did their times"
+    return figures
 
 
 def _losslessness(texts: dict[str, Any]) -> str:
     if not texts["changed"]:
-        return f"lossless                 all {texts['checked']} greedy texts are the target's own"
+        return f"all {texts['checked']} greedy texts are the target's own"
     where = f"{texts['changed']} of {texts['checked']} greedy texts differ from decoding without a drafter"
     gap = f"largest gap {texts['largest_gap']:.3g} between the logits of the tokens that differ"
     if texts["changed"] == texts["at_ties"]:
@@ -179,13 +181,17 @@ def _losslessness(texts: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> str:
-    lines = [result["definition"], "Intervals: 95 %, bootstrap over prompts."]
+    from ..terminal import as_text, table
+
+    parts = [result["definition"], "Intervals: 95 %, bootstrap over prompts."]
     for measured in result["results"]:
-        lines += ["", f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"]
-        for name, drafter in measured["drafters"].items():
-            lines += _shown(f"{name}: {result['drafters'][name]}", drafter)
+        figures = {name: _figures(drafter) for name, drafter in measured["drafters"].items()}
+        names = dict.fromkeys(name for each in figures.values() for name in each)
+        rows = [[name, *(each.get(name, "") for each in figures.values())] for name in names]
+        heads = [f"{name}: {result['drafters'][name]}" for name in figures]
+        title = f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"
+        parts += ["", title, "", table(["", *heads], rows)]
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
-            names = " − ".join(measured["drafters"])
-            lines.append(f"  {names}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
-    return "\n".join(lines)
+            parts.append(f"{' − '.join(figures)}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")
+    return as_text(*parts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import DraftOPDConfig
-from .options import PairArguments, check_bits
+from .options import AdapterArguments, PairArguments, check_bits
 
 
 @dataclass
@@ -27,10 +27,10 @@ class PlanArguments(PairArguments):
         check_bits(self.load_in_8bit, self.load_in_4bit)
 
 
-ARGUMENTS = (PlanArguments, DraftOPDConfig)
+ARGUMENTS = (PlanArguments, AdapterArguments, DraftOPDConfig)
 
 
-def run(arguments: PlanArguments, config: DraftOPDConfig) -> dict[str, Any]:
+def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDConfig) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -50,7 +50,10 @@ def run(arguments: PlanArguments, config: DraftOPDConfig) -> dict[str, Any]:
             load_in_8bit=arguments.load_in_8bit, load_in_4bit=arguments.load_in_4bit, bnb_4bit_quant_type="nf4"
         )
     drafter = load_drafter_config(arguments.model_name_or_path)
-    options: dict[str, Any] = {"acceptance_length": arguments.acceptance_length}
+    options: dict[str, Any] = {
+        "acceptance_length": arguments.acceptance_length,
+        "peft_config": adapter.peft_config(),
+    }
     if config.fp16:
         options["autocast"] = torch.float16
     elif config.bf16 or arguments.device_memory is not None:

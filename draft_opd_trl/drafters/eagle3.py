@@ -225,6 +225,10 @@ class LlamaForCausalLMEagle3(Drafter):
             faults.append("d2t and t2d do not hold the same tokens in ascending order")
         self.refuse_misfit(faults, target)
 
+    def get_output_embeddings(self) -> nn.Module:
+        # Asked for by adapters on all matrices, which leave the head alone.
+        return self.lm_head
+
     @property
     def linear_head(self) -> torch.Tensor | None:
         return plain_weight(self.lm_head)

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, Target, create_drafter
 from draft_opd_trl.planning import plan_memory
-from draft_opd_trl.rehearsal import tensor_bytes
+from draft_opd_trl.shapes import tensor_bytes
 
 
 PROMPT_LENGTH = 32

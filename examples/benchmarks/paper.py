@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from draft_opd_trl import DraftOPDConfig
 from draft_opd_trl.drafters import DFlashConfig
 from draft_opd_trl.planning import GIB, MemoryPlan, plan_memory
 from draft_opd_trl.rehearsal import Rehearsal
+from draft_opd_trl.shapes import Shapes
 
 
 # config.json of Qwen/Qwen3-*: what decides sizes.
@@ -85,22 +85,33 @@ def packed(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def flops_of(run: Callable[[], Any]) -> tuple[float, Any]:
-    with FlopCounterMode(display=False) as counter:
-        result = run()
-    return float(counter.get_total_flops()), result
+class Flops(Shapes):
+    """Counts floating-point operations beside the bytes."""
+
+    total = 0
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        output = super().run(func, args, kwargs)
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+        return output
+
+
+def flops_of(step: Rehearsal, run: Callable[[], Any]) -> tuple[float, Any]:
+    before = step.live.total
+    result = run()
+    return float(step.live.total - before), result
 
 
 def seconds(target: PreTrainedConfig, args: DraftOPDConfig, plan: MemoryPlan, card: str) -> dict[str, float]:
     """Expected seconds of one optimizer step: of its texts, its batches and its gradients."""
     compute, bandwidth = (UTILISATION * rate for rate in CARDS[card][1:])
-    with FakeTensorMode():
-        options = {"autocast": torch.bfloat16, "acceptance_length": TAU}
-        step = Rehearsal(target, drafter_for(target), args, args.max_prompt_length, **options)
-        prepare, (batch, _) = flops_of(step.prepare)
-        train, _ = flops_of(lambda: step.train(batch))
+    options = {"autocast": torch.bfloat16, "acceptance_length": TAU, "live": Flops()}
+    step = Rehearsal(target, drafter_for(target), args, args.max_prompt_length, **options)
+    prepare, (batches, _) = flops_of(step, step.prepare)
+    train, _ = flops_of(step, lambda: step.train(batches))
     texts = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rounds = args.max_completion_length / TAU * texts / step.slots
+    rounds = args.max_completion_length / TAU * texts / step.lanes
     # A round of decoding reads all weights, and on average half of the cache.
     cache = plan.phases["rollout"]["target's KV cache"]
     read = plan.always["target weights"] + plan.always["drafter weights"] + cache / 2

@@ -47,9 +47,9 @@ from draft_opd_trl import (  # noqa: E402
     stop_token_ids,
 )
 from draft_opd_trl.block_choice import OnPolicySettings  # noqa: E402
+from draft_opd_trl.divergences import HARD_LOSSES  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
 from draft_opd_trl.files import write_atomically  # noqa: E402
-from draft_opd_trl.losses import HARD_LOSSES  # noqa: E402
 from draft_opd_trl.recipe import read_recipe  # noqa: E402
 from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
 from draft_opd_trl.streams import StreamSettings  # noqa: E402

@@ -33,10 +33,11 @@ from draft_opd_trl import (
 )
 from draft_opd_trl.batching import BatchMaker
 from draft_opd_trl.block_choice import OnPolicySettings
+from draft_opd_trl.divergences import LossSettings
 from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.files import write_atomically
 from draft_opd_trl.loading import load_pair
-from draft_opd_trl.losses import Heads, LossSettings, hard_tokens, stream_loss
+from draft_opd_trl.losses import Heads, hard_tokens, stream_loss
 from draft_opd_trl.prompts import tokenize_dataset
 from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
 from draft_opd_trl.replay import text_blocks
