@@ -33,11 +33,6 @@ def _tensors(folder, change):
     return name
 
 
-@pytest.fixture
-def target_folder(target_folder):
-    return str(target_folder)
-
-
 def test_a_folder_that_is_right(kind, make_folder, target_folder):
     folder = make_folder(kind)
     for target in (None, target_folder):
