@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from alone import assert_drafts_alone
 from conftest import STOPS, random_prompts, tiny_drafter, tiny_model, tiny_tokenizer, train_drafter
 from invariants import (
     assert_a_grid_proposes_what_single_anchors_do,
@@ -27,7 +28,6 @@ from invariants import (
 from peft import LoraConfig
 from runs import make_trainer, spelled_prompts, written_texts
 from safetensors.torch import load_file, save_file
-from test_formats import assert_drafts_alone
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3Model
