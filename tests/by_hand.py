@@ -1,5 +1,7 @@
 """What results are compared with: a transformer's pieces, slow and plain, and measurements small enough to count."""
 
+import math
+
 import torch
 
 from draft_opd_trl.acceptance import AcceptanceReport
@@ -38,3 +40,11 @@ def report(accepted, lengths, slots=2):
 # Accepted runs of K = 2 in texts of 6 and 4 tokens.
 BEFORE = report([[0, 1, 0, 0], [0, 0, 0]], [6, 4])
 AFTER = report([[2, 1], [0, 1]], [6, 4])
+
+
+# The drafter's and the target's distribution over three tokens.
+Q, P = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
+
+
+def kl(first, second):
+    return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))

@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
+from by_hand import P, Q, kl
 
 from draft_opd_trl.divergences import LOSSES, LossSettings, divergence
 
 
-# The drafter's and the target's distribution over three tokens.
-Q, P = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
 DRAFT, TARGET = torch.tensor([Q]).log(), torch.tensor([P]).log()
-
-
-def kl(first, second):
-    return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
 
 
 def _one(kind, token=0, **settings):

@@ -19,6 +19,11 @@ from draft_opd_trl.inspection import LOADERS, inspect_drafter
 from draft_opd_trl.loading import add_adapter
 
 
+@pytest.fixture
+def target_folder(target_folder):
+    return str(target_folder)
+
+
 def _tensors(folder, change):
     """`change(tensors, name)`, of which `name` is a vector; returns it."""
     tensors = load_file(f"{folder}/model.safetensors")
@@ -26,11 +31,6 @@ def _tensors(folder, change):
     change(tensors, name)
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
     return name
-
-
-@pytest.fixture
-def target_folder(target_folder):
-    return str(target_folder)
 
 
 def test_a_folder_that_is_right(kind, make_folder, target_folder):

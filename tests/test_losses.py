@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_hand import P, Q, kl
 from conftest import VOCAB, tiny_model
-from test_divergences import P, Q, kl
 from torch.nn import functional
 
 from draft_opd_trl.divergences import HARD_LOSSES, LOSSES, LossSettings, divergence
