@@ -17,7 +17,7 @@ from .coupling import Coupling
 from .drafters.base import Drafter
 from .error_buffer import ErrorBuffer
 from .records import DraftBlocks, ReplayBatch, Rollout
-from .replay import draft_at, grid_of, read_text, replay_text, slot_labels, text_blocks
+from .replay import draft_at, grid_of, judging_states, read_text, replay_text, slot_labels, text_blocks
 from .replay_counts import Counts, add_counts, count_outside, count_taught, count_verification
 from .sampling_params import SamplingParams
 from .seeding import text_generator
@@ -64,12 +64,7 @@ def make_batch(
         denominator=accepted.sum() + rejected.sum(),
     )
     if streams.scores_rejected:
-        if block_states is None:
-            block_states = target.score_blocks(rollout.tokens, blocks, cache)
-        slots = torch.arange(num_draft_tokens, device=blocks.texts.device)
-        # Up to the first rejected slot the drafted prefix is the text.
-        on_text = (slots <= blocks.num_accepted[:, None])[..., None]
-        batch.draft_states = torch.where(on_text, batch.text_states, block_states)
+        batch.draft_states = judging_states(target, rollout, blocks, states, cache, block_states)
     return batch
 
 

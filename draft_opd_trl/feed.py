@@ -84,6 +84,7 @@ class BatchFeed:
             self.rollouts = [
                 texts.part(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
             ]
+            del texts  # the states that verification left with them, which the parts hold a copy of
             self._written_at = step
         counts: Counts = {}
         if accumulated == 0:

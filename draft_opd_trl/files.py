@@ -58,7 +58,7 @@ def _flush(path: Path) -> None:
 
 
 def flush(folder: str | os.PathLike, inside: bool = True) -> None:
-    """Wait until a folder's list of names is on the disk, and everything in it too unless `inside` is `False`."""
+    """Wait until a file, or a folder's list of names and, unless `inside` is `False`, all in it, is on the disk."""
     for path in Path(folder).rglob("*") if inside else ():
         _flush(path)
     _flush(Path(folder))
@@ -94,11 +94,6 @@ def writing(place: str | os.PathLike, kept: str = "Free some space, or write to 
         raise EnvironmentFault(f"{place} could not be written ({reason}). {kept}") from error
 
 
-def _aside(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-
-
 def check_writable(folder: str | os.PathLike) -> None:
     """
     Raises:
@@ -120,6 +115,23 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """A path beside `place`, which takes its name at the end, on the disk as a whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        flush(part)
+        os.replace(part, place)
+        _flush(place.parent)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_file(file: str | os.PathLike) -> Iterator[Path]:
     """
     A path to write to, which becomes `file` at the end. After an error nothing is left, and `file` is as it was.
@@ -127,15 +139,8 @@ def atomic_file(file: str | os.PathLike) -> Iterator[Path]:
     Args:
         file (`str` or `os.PathLike`): Its folder is made.
     """
-    file = Path(file)
-    part = _aside(file)
-    try:
+    with _appearing(Path(file)) as part:
         yield part
-        _flush(part)
-        os.replace(part, file)
-        _flush(file.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_atomically(file: str | os.PathLike, text: str) -> None:
@@ -152,13 +157,6 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     Args:
         folder (`str` or `os.PathLike`): Not there yet, or empty.
     """
-    folder = Path(folder)
-    part = _aside(folder)
-    part.mkdir()
-    try:
+    with _appearing(Path(folder)) as part:
+        part.mkdir()
         yield part
-        flush(part)
-        os.replace(part, folder)
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -78,6 +78,11 @@ class DraftBlocks:
         stride = int(self.anchors.max()) + 1 if len(self) else 1
         return self.select(torch.argsort(self.texts * stride + self.anchors))
 
+    def text_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Of states `(B, T, H)` of the texts, those from which each slot's *text* token is predicted: `(N, K, H)`."""
+        slots = torch.arange(self.num_draft_tokens, device=self.texts.device)
+        return states[self.texts[:, None], (self.anchors[:, None] + slots).clamp(max=states.shape[1] - 1)]
+
     def to(self, device: torch.device | str) -> DraftBlocks:
         return _map_tensors(self, lambda tensor: tensor.to(device))
 
@@ -210,6 +215,4 @@ class ReplayBatch:
     @property
     def text_states(self) -> torch.Tensor:
         """`(N, K, H)`: target states given the *text* before each slot; gathered only by losses that read them."""
-        slots = torch.arange(self.labels.shape[1], device=self.labels.device)
-        before = (self.blocks.anchors[:, None] + slots).clamp(max=self.states.shape[1] - 1)
-        return self.states[self.blocks.texts[:, None], before]
+        return self.blocks.text_states(self.states)

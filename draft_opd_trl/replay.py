@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from .cache import PositionCache
 from .chains import Chains
 from .coupling import Coupling, TextChooser
 from .drafters.base import Drafter
 from .packing import pack_by_text
 from .records import DraftBlocks, Rollout, num_valid_slots
 from .sampling import Chooser
+from .target import Target
 from .verification import judge_against_text
 
 
@@ -82,6 +84,36 @@ def draft_at(
     draft_tokens = proposed[texts, columns]
     num_accepted = judge_against_text(draft_tokens, text.draft_tokens, text.num_valid)
     return DraftBlocks(texts, text.anchors, draft_tokens, num_accepted, text.num_valid)
+
+
+def judging_states(
+    target: Target,
+    rollout: Rollout,
+    blocks: DraftBlocks,
+    states: torch.Tensor,
+    cache: PositionCache | None,
+    block_states: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The target's states that judge each slot, given the *proposals* before it.
+
+    Args:
+        target ([`Target`]): Scores what stands behind rejected proposals.
+        rollout ([`Rollout`]): The texts.
+        blocks ([`DraftBlocks`]): Blocks on them.
+        states (`torch.Tensor` of shape `(B, T, H)`): Of the texts, before the head.
+        cache ([`PositionCache`], *optional*): Holding the texts; needed without `block_states`.
+        block_states (`torch.Tensor` of shape `(N, K, H)`, *optional*): What verification kept; saves scoring.
+
+    Returns:
+        `torch.Tensor` of shape `(N, K, H)`.
+    """
+    if block_states is None:
+        block_states = target.score_blocks(rollout.tokens, blocks, cache)
+    slots = torch.arange(blocks.num_draft_tokens, device=blocks.texts.device)
+    # Up to the first rejected slot the drafted prefix is the text.
+    on_text = (slots <= blocks.num_accepted[:, None])[..., None]
+    return torch.where(on_text, blocks.text_states(states), block_states)
 
 
 @torch.no_grad()

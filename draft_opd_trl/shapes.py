@@ -91,20 +91,21 @@ class Shapes(LiveBytes):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = _tensors((args, kwargs))
-        if func is aten._local_scalar_dense.default and isinstance(given[0], FakeTensor):
-            return 1
-        if func in (aten.equal.default, aten.allclose.default):
-            return True
         in_place_or_view = any(value.alias_info is not None for value in func._schema.returns)
         if not any(isinstance(tensor, FakeTensor) for tensor in given):
             return func(*args, **kwargs) if in_place_or_view else self._run_real(func, args, kwargs, given)
+        if func is aten._local_scalar_dense.default:
+            return 1
+        if func in (aten.equal.default, aten.allclose.default):
+            return True
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
             args = (args[0], [part for index in args[1] for part in _without_masks(index)], *args[2:])
         with self.fake:
             output = func(*args, **kwargs)
         if in_place_or_view:
             # What is written to keeps the values it has.
-            return given[0] if func._schema.is_mutable and isinstance(output, torch.Tensor) else output
+            written = kwargs.get("out", given[0])
+            return written if func._schema.is_mutable and isinstance(output, torch.Tensor) else output
         return tree_map(_answer, output)
 
     def _run_real(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[torch.Tensor]) -> Any:

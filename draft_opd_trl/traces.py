@@ -15,13 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .batching import make_batch
 from .drafters.base import Drafter
-from .records import ReplayBatch, Rollout
-from .replay import replay_text
+from .records import DraftBlocks, Rollout
+from .replay import judging_states, replay_text, slot_labels
 from .sampling import probabilities
 from .sampling_params import SamplingParams
-from .streams import StreamSettings
 from .target import Target
 from .vocabulary import to_draft_ids
 
@@ -145,8 +143,7 @@ def trace_texts(
     traces = []
     for start in range(0, len(rollout), batch_size):
         texts = rollout.part(start, min(start + batch_size, len(rollout)))
-        batch = _judge(target, drafter, texts)
-        choices, draft_probs, target_probs = _slot_probabilities(target, drafter, batch, sampling)
+        blocks, choices, draft_probs, target_probs = _slot_probabilities(target, drafter, texts, sampling)
         completions = texts.completions()
         part = [
             Trace(tokenizer.decode(row[:length]), read(completion[0]), [])
@@ -155,20 +152,20 @@ def trace_texts(
             )
         ]
         columns = (
-            batch.blocks.texts,
-            batch.blocks.anchors - texts.prompt_lengths[batch.blocks.texts],
-            batch.blocks.draft_tokens,
-            batch.blocks.num_accepted,
-            batch.blocks.num_valid,
+            blocks.texts,
+            blocks.anchors - texts.prompt_lengths[blocks.texts],
+            blocks.draft_tokens,
+            blocks.num_accepted,
+            blocks.num_valid,
             choices,
             draft_probs,
             target_probs,
         )
-        for row, anchor, drafts, accepted, valid, chosen, by_drafter, by_target in zip(
+        for text, anchor, drafts, accepted, valid, chosen, by_drafter, by_target in zip(
             *(column.tolist() for column in columns), strict=True
         ):
-            after = completions[row][anchor + valid + 1 :] if accepted == valid else []
-            part[row].blocks.append(
+            after = completions[text][anchor + valid + 1 :] if accepted == valid else []
+            part[text].blocks.append(
                 TraceBlock(
                     position=anchor + 1,
                     drafts=[read(token) for token in drafts[:valid]],
@@ -185,28 +182,23 @@ def trace_texts(
     return traces
 
 
-def _judge(target: Target, drafter: Drafter, texts: Rollout) -> ReplayBatch:
-    """Texts with their blocks, and the target's states at every slot given the proposals before it."""
+def _slot_probabilities(
+    target: Target, drafter: Drafter, texts: Rollout, sampling: SamplingParams, chunk_size: int = 256
+) -> tuple[DraftBlocks, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The blocks of the texts. The target's choice `(N, K)`: the text's token up to the first rejected slot, its most
+    likely one after that. Then the drafter's and the target's probability `(N, K, 2)` of the proposal and that choice.
+    """
     cache = target.new_cache(*texts.tokens.shape)
     features, states = target.forward_text(texts.tokens, drafter.target_layer_ids, cache)
     blocks = replay_text(drafter, texts, features) if texts.blocks is None else texts.blocks
-    on_policy = torch.ones_like(blocks.texts, dtype=torch.bool)
-    return make_batch(target, texts, blocks, on_policy, StreamSettings(rejected_weight=1.0), features, states, cache)
-
-
-def _slot_probabilities(
-    target: Target, drafter: Drafter, batch: ReplayBatch, sampling: SamplingParams, chunk_size: int = 256
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The target's choice `(N, K)`: the text's token up to the first rejected slot, its most likely one after that. Then
-    the drafter's and the target's probability `(N, K, 2)` of the proposal and of that choice.
-    """
-    num_draft_tokens = batch.blocks.num_draft_tokens
-    slots = torch.arange(num_draft_tokens, device=batch.labels.device)
-    given = (slots <= batch.blocks.num_accepted[:, None]).flatten()
-    hidden = drafter.draft(batch.features, batch.tokens, batch.blocks).flatten(0, 1)
-    states = batch.draft_states.flatten(0, 1)
-    drafts, labels = batch.blocks.draft_tokens.flatten(), batch.labels.flatten()
+    num_draft_tokens = blocks.num_draft_tokens
+    slots = torch.arange(num_draft_tokens, device=blocks.texts.device)
+    given = (slots <= blocks.num_accepted[:, None]).flatten()
+    hidden = drafter.draft(features, texts.tokens, blocks).flatten(0, 1)
+    states = judging_states(target, texts, blocks, states, cache).flatten(0, 1)
+    drafts = blocks.draft_tokens.flatten()
+    labels = slot_labels(texts.tokens, blocks.texts, blocks.anchors, num_draft_tokens).flatten()
     parts = []
     for start in range(0, max(len(drafts), 1), chunk_size):
         part = slice(start, start + chunk_size)
@@ -216,4 +208,5 @@ def _slot_probabilities(
         draft_probs = probabilities(drafter.logits(hidden[part]), sampling)
         ids, inside = (tokens, True) if drafter.vocab_map is None else to_draft_ids(tokens, drafter.vocab_map)
         parts.append((choices, draft_probs.gather(-1, ids) * inside, target_probs.gather(-1, tokens)))
-    return tuple(torch.cat(values).unflatten(0, (-1, num_draft_tokens)) for values in zip(*parts, strict=True))
+    found = (torch.cat(values).unflatten(0, (-1, num_draft_tokens)) for values in zip(*parts, strict=True))
+    return blocks, *found

@@ -28,18 +28,17 @@ from transformers import (
 )
 
 from draft_opd_trl import (
-    AcceptanceReport,
     DraftOPDConfig,
     DraftOPDTrainer,
     MuonWithAdamW,
     SpeculationSettings,
     Target,
-    bootstrap_interval,
     load_drafter,
     measure_acceptance,
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.acceptance import difference
 from draft_opd_trl.evaluation import changed_texts
 from draft_opd_trl.files import write_atomically
 from draft_opd_trl.report import plot_acceptance
@@ -177,11 +176,6 @@ def main(args: QuickstartArguments) -> dict[str, Any]:
     plot_acceptance(reports, output / "tau.png", {LABELS[name]: log for name, log in logs.items()})
     print(f"\n{table(results)}\n\nWritten to {output}: results.json, results.md, tau.png and the trained drafters")
     return results
-
-
-def difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
-    low, high = bootstrap_interval(first, second)
-    return {"mean": first.acceptance_length - second.acceptance_length, "low": low, "high": high}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -61,20 +61,6 @@ def held_by(*models):
     return [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
 
 
-def test_bytes_are_counted_while_they_live_and_views_count_nothing():
-    given = torch.zeros(100)
-    with LiveBytes([given]) as live:
-        first = given + 1
-        view = first[:50]
-        assert (live.live, live.peak) == (400, 400)
-        second = view * 2
-        assert (live.live, live.peak) == (600, 600)
-        del first, second
-        assert (live.live, live.peak) == (400, 600)  # the view keeps its base
-        given.mul_(2)
-        assert live.live == 400
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -81,8 +81,9 @@ def test_what_is_asked_of_numbers_without_data_has_one_answer():
         logits = nn.Linear(8, 20)(torch.zeros(3, 8))
         assert logits.argmax(-1).tolist() == [0, 0, 0]
         assert bool((logits > 0).all()) and bool((logits < 0).all())
-        assert float(logits.sum()) == 1.0
-        assert torch.allclose(logits, logits + 1)
+        assert float(logits.detach().sum()) == 1.0
+        assert torch.allclose(logits, logits + 1) and torch.equal(logits, logits + 1)
+        assert not torch.equal(torch.arange(3), torch.arange(3) + 1)
         tokens = torch.full((3,), 7)
         tokens[torch.arange(2)] = logits.argmax(-1)[:2]
         assert tokens.tolist() == [0, 0, 7]

@@ -49,7 +49,7 @@ from draft_opd_trl import (  # noqa: E402
 from draft_opd_trl.block_choice import OnPolicySettings  # noqa: E402
 from draft_opd_trl.divergences import HARD_LOSSES  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
-from draft_opd_trl.files import write_atomically  # noqa: E402
+from draft_opd_trl.files import atomic_folder, write_atomically  # noqa: E402
 from draft_opd_trl.recipe import read_recipe  # noqa: E402
 from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
 from draft_opd_trl.streams import StreamSettings  # noqa: E402
@@ -157,9 +157,8 @@ def write_texts(args: StudyArguments, temperature: float) -> Path:
         stops = stop_token_ids(target.model, tokenizer)
         settings = SpeculationSettings(512, stops, SamplingParams(temperature), batch_size=64)
         texts = speculate(target, None, prompts, settings, torch.Generator().manual_seed(0))
-        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
-        Dataset.from_dict({"prompt_ids": prompts, "completion_ids": texts.completions()}).save_to_disk(scratch)
-        os.replace(scratch, folder)
+        with atomic_folder(folder) as part:
+            Dataset.from_dict({"prompt_ids": prompts, "completion_ids": texts.completions()}).save_to_disk(part)
     return folder
 
 

@@ -8,7 +8,6 @@ Small models keep few cores busy, so on a CPU one process a core is much faster 
 from __future__ import annotations
 
 import json
-import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +29,7 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
+from draft_opd_trl.files import atomic_folder
 from draft_opd_trl.prompts import prompt_ids
 
 
@@ -70,9 +70,8 @@ def written_texts(
         seconds = time.perf_counter() - start
         tokens = int(rollout.completion_lengths.sum())
         print(f"{len(share)} texts, {tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)")
-        scratch = mine.with_name(f"{mine.name}.{os.getpid()}")
-        Dataset.from_dict({"prompt_ids": share, "completion_ids": rollout.completions()}).save_to_disk(scratch)
-        os.replace(scratch, mine)
+        with atomic_folder(mine) as part:
+            Dataset.from_dict({"prompt_ids": share, "completion_ids": rollout.completions()}).save_to_disk(part)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.load_from_disk(str(folder)) for folder in folders])
 

@@ -17,6 +17,8 @@ from tokenizer import VOCAB_SIZE, build_tokenizer
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from draft_opd_trl.files import atomic_file
+
 
 POOL = 64  # Batches that are drawn, sorted by length and shuffled together.
 THINK_OFF_SHARE = 0.1  # Share of the examples with the empty think block, so that `enable_thinking=False` works.
@@ -123,14 +125,6 @@ def schedule(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP, (1 - progress) / 0.6)
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """A run killed while it writes must find the previous checkpoint whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the target as users load it: bf16 weights, generation config and tokenizer in one folder."""
     rounded = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
@@ -216,7 +210,9 @@ def train_worker(rank: int, world: int, meeting: str, args) -> None:
         if rank == 0 and (step == args.steps or spent - saved_at > args.save_seconds):
             states = [optimizer.state_dict() for optimizer in optimizers]
             state = {"model": model.state_dict(), "optimizers": states, "step": step, "tokens": tokens}
-            save_atomically({**state, "seconds": spent, "run": [args.batch_size, args.seed]}, checkpoint)
+            # A run killed while it writes finds the previous checkpoint whole.
+            with atomic_file(checkpoint) as part:
+                torch.save({**state, "seconds": spent, "run": [args.batch_size, args.seed]}, part)
             export(model, tokenizer, Path(args.work_dir) / "target-latest")
             saved_at = spent
     bar.close()
