@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from alone import assert_drafts_alone
 from conftest import random_prompts, tiny_drafter
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_formats import assert_drafts_alone
 from test_toy_kind import ADAPTED, TOYS, MarkovConfig, MarkovDrafter, SmallLMDrafter
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Model
