@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +118,8 @@ class Rehearsal:
                 parameter.data = parameter.data.to(drafter_dtype)
             self.model = self.drafter
             if peft_config is not None:
-                self.model = add_adapter(self.drafter, copy.deepcopy(peft_config))
+                with _unmoved():
+                    self.model = add_adapter(self.drafter, copy.deepcopy(peft_config))
         if args.activation_checkpointing:
             self.drafter.activation_checkpointing_enable()
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -261,6 +263,16 @@ class Rehearsal:
 
     def _kept(self) -> dict[str, int]:
         return {"kept verification states": self.kept_states} if self.kept_states else {}
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Leaves modules where they are: PyTorch cannot move parameters without data, and PEFT does, to where they are."""
+    move, nn.Module.to = nn.Module.to, lambda module, *args, **kwargs: module
+    try:
+        yield
+    finally:
+        nn.Module.to = move
 
 
 def _tensors_of(batch: ReplayBatch) -> list[torch.Tensor]:
