@@ -57,6 +57,7 @@ MODULES = {
     "transformers.trainer_callback": {"PrinterCallback", "ProgressCallback"},
     "transformers.trainer_pt_utils": {"AcceleratorConfig"},
     "transformers.trainer_utils": {"HubStrategy", "SchedulerType", "TrainOutput"},
+    "transformers.training_args": {"OptimizerNames"},
     "transformers.utils.hub": {"PushInProgress"},
 }
 # Their top level, and what they document as modules to import from.
