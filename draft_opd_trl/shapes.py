@@ -76,6 +76,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+class _Mode(FakeTensorMode):
+    def __deepcopy__(self, memo: dict) -> _Mode:
+        # Copying a module (PEFT does) would copy the mode that each tensor belongs to, and memory would be corrupted.
+        return self
+
+
 class Shapes(LiveBytes):
     """
     [`LiveBytes`] under which numbers with a fraction have no data, and whole numbers and conditions do.
@@ -87,7 +93,7 @@ class Shapes(LiveBytes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _Mode(allow_non_fake_inputs=True)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = _tensors((args, kwargs))

@@ -88,7 +88,7 @@ def test_drafters_go_by_the_names_of_their_folders(tmp_path, monkeypatch):
     [([], "nothing was kept. With --output_dir"), (["--output_dir", "kept"], "what had ended is in kept. The same")],
 )
 def test_ctrl_c_says_how_to_go_on(words, said, tmp_path, capsys, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """Code run for its sizes, and the phases of a rehearsed step: what holds values, what has none, and what each asks of
 the run's own code. Whether the sizes are a run's is in test_planning.py."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_drafter, tiny_model
@@ -57,6 +59,14 @@ def test_without_data_the_same_bytes_are_counted():
 
 
 # -- what has values ------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_module_stays_under_its_mode():
+    """PEFT copies the modules that it saves whole. PyTorch would copy the mode too, and crash some time later."""
+    with Shapes() as shapes:
+        copied = copy.deepcopy(nn.Linear(4, 4))
+        assert copied.weight.fake_mode is shapes.fake
+        assert copied(torch.ones(2, 4)).shape == (2, 4)
 
 
 def test_whole_numbers_lead_the_code_and_weights_have_no_data():
