@@ -23,10 +23,10 @@ from typing import NoReturn
 import yaml
 from trl import TrlParser
 
-from .checks import nearest
-from .errors import InputError, NotFoundError, UserError
-from .files import REMEDIES, refusal_of
-from .terminal import as_text, grid
+from .core.checks import nearest
+from .core.errors import InputError, NotFoundError, UserError
+from .core.files import REMEDIES, refusal_of
+from .core.terminal import as_text, grid
 
 
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have

@@ -38,10 +38,10 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.acceptance import difference
-from draft_opd_trl.evaluation import changed_texts
-from draft_opd_trl.files import write_atomically
-from draft_opd_trl.report import plot_acceptance
+from draft_opd_trl.core.files import write_atomically
+from draft_opd_trl.decoding.acceptance import difference
+from draft_opd_trl.evaluation.measure import changed_texts
+from draft_opd_trl.evaluation.report import plot_acceptance
 
 
 LABELS = {

@@ -30,7 +30,7 @@ from trl import TrlParser
 
 from draft_opd_trl import DraftOPDTrainer
 from draft_opd_trl.commands.train import ARGUMENTS
-from draft_opd_trl.rows import hold_out, load_prompts
+from draft_opd_trl.texts.rows import hold_out, load_prompts
 
 
 def main(script_args, quantization_args, adapter_args, training_args):

@@ -7,8 +7,8 @@ import sys
 import torch
 from invariants import assert_same_drafter
 
-from draft_opd_trl.checkpoints import load_drafter
-from draft_opd_trl.sampling import Chooser
+from draft_opd_trl.core.sampling import Chooser
+from draft_opd_trl.folders.checkpoints import load_drafter
 
 
 ALONE = """

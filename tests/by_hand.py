@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from draft_opd_trl.acceptance import AcceptanceReport
+from draft_opd_trl.decoding.acceptance import AcceptanceReport
 
 
 def rms(states, weight, eps):

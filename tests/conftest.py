@@ -31,12 +31,12 @@ from transformers import (  # noqa: E402
     dynamic_module_utils,
 )
 
+from draft_opd_trl.core.sampling_params import SamplingParams  # noqa: E402
+from draft_opd_trl.core.target import Target  # noqa: E402
+from draft_opd_trl.core.vocabulary import to_draft_ids  # noqa: E402
+from draft_opd_trl.decoding.replay import text_blocks  # noqa: E402
+from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate  # noqa: E402
 from draft_opd_trl.drafters import DRAFTERS, DrafterConfig, Proposal, create_drafter  # noqa: E402
-from draft_opd_trl.replay import text_blocks  # noqa: E402
-from draft_opd_trl.sampling_params import SamplingParams  # noqa: E402
-from draft_opd_trl.speculation import SpeculationSettings, speculate  # noqa: E402
-from draft_opd_trl.target import Target  # noqa: E402
-from draft_opd_trl.vocabulary import to_draft_ids  # noqa: E402
 
 
 torch.set_num_threads(1)

@@ -16,13 +16,13 @@ from conftest import (
 from runs import StopAt, figures_of, parameters_of
 from torch.nn import functional
 
-from draft_opd_trl.checkpoints import load_drafter
+from draft_opd_trl.core.records import Rollout
+from draft_opd_trl.core.sampling import Chooser, probabilities
+from draft_opd_trl.core.sampling_params import SamplingParams
+from draft_opd_trl.decoding.replay import Coupling, read_text, replay_text, text_blocks
+from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
 from draft_opd_trl.drafters import create_drafter
-from draft_opd_trl.records import Rollout
-from draft_opd_trl.replay import Coupling, read_text, replay_text, text_blocks
-from draft_opd_trl.sampling import Chooser, probabilities
-from draft_opd_trl.sampling_params import SamplingParams
-from draft_opd_trl.speculation import SpeculationSettings, speculate
+from draft_opd_trl.folders.checkpoints import load_drafter
 
 
 # -- texts and blocks to check on ----------------------------------------------------------------------------------

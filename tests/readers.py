@@ -8,9 +8,9 @@ import shlex
 from conftest import tiny_drafter, tiny_model
 from safetensors.torch import load_file
 
-from draft_opd_trl.inspection import inspect_drafter
-from draft_opd_trl.serving import ENGINES
-from draft_opd_trl.target import Target
+from draft_opd_trl.core.target import Target
+from draft_opd_trl.folders.inspection import inspect_drafter
+from draft_opd_trl.folders.serving import ENGINES
 
 
 def checked(card):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SamplingParams, SpeculationSettings, speculate
-from draft_opd_trl.target import Target
+from draft_opd_trl.core.target import Target
 
 
 # A field that `options` name takes another value; arguments of the trainer itself stand among them by name.

@@ -32,13 +32,13 @@ def test_package_keeps_the_contracts():
 
 # An import that breaks each contract, and how the contract's name begins.
 BROKEN = {
-    "A room": ("sampling.py", "if TYPE_CHECKING:\n    from .rollout import x"),
-    "No module": ("prompts.py", "def f():\n    from .rollout import x"),
-    "A kind": ("checkpoints.py", "from .drafters import dflash"),
-    "What holds": ("records.py", "import transformers"),
-    "Losses": ("losses.py", "from .target import Target"),
-    "The loop": ("speculation.py", "import time"),
-    "Nothing": ("trainer.py", "from . import DraftOPDTrainer"),
+    "A room": ("core/sampling.py", "if TYPE_CHECKING:\n    from ..texts.sources import x"),
+    "No module": ("texts/chat_template.py", "def f():\n    from .prompts import x"),
+    "A kind": ("folders/checkpoints.py", "from ..drafters import dflash"),
+    "What holds": ("core/records.py", "import transformers"),
+    "Losses": ("training/losses.py", "from ..core.target import Target"),
+    "The loop": ("decoding/speculation.py", "import time"),
+    "Nothing": ("training/trainer.py", "from .. import DraftOPDTrainer"),
 }
 
 
@@ -118,14 +118,14 @@ def test_package_takes_from_modules_what_it_may():
 @pytest.mark.parametrize(
     ("file", "source", "why"),
     [
-        ("trainer.py", "from trl.trainer.base_trainer import _BaseTrainer", "only _trl_compat"),
-        ("trainer.py", "import trl.data_utils", "only _trl_compat"),
-        ("trainer.py", "def f():\n    from trl import data_utils", "only _trl_compat"),
+        ("training/trainer.py", "from trl.trainer.base_trainer import _BaseTrainer", "only _trl_compat"),
+        ("training/trainer.py", "import trl.data_utils", "only _trl_compat"),
+        ("training/trainer.py", "def f():\n    from trl import data_utils", "only _trl_compat"),
         ("_trl_compat.py", "from trl.experimental.gkd import GKDConfig", "nothing may import it"),
-        ("drafters/dflash.py", "from draft_opd_trl.sampling import x", "relatively"),
-        ("replay.py", "from torch.optim import AdamW", "must not know torch.optim"),
-        ("config.py", "import os\nx = os.environ['X']", "reads the environment"),
-        ("config.py", "from os import getenv", "reads the environment"),
+        ("drafters/dflash.py", "from draft_opd_trl.core.sampling import x", "relatively"),
+        ("decoding/replay.py", "from torch.optim import AdamW", "must not know torch.optim"),
+        ("training/config.py", "import os\nx = os.environ['X']", "reads the environment"),
+        ("training/config.py", "from os import getenv", "reads the environment"),
     ],
 )
 def test_checker_finds_what_is_wrong(file, source, why):

@@ -16,9 +16,9 @@ from transformers.cache_utils import CacheLayerMixin
 from trl import TrlParser
 
 from draft_opd_trl import _trl_compat
-from draft_opd_trl.cache import _PositionLayer
 from draft_opd_trl.cli import CommandParser
-from draft_opd_trl.trainer import DraftOPDTrainer
+from draft_opd_trl.core.cache import _PositionLayer
+from draft_opd_trl.training.trainer import DraftOPDTrainer
 
 
 PACKAGE = ROOT / "draft_opd_trl"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_value, path
-from ..errors import InputError
+from ..core.checks import check_value, path
+from ..core.errors import InputError
 from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
 
 
@@ -68,15 +68,15 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
 
     from accelerate import PartialState
 
-    from ..acceptance import DEFINITION
-    from ..evaluation import evaluate_drafters
-    from ..files import check_writable, write_atomically
-    from ..loading import load_pair
-    from ..prompts import check_fit, tokenize_dataset
-    from ..sampling_params import SamplingParams
-    from ..speculation import SpeculationSettings
-    from ..suites import load_suite
-    from ..target import stop_token_ids
+    from ..core.files import check_writable, write_atomically
+    from ..core.sampling_params import SamplingParams
+    from ..core.target import stop_token_ids
+    from ..decoding.acceptance import DEFINITION
+    from ..decoding.speculation import SpeculationSettings
+    from ..evaluation.measure import evaluate_drafters
+    from ..evaluation.suites import load_suite
+    from ..texts.prompts import check_fit, tokenize_dataset
+    from ..training.loading import load_pair
 
     if PartialState().num_processes > 1:
         raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
@@ -181,7 +181,7 @@ def _losslessness(texts: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> str:
-    from ..terminal import as_text, table
+    from ..core.terminal import as_text, table
 
     parts = [result["definition"], "Intervals: 95 %, bootstrap over prompts."]
     for measured in result["results"]:

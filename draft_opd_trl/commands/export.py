@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checks import check_settings
-from ..limits import LIMITS
+from ..core.checks import check_settings
+from ..core.limits import LIMITS
 
 
 @dataclass
@@ -37,8 +37,8 @@ ARGUMENTS = (ExportArguments,)
 
 
 def run(arguments: ExportArguments) -> dict[str, Any]:
-    from ..checkpoints import export_drafter
-    from ..inspection import inspect_drafter
+    from ..folders.checkpoints import export_drafter
+    from ..folders.inspection import inspect_drafter
 
     export_drafter(
         arguments.path,

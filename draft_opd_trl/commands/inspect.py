@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checks import check_settings
-from ..limits import LIMITS
+from ..core.checks import check_settings
+from ..core.limits import LIMITS
 
 
 @dataclass
@@ -28,7 +28,7 @@ _ANSWERS = {True: "yes", False: "no", None: "not known"}
 
 
 def run(arguments: InspectArguments) -> dict[str, Any]:
-    from ..inspection import inspect_drafter
+    from ..folders.inspection import inspect_drafter
 
     return inspect_drafter(arguments.path, arguments.target, arguments.revision)
 

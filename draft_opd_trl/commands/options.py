@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_settings, check_value, read_json, text
-from ..errors import EnvironmentFault, InputError
-from ..limits import CHAT_KWARGS, LIMITS
+from ..core.checks import check_settings, check_value, read_json, text
+from ..core.errors import EnvironmentFault, InputError
+from ..core.limits import CHAT_KWARGS, LIMITS
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DraftOPDConfig
+from ..training.config import DraftOPDConfig
 from .options import AdapterArguments, PairArguments, check_bits
 
 
@@ -34,9 +34,9 @@ def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDCon
     import torch
     from transformers import BitsAndBytesConfig
 
-    from ..checkpoints import load_drafter_config
-    from ..planning import GIB, find_levers, plan_memory
-    from ..target_folder import HUB, read_target_config
+    from ..folders.checkpoints import load_drafter_config
+    from ..folders.target_folder import HUB, read_target_config
+    from ..training.planning import GIB, find_levers, plan_memory
 
     loading = config.teacher_model_init_kwargs or {}
     target = read_target_config(
@@ -68,7 +68,7 @@ def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDCon
 
 
 def show(result: dict[str, Any]) -> str:
-    from ..planning import MemoryPlan, misfit
+    from ..training.planning import MemoryPlan, misfit
 
     lines = [MemoryPlan(result["always"], result["phases"], result["limits"]).table()]
     if "levers" in result:

@@ -49,17 +49,17 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
 
     import torch
 
-    from ..evaluation import measure_acceptance
-    from ..files import check_writable
-    from ..loading import load_pair
-    from ..prompts import check_fit, tokenize_dataset
-    from ..records import Rollout
-    from ..sampling_params import SamplingParams
-    from ..speculation import SpeculationSettings
-    from ..suites import load_suite
-    from ..target import stop_token_ids
-    from ..traces import trace_texts
-    from ..viewer import write_trace_page
+    from ..core.files import check_writable
+    from ..core.records import Rollout
+    from ..core.sampling_params import SamplingParams
+    from ..core.target import stop_token_ids
+    from ..decoding.speculation import SpeculationSettings
+    from ..evaluation.measure import measure_acceptance
+    from ..evaluation.suites import load_suite
+    from ..evaluation.traces import trace_texts
+    from ..evaluation.viewer import write_trace_page
+    from ..texts.prompts import check_fit, tokenize_dataset
+    from ..training.loading import load_pair
 
     compared = [arguments.compare] if arguments.compare else []
     names = drafters_by_name([*compared, arguments.model_name_or_path])
@@ -102,8 +102,8 @@ def show(result: dict[str, Any]) -> str:
 
     from rich.console import Console
 
-    from ..traces import Trace
-    from ..viewer import print_traces
+    from ..evaluation.traces import Trace
+    from ..evaluation.viewer import print_traces
 
     traces = {name: [Trace.from_dict(trace) for trace in part] for name, part in result["traces"].items()}
     if result["file"] is not None:

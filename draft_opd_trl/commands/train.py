@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import DraftOPDConfig
+from ..training.config import DraftOPDConfig
 from .options import AdapterArguments, PairArguments, QuantizationArguments
 
 
@@ -33,10 +33,10 @@ BARE = {"resume_from_checkpoint": "true"}
 def run(
     arguments: TrainArguments, quantization: QuantizationArguments, adapter: AdapterArguments, config: DraftOPDConfig
 ) -> dict[str, Any]:
-    from ..before_after import results_of, write_results
-    from ..resuming import where_to_start
-    from ..rows import hold_out, load_prompts
-    from ..trainer import DraftOPDTrainer
+    from ..evaluation.before_after import results_of, write_results
+    from ..texts.rows import hold_out, load_prompts
+    from ..training.resuming import where_to_start
+    from ..training.trainer import DraftOPDTrainer
 
     # Before anything expensive.
     checkpoint = where_to_start(config)

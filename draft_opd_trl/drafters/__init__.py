@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InputError
-from ..target import Target
-from ..travel import travelling_code
+from ..core.errors import InputError
+from ..core.target import Target
+from ..core.travel import travelling_code
 from .base import Drafter, Proposal
 from .dflash import DFlashDraftModel
 from .dflash_config import DFlashConfig

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .drafter_config import DrafterConfig
 
 
 if TYPE_CHECKING:
-    from ..records import DraftBlocks
-    from ..sampling import Chooser
-    from ..target import Target, TargetShape
+    from ..core.records import DraftBlocks
+    from ..core.sampling import Chooser
+    from ..core.target import Target, TargetShape
 
 
 @contextmanager

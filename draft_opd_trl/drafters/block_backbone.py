@@ -19,9 +19,9 @@ from .parts import copy_norm, draft_in_parts, init_layer, lay_out, rotate
 
 
 if TYPE_CHECKING:
-    from ..records import DraftBlocks
-    from ..sampling import Chooser
-    from ..target import Target, TargetShape
+    from ..core.records import DraftBlocks
+    from ..core.sampling import Chooser
+    from ..core.target import Target, TargetShape
 
 
 class BlockAttention(nn.Module):

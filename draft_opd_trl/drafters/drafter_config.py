@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ..errors import InputError, InputTypeError
+from ..core.errors import InputError, InputTypeError
 
 
 class DrafterConfig:

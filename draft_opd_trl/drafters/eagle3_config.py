@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
 from .parts import TAPPED_BY_VLLM, layer_faults, shape_of, speculators_layer, uncomputed_rope, with_rope_fields

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from ..errors import InputError
+from ..core.errors import InputError
 
 
 # Largest whole number of each, from 1.

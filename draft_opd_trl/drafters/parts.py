@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..errors import InputError
-from ..packing import pack_by_text
+from ..core.errors import InputError
+from ..core.packing import pack_by_text
 
 
 if TYPE_CHECKING:
-    from ..records import DraftBlocks
+    from ..core.records import DraftBlocks
 
 
 # Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden

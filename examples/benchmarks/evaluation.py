@@ -35,8 +35,8 @@ from draft_opd_trl import (  # noqa: E402
     measure_acceptance,
     speculate,
 )
+from draft_opd_trl.evaluation.suites import load_suite  # noqa: E402
 from draft_opd_trl.metrics import metric_path  # noqa: E402
-from draft_opd_trl.suites import load_suite  # noqa: E402
 
 
 def throughput(args: argparse.Namespace) -> dict:

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, Target, create_drafter
-from draft_opd_trl.planning import plan_memory
-from draft_opd_trl.shapes import tensor_bytes
+from draft_opd_trl.core.shapes import tensor_bytes
+from draft_opd_trl.training.planning import plan_memory
 
 
 PROMPT_LENGTH = 32

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from draft_opd_trl import DraftOPDConfig
+from draft_opd_trl.core.shapes import Shapes
 from draft_opd_trl.drafters import DFlashConfig
-from draft_opd_trl.planning import GIB, MemoryPlan, plan_memory
-from draft_opd_trl.rehearsal import Rehearsal
-from draft_opd_trl.shapes import Shapes
+from draft_opd_trl.training.planning import GIB, MemoryPlan, plan_memory
+from draft_opd_trl.training.rehearsal import Rehearsal
 
 
 # config.json of Qwen/Qwen3-*: what decides sizes.

@@ -46,13 +46,13 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.block_choice import OnPolicySettings  # noqa: E402
-from draft_opd_trl.divergences import HARD_LOSSES  # noqa: E402
+from draft_opd_trl.core.files import atomic_folder, write_atomically  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
-from draft_opd_trl.files import atomic_folder, write_atomically  # noqa: E402
-from draft_opd_trl.recipe import read_recipe  # noqa: E402
-from draft_opd_trl.report import COLORS, new_figure, save_figure  # noqa: E402
-from draft_opd_trl.streams import StreamSettings  # noqa: E402
+from draft_opd_trl.evaluation.report import COLORS, new_figure, save_figure  # noqa: E402
+from draft_opd_trl.training.block_choice import OnPolicySettings  # noqa: E402
+from draft_opd_trl.training.divergences import HARD_LOSSES  # noqa: E402
+from draft_opd_trl.training.recipe import read_recipe  # noqa: E402
+from draft_opd_trl.training.streams import StreamSettings  # noqa: E402
 
 
 START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"

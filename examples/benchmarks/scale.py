@@ -42,7 +42,7 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.files import write_atomically  # noqa: E402
+from draft_opd_trl.core.files import write_atomically  # noqa: E402
 
 
 START = str(POCKET / "drafter-dflash")

@@ -40,8 +40,8 @@ from draft_opd_trl import (  # noqa: E402
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl import replay as replay_module  # noqa: E402
-from draft_opd_trl.records import Rollout  # noqa: E402
+from draft_opd_trl.core.records import Rollout  # noqa: E402
+from draft_opd_trl.decoding import replay as replay_module  # noqa: E402
 
 
 ARMS = {

@@ -31,19 +31,19 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.batching import BatchMaker
-from draft_opd_trl.block_choice import OnPolicySettings
-from draft_opd_trl.divergences import LossSettings
+from draft_opd_trl.core.files import write_atomically
+from draft_opd_trl.core.records import DraftBlocks, ReplayBatch, Rollout
+from draft_opd_trl.decoding.replay import text_blocks
 from draft_opd_trl.drafters.base import Drafter
-from draft_opd_trl.files import write_atomically
-from draft_opd_trl.loading import load_pair
-from draft_opd_trl.losses import Heads, hard_tokens, stream_loss
-from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.records import DraftBlocks, ReplayBatch, Rollout
-from draft_opd_trl.replay import text_blocks
-from draft_opd_trl.report import save_figure
-from draft_opd_trl.rows import load_prompts
-from draft_opd_trl.streams import StreamSettings, stream_weights
+from draft_opd_trl.evaluation.report import save_figure
+from draft_opd_trl.texts.prompts import tokenize_dataset
+from draft_opd_trl.texts.rows import load_prompts
+from draft_opd_trl.training.batching import BatchMaker
+from draft_opd_trl.training.block_choice import OnPolicySettings
+from draft_opd_trl.training.divergences import LossSettings
+from draft_opd_trl.training.loading import load_pair
+from draft_opd_trl.training.losses import Heads, hard_tokens, stream_loss
+from draft_opd_trl.training.streams import StreamSettings, stream_weights
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"

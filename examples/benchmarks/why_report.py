@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from draft_opd_trl.report import COLORS, looks_of, new_figure
+from draft_opd_trl.evaluation.report import COLORS, looks_of, new_figure
 
 
 NAMES = {"ce": "cross-entropy", "forward_kl": "forward KL", "reverse_kl": "reverse KL", "tv": "total variation"}

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import load_dataset
 
-from draft_opd_trl.prompts import tokenize_dataset
+from draft_opd_trl.texts.prompts import tokenize_dataset
 
 
 POCKET = Path(__file__).resolve().parent

@@ -29,8 +29,8 @@ from draft_opd_trl import (
     speculate,
     stop_token_ids,
 )
-from draft_opd_trl.files import atomic_folder
-from draft_opd_trl.prompts import prompt_ids
+from draft_opd_trl.core.files import atomic_folder
+from draft_opd_trl.texts.prompts import prompt_ids
 
 
 MAX_NEW_TOKENS = 512

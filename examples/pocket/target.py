@@ -17,7 +17,7 @@ from tokenizer import VOCAB_SIZE, build_tokenizer
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from draft_opd_trl.files import atomic_file
+from draft_opd_trl.core.files import atomic_file
 
 
 POOL = 64  # Batches that are drawn, sorted by length and shuffled together.

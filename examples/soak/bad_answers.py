@@ -18,7 +18,7 @@ from verdicts import Input
 from world import world
 
 from draft_opd_trl import DraftOPDConfig, SpeculationSettings, speculate
-from draft_opd_trl.rollout import build_source
+from draft_opd_trl.training.rollout import build_source
 
 
 LENGTH = 12

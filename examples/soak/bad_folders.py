@@ -24,7 +24,7 @@ from verdicts import Input
 from world import POCKET, ROOT, folder_of, world
 
 from draft_opd_trl import SpeculationSettings, load_drafter, speculate
-from draft_opd_trl.checkpoints import export_drafter
+from draft_opd_trl.folders.checkpoints import export_drafter
 
 
 JUNK: tuple[Any, ...] = ("x", "8", [], ["x"], [[1]], {}, {"x": 1}, -1, 0, 10**6, 10**30, 0.5, float("nan"))

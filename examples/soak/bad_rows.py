@@ -12,7 +12,7 @@ from verdicts import Input
 from world import folder_of, world
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
-from draft_opd_trl.rows import load_prompts
+from draft_opd_trl.texts.rows import load_prompts
 
 
 USER = {"role": "user", "content": "What is 1+2?"}

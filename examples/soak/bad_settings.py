@@ -20,8 +20,8 @@ from verdicts import Input
 from world import POCKET, folder_of, world
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, cli
-from draft_opd_trl.divergences import LOSSES
-from draft_opd_trl.errors import InputError
+from draft_opd_trl.core.errors import InputError
+from draft_opd_trl.training.divergences import LOSSES
 
 
 # Below, above and at what each field may be; [low, high), where None is unbounded. Types come from the annotations.

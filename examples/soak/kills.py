@@ -37,9 +37,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 from world import folder_of, world
 
-import draft_opd_trl.trainer
+import draft_opd_trl.training.trainer
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, SpeculationSettings, speculate
-from draft_opd_trl.errors import UserError
+from draft_opd_trl.core.errors import UserError
 
 
 KILLS = 100
@@ -240,7 +240,7 @@ def _train(kind: Kind, folder: Path, resume: bool, at: int | None, way: str, sig
     logging.set_verbosity_error()
     disable_progress_bars()
     # Half of such a short run would be its memory plan, which saves nothing: the instants shall fall into the rest.
-    draft_opd_trl.trainer.announce_plan = lambda *args, **kwargs: None
+    draft_opd_trl.training.trainer.announce_plan = lambda *args, **kwargs: None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def act() -> None:

@@ -23,13 +23,13 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl import SamplingParams, SpeculationSettings, Target, speculate, stop_token_ids
-from draft_opd_trl.consistency import text_fit
-from draft_opd_trl.prompts import tokenize_dataset
-from draft_opd_trl.records import Rollout
-from draft_opd_trl.seeding import seed_of
-from draft_opd_trl.server import CompletionsClient, ServerError
-from draft_opd_trl.server_source import ServerSource
-from draft_opd_trl.sources import DecodingSource
+from draft_opd_trl.core.records import Rollout
+from draft_opd_trl.core.seeding import seed_of
+from draft_opd_trl.texts.authorship import text_fit
+from draft_opd_trl.texts.prompts import tokenize_dataset
+from draft_opd_trl.texts.server import CompletionsClient, ServerError
+from draft_opd_trl.texts.server_source import ServerSource
+from draft_opd_trl.texts.sources import DecodingSource
 
 
 ROOT = Path(__file__).resolve().parents[2]

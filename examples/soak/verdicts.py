@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draft_opd_trl.errors import UserError
+from draft_opd_trl.core.errors import UserError
 
 
 RIGHT, CLEAR, UNCLEAR, HANG, WRONG = "right", "clear", "unclear", "hangs", "silently_wrong"

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from draft_opd_trl import Target, create_drafter, load_drafter
-from draft_opd_trl.checkpoints import export_drafter
-from draft_opd_trl.inspection import inspect_drafter
-from draft_opd_trl.records import DraftBlocks
-from draft_opd_trl.sampling import Chooser
+from draft_opd_trl.core.records import DraftBlocks
+from draft_opd_trl.core.sampling import Chooser
+from draft_opd_trl.folders.checkpoints import export_drafter
+from draft_opd_trl.folders.inspection import inspect_drafter
 
 
 HERE = Path(__file__).resolve().parent

@@ -1,0 +1,1 @@
+"""Drafters measured by real speculation, and how that is shown."""

@@ -1,0 +1,1 @@
+"""Folders of drafters and targets: read, written, converted, looked at, described, pushed."""

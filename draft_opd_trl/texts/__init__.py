@@ -1,0 +1,1 @@
+"""Prompts and the texts that the target writes for them, whoever writes them down."""

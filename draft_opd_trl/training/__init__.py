@@ -1,0 +1,1 @@
+"""Settings, recipes and the trainer, from texts to the optimizer's step."""

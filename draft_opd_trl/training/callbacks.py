@@ -1,0 +1,182 @@
+"""What a run shows and remembers, through the Trainer's callbacks: the progress bar, traces, trackers."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, rewrite_logs
+from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer_callback import ProgressCallback
+
+from ..core.errors import InputError
+from ..evaluation.traces import Trace
+from ..evaluation.viewer import marked_text, print_traces
+
+
+class AcceptanceProgressCallback(ProgressCallback):
+    """
+    The Trainer's progress bar, with the acceptance length of the texts just replayed.
+
+    Args:
+        acceptance_length (`Callable`): Returns it, or `None` while there is none.
+    """
+
+    def __init__(self, acceptance_length: Callable[[], float | None]) -> None:
+        super().__init__()
+        self.acceptance_length = acceptance_length
+
+    def on_step_end(self, args, state, control, **kwargs):
+        tau = self.acceptance_length()
+        if self.training_bar is not None and tau is not None:
+            self.training_bar.set_postfix_str(f"τ {tau:.2f}", refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+class FirstEvaluationCallback(TrainerCallback):
+    """Puts an evaluation made before training into the run's history, which `train()` begins anew."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == 0:
+            self.logs.append({**metrics, "step": 0})
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The history of a resumed run may hold one.
+        if not any(log["step"] == 0 for log in state.log_history):
+            state.log_history[:0] = self.logs
+
+
+def open_in_run_folder(callbacks: Sequence[TrainerCallback], args: TrainingArguments) -> None:
+    """
+    Have TensorBoard write where `train()` would, from the first log on.
+
+    The Trainer's callback settles its folder when training begins, and what is logged before goes to `./runs`: an
+    evaluation before training would be a run of its own there, and share no plot with the one after.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(args.output_dir, default_logdir())
+
+
+def not_finite(what: str, step: int, args: TrainingArguments) -> InputError:
+    """The error that ends a run whose numbers broke."""
+    return InputError(
+        f"{what} at step {step}, with learning_rate {args.learning_rate:g} and max_grad_norm {args.max_grad_norm:g}: "
+        f"what follows would train nothing. Nothing of this step was saved; checkpoints in {args.output_dir} are from "
+        "before. Start from one with a lower learning_rate, a longer warmup or a smaller max_grad_norm, and check "
+        "that drafter and target are finite in their dtype."
+    )
+
+
+class FiniteWeightsCallback(TrainerCallback):
+    """Ends a run at the step that made a weight NaN or infinite, before anything is logged, saved or decoded."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        # The largest magnitude: it cannot overflow, and one number is fetched for all.
+        largest = torch.nn.utils.get_total_norm([weight for weight in weights if weight.numel()], float("inf"))
+        if not torch.isfinite(largest):
+            raise not_finite("A weight of the drafter is not finite", state.global_step, args)
+
+
+class TraceCallback(TrainerCallback):
+    """
+    Acceptance by slot as a histogram for the trackers in `report_to`, and with `log_completions` example texts as
+    traces: printed, and as a table where the tracker has tables (TensorBoard gets them as text).
+
+    Args:
+        example_traces (`Callable`): Returns the traces; called on every rank, as a sharded target needs all of them.
+        callbacks (`Sequence[TrainerCallback]`): The Trainer's, one of which may hold TensorBoard's writer.
+    """
+
+    def __init__(self, example_traces: Callable[[], list[Trace]], callbacks: Sequence[TrainerCallback]) -> None:
+        self.example_traces, self.callbacks = example_traces, callbacks
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # Evaluations and the end of training log too; texts are in use where a training step was logged.
+        traces = self.example_traces() if args.log_completions and "loss" in logs else []
+        if not state.is_world_process_zero:
+            return
+        if traces:
+            print_traces({f"step {state.global_step}": traces})
+        histograms = rewrite_logs(slot_shares(logs))
+        for tracker in _trackers(args.report_to):
+            record = {name: tracker.Histogram(np_histogram=histogram(shares)) for name, shares in histograms.items()}
+            if traces:
+                record["traces"] = tracker.Table(dataframe=trace_table(traces, state.global_step))
+            if record:
+                tracker.log({**record, "train/global_step": state.global_step})
+        for writer in (one.tb_writer for one in self.callbacks if isinstance(one, TensorBoardCallback)):
+            for name, shares in histograms.items():
+                _add_histogram(writer, name, shares, state.global_step)
+            for number, trace in enumerate(traces):
+                # Indented, Markdown takes it as it stands.
+                text = marked_text(trace).plain.replace("\n", "\n    ")
+                title = f"τ {trace.acceptance_length:.2f}"
+                writer.add_text(f"traces/{number}", f"{title}\n\n    {text}", state.global_step)
+            writer.flush()
+
+
+def _trackers(report_to: Sequence[str]) -> list[ModuleType]:
+    """Modules with wandb's interface that a run reports to."""
+    named = [importlib.import_module(name) for name in ("wandb", "trackio") if name in report_to]
+    # As in TRL: wandb may be switched off, and then has no run.
+    return [module for module in named if module.__name__ != "wandb" or module.run is not None]
+
+
+def slot_shares(logs: dict[str, float]) -> dict[str, list[float]]:
+    """`…slot_1`, `…slot_2`, … of a log as one list, named `…by_slot`."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    for name, value in logs.items():
+        found = re.fullmatch(r"(.*acceptance[/_])slot_\d+", name)
+        if found:
+            shares[f"{found[1]}by_slot"].append(value)
+    return shares
+
+
+def histogram(shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and edges: bar k, around k, is the share of blocks whose first k proposals were accepted."""
+    return np.array(shares), np.arange(len(shares) + 1) + 0.5
+
+
+def _add_histogram(writer, name: str, shares: list[float], step: int) -> None:
+    heights, edges = histogram(shares)
+    slots = (edges[:-1] + edges[1:]) / 2
+    writer.add_histogram_raw(
+        name,
+        min=edges[0],
+        max=edges[-1],
+        num=heights.sum(),
+        sum=(heights * slots).sum(),
+        sum_squares=(heights * slots**2).sum(),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=heights.tolist(),
+        global_step=step,
+    )
+
+
+def trace_table(traces: list[Trace], step: int):
+    """A `pandas.DataFrame`, as trackers take it, a text a row."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "step": [step] * len(traces),
+            "prompt": [trace.prompt for trace in traces],
+            "completion": [trace.completion for trace in traces],
+            "acceptance_length": [trace.acceptance_length for trace in traces],
+            "trace": [marked_text(trace).plain for trace in traces],
+        }
+    )

@@ -1,0 +1,116 @@
+"""The side of a trainer that measures: real speculative decoding by all ranks, before training and after.
+
+Knows no losses, no rollouts and no batches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from ..core.errors import InputError
+from ..decoding.acceptance import AcceptanceReport, join_reports
+from ..decoding.speculation import SpeculationSettings
+from ..drafters.base import in_eval_mode
+from ..evaluation.before_after import BeforeAfter
+from ..evaluation.measure import measure_acceptance, text_seeds
+from .hub_trainer import HubTrainer
+from .sharding import gathered
+
+
+class EvaluatingTrainer(HubTrainer):
+    """
+    A Trainer whose evaluation is speculative decoding, and that remembers what it said before training.
+
+    Attributes:
+        measured ([`BeforeAfter`]): The reports, texts included, of the evaluations before the first step and last.
+    """
+
+    _tokenize: Callable[[Dataset, str], Dataset]
+    _check_fit: Callable[..., None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.measured = BeforeAfter()
+
+    @abstractmethod
+    def speculation_settings(self) -> SpeculationSettings:
+        """The law and lengths that texts are decoded under."""
+
+    @contextmanager
+    def _drafter_as_served(self) -> Iterator[None]:
+        """Eval mode and whole weights, on all ranks at once."""
+        with in_eval_mode(self.model), gathered(self.model):
+            yield
+
+    def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
+        """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together; on every rank."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        prompts = list(dataset["prompt_ids"])
+        share, seeds = prompts[rank::world], text_seeds(self.args.seed, range(len(prompts)))[rank::world]
+        reports = []
+        with self._drafter_as_served(), self.target.uneven_forwards():
+            if share:
+                settings = self.speculation_settings()
+                reports.append(
+                    measure_acceptance(self.target, self.drafter, share, settings, progress=progress, seeds=seeds)
+                )
+        dealt = [text for first in range(world) for text in range(first, len(prompts), world)]
+        order = sorted(range(len(dealt)), key=dealt.__getitem__)
+        return join_reports(gather_object(reports), at_once=True).select(order)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Acceptance length by real speculative decoding.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*): Prompts; the trainer's own by default.
+            ignore_keys: Unused; kept for the Trainer's signature.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
+
+        Returns:
+            `dict` of all of [`AcceptanceReport.metrics`]: `eval_acceptance_length` with `_low` and `_high` (95 % over
+            prompts), `eval_acceptance_slot_<k>`, `eval_acceptance_length_from_<position>`,
+            `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput. Where the same prompts were
+            evaluated before the first step, also `eval_acceptance_length_change` with `_low` and `_high`: the
+            difference of τ, paired by prompt.
+
+        Raises:
+            `ValueError`: There is no evaluation data set.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("`evaluate()` needs prompts: pass `eval_dataset` here or to the trainer.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for key, part in dataset.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}"))
+            return metrics
+        if "prompt_ids" not in dataset.column_names:
+            dataset = self._tokenize(dataset, "eval_dataset")
+            self._check_fit(None, dataset, self.args)
+        show = self.accelerator.is_main_process and not self.args.disable_tqdm
+        report = self.measure(dataset, "Evaluating" if show else None)
+        self.measured.note(metric_key_prefix, dataset["prompt_ids"], report, self.weights_step)
+        metrics = report.metrics(metric_key_prefix)
+        change = self.measured.change(metric_key_prefix)
+        if change is not None:
+            ends = {"": "mean", "_low": "low", "_high": "high"}
+            tau = f"{metric_key_prefix}_acceptance_length_change"
+            metrics |= {tau + end: change[key] for end, key in ends.items()}
+        self.log(metrics)
+        self.state.log_history[-1]["step"] = self.weights_step
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.renew_card()
+        return metrics

@@ -1,0 +1,385 @@
+"""Texts from every source are the target's; what is on disk is not written again; a server is believed only so far."""
+
+import pytest
+import torch
+from completions_server import CompletionsServer
+from conftest import (
+    ANY_KIND,
+    HELD_OUT,
+    POCKET,
+    STOPS,
+    ScriptedDrafter,
+    counting_target,
+    scripted_target,
+    tiny_drafter,
+    tiny_model,
+    tiny_tokenizer,
+)
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draft_opd_trl import DraftOPDConfig, SamplingParams, SpeculationSettings, Target, speculate, stop_token_ids
+from draft_opd_trl.core import endpoint
+from draft_opd_trl.core.seeding import seed_of
+from draft_opd_trl.texts import server
+from draft_opd_trl.texts.prompts import tokenize_dataset
+from draft_opd_trl.texts.server import Answer, CompletionsClient, ServerError
+from draft_opd_trl.texts.server_source import ServerSource
+from draft_opd_trl.texts.sources import CachedSource, DatasetSource, DecodingSource, until_stop
+from draft_opd_trl.texts.text_cache import TextCache
+from draft_opd_trl.training.rollout import _faithful_text, build_source
+
+
+SETTINGS = SpeculationSettings(4, [7], keep_states=True, pad_token_id=9)
+ROWS = [{"prompt_ids": [1, 2], "completion_ids": [3, 4, 5, 6, 7]}, {"prompt_ids": [5], "completion_ids": [6, 7, 8]}]
+
+
+def sources():
+    drafter = ScriptedDrafter([[token + 1, 0] for token in range(12)])
+    return {
+        "speculation": DecodingSource(counting_target(), drafter, SETTINGS, 0),
+        "generate": DecodingSource(counting_target(), None, SETTINGS, 0),
+        "dataset": DatasetSource(counting_target(), SETTINGS),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(sources()))
+def test_every_source_gives_the_same_text(name):
+    rollout = sources()[name].write(ROWS)
+    # Texts of the data set end where generated ones do: at `max_new_tokens`, or with the first stop token.
+    assert rollout.tokens.tolist() == [[1, 2, 3, 4, 5, 6], [5, 6, 7, 9, 9, 9]]
+    assert rollout.prompt_lengths.tolist() == [2, 1] and rollout.lengths.tolist() == [6, 3]
+    assert (rollout.blocks is not None) == (name == "speculation")
+    assert (rollout.block_states is not None) == (name == "speculation")
+
+
+def test_until_stop():
+    assert until_stop([1, 2, 3], [7, 8]) == [1, 2, 3]
+    assert until_stop([1, 8, 2, 7], [7, 8]) == [1, 8]
+    assert until_stop([], [7]) == []
+
+
+def test_draws_depend_on_seed_draw_and_prompts_alone():
+    settings = SpeculationSettings(12, [], SamplingParams(1.0))
+    target = scripted_target(torch.zeros(8, 8))  # every token is as likely as any, whatever the prompt
+
+    def texts(seed=0, draw=0, prompt=1):
+        return DecodingSource(target, None, settings, seed).write([{"prompt_ids": [prompt]}], draw).completions()
+
+    assert texts() == texts()
+    assert texts() not in (texts(draw=1), texts(seed=1), texts(prompt=2))
+
+
+class Counting:
+    """A source that remembers what it was asked for."""
+
+    def __init__(self, source):
+        self.source, self.asked = source, []
+
+    def write(self, rows, draw=0):
+        self.asked.append(([row["prompt_ids"] for row in rows], draw))
+        return self.source.write(rows, draw)
+
+
+def cached(folder, source, log=lambda *logged: None):
+    return CachedSource(source, TextCache(folder, {}), log, 9, torch.device("cpu"))
+
+
+def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
+    inner, logged = Counting(sources()["speculation"]), []
+    source = cached(tmp_path, inner, lambda *counts: logged.append(counts))
+    first = source.write(ROWS[:1])
+    assert first.blocks is not None and first.block_states is not None  # untouched on the way
+    both = source.write(ROWS)
+    # Texts from disk have no blocks, and replay finds them.
+    assert both.blocks is None and both.tokens.tolist() == sources()["generate"].write(ROWS).tokens.tolist()
+    assert both.lengths.tolist() == [6, 3]
+    assert source.write(ROWS[::-1]).completions() == both.completions()[::-1]
+    source.write(ROWS[:1], draw=1)
+    assert inner.asked == [([[1, 2]], 0), ([[5]], 0), ([[1, 2]], 1)]
+    assert logged == [("rollout/cached", *counts) for counts in ((0, 1), (1, 2), (2, 2), (0, 1))]
+
+
+# A server that serves the target, or something like it.
+
+TOKENIZER = tiny_tokenizer()
+LETTERS = [[5 + number % 26, 6 + number // 26, 8] for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Of these texts, some end in either stop token and some at the limit."""
+    return Target(tiny_model("qwen3", vocab_size=32, seed=4))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(server, "INTERVAL", 0.05)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+
+
+def serving(target, change=lambda prompt, ids: ids, sampling=SETTINGS.sampling, **options):
+    """A server of the target's own text, `change`d on the way."""
+    settings = SpeculationSettings(20, STOPS, sampling)
+
+    def answer(prompt):
+        generator = torch.Generator().manual_seed(seed_of(prompt))
+        ids = change(prompt, speculate(target, None, [prompt], settings, generator).completions()[0])
+        return ids, ids[-1] in STOPS
+
+    return CompletionsServer(answer, TOKENIZER, **options)
+
+
+def source_of(url, target, keep=lambda *kept: None, log=lambda *logged: None, sampling=SETTINGS.sampling):
+    settings = SpeculationSettings(20, STOPS, sampling)
+    client = CompletionsClient(
+        url, sampling, 20, STOPS, lambda ids: _faithful_text(TOKENIZER, ids), max_retries=1, concurrency=2
+    )
+    return ServerSource(client, TOKENIZER, DecodingSource(target, None, settings, 0), keep, log)
+
+
+def rows_of(prompts):
+    return [{"prompt_ids": prompt} for prompt in prompts]
+
+
+def own_texts(target, prompts):
+    return speculate(target, None, prompts, SpeculationSettings(20, STOPS)).completions()
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"returns_ids": False}, {"takes_ids": False}], ids=["ids", "ids in, text out", "text"]
+)
+def test_a_server_writes_the_targets_text(target, shape):
+    logged = []
+    with serving(target, **shape) as server:
+        source = source_of(server.url, target, log=lambda *counts: logged.append(counts))
+        texts = source.write(rows_of(LETTERS)).completions()
+    assert texts == own_texts(target, LETTERS)
+    assert {text[-1] for text in texts} > set(STOPS)
+    assert logged == [("rollout/dropped", 0, len(LETTERS))]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ids: [*ids[:-2], (ids[-2] + 1) % 32 or 5, ids[-1]],  # not what the target writes
+        lambda ids: ids[: len(ids) // 2],  # ends nowhere
+        lambda ids: [*ids[:4], 0, *ids[5:]],  # goes on after a stop token
+    ],
+    ids=["other token", "no end", "beyond its end"],
+)
+def test_wrong_texts_are_dropped_counted_and_written_by_the_target(target, wrong):
+    whole = own_texts(target, LETTERS)
+    bad = [prompt for prompt, text in zip(LETTERS, whole, strict=True) if len(text) == 20][:2]
+    logged, kept = [], []
+    with serving(target, lambda prompt, ids: wrong(ids) if prompt in bad else ids) as server:
+        keep, log = (lambda prompts, *_: kept.extend(prompts)), (lambda *counts: logged.append(counts))
+        source = source_of(server.url, target, keep, log)
+        texts = source.write(rows_of(LETTERS)).completions()
+    assert texts == whole
+    assert logged == [("rollout/dropped", len(bad), len(LETTERS))]
+    assert sorted(kept) == sorted(prompt for prompt in LETTERS if prompt not in bad)
+
+
+def test_text_whose_tokens_are_not_those_counted_is_dropped(target):
+    """Such as text from which a server took the special tokens, or that was not written in its canonical tokens."""
+    prompt, ids = LETTERS[0], own_texts(target, LETTERS[:1])[0]
+    source = source_of("http://nowhere", target)
+
+    def accepted(num_tokens):
+        answer = Answer(TOKENIZER.decode(ids[:-1]), None, ids[-1] in STOPS, None, num_tokens)
+        return source._accepted([prompt], {0: answer})
+
+    assert ids[-1] in STOPS
+    assert accepted(len(ids)) == accepted(None) == {0: ids}
+    assert accepted(len(ids) + 1) == accepted(len(ids) - 1) == {}
+
+
+MANY = [[5 + number % 27, 5 + number // 27, 8] for number in range(600)]
+
+
+def test_a_server_of_another_model_is_refused(target):
+    other = Target(tiny_model("qwen3", vocab_size=32, seed=5))
+    kept = []
+    with serving(other) as server:
+        with pytest.raises(ServerError, match="not what the target writes.*serves this very target"):
+            source_of(server.url, target, lambda prompts, *_: kept.extend(prompts)).write(rows_of(LETTERS))
+    assert kept == []
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """Entropy well between none and all."""
+    return Target(tiny_model("qwen3", vocab_size=32, initializer_range=0.1))
+
+
+def write_in_sets(source, prompts, size=50):
+    for start in range(0, len(prompts), size):
+        source.write(rows_of(prompts[start : start + size]))
+
+
+def test_a_server_that_draws_otherwise_is_refused(drawing):
+    """Each text alone might be the target's; all of them together are not."""
+    kept = []
+    with serving(drawing, sampling=SamplingParams(0.5)) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=SamplingParams(1.0))
+        with pytest.raises(
+            ServerError, match="not what the target writes with .*temperature=1.0.*standard deviations"
+        ):
+            source.write(rows_of(MANY[:100]))
+    assert source.faults.total() < 20 and kept == []
+
+
+def test_the_right_server_is_never_in_doubt_for_long(drawing):
+    kept, sampling = [], SamplingParams(1.0)
+    with serving(drawing, sampling=sampling) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=sampling)
+        write_in_sets(source, MANY[:300], 100)
+    assert sorted(kept) == sorted(MANY[:300]) and source.faults.total() <= 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0)], ids=["greedy", "T = 1"])
+def test_a_server_that_turns_bad_is_noticed_whenever_it_does(drawing, sampling):
+    """The first 200 texts are right, and make up for nothing."""
+    kept, right = [], set(map(tuple, MANY[:200]))
+    other = Target(tiny_model("qwen3", vocab_size=32, initializer_range=0.1, seed=7))
+
+    def change(prompt, ids):
+        settings = SpeculationSettings(20, STOPS, sampling)
+        generator = torch.Generator().manual_seed(seed_of(prompt))
+        return (
+            ids if tuple(prompt) in right else speculate(other, None, [prompt], settings, generator).completions()[0]
+        )
+
+    with serving(drawing, change, sampling) as server:
+        source = source_of(server.url, drawing, lambda p, *_: kept.extend(p), sampling=sampling)
+        write_in_sets(source, MANY[:200])
+        assert sorted(kept) == sorted(MANY[:200])
+        with pytest.raises(ServerError, match="not what the target writes"):
+            source.write(rows_of(MANY[200:300]))
+    assert source.num_judged < 300
+    assert not set(map(tuple, kept)) - right
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda ids: [*ids, *ids][:40], "longer than asked"),
+        (lambda ids: [*ids[:-1], 32], "of ids outside the target's vocabulary"),
+        (lambda ids: [-1, *ids[1:]], "of ids outside the target's vocabulary"),
+        (lambda ids: [2**70, *ids[1:]], "of ids outside the target's vocabulary"),
+        (lambda ids: ids[:1], "ending neither in a stop token nor at the limit"),
+    ],
+    ids=["too long", "vocabulary", "negative", "huge", "cut"],
+)
+def test_texts_of_no_use_are_told_before_the_target_reads_them(target, wrong, why):
+    whole = own_texts(target, LETTERS)
+    prompts = [prompt for prompt, text in zip(LETTERS, whole, strict=True) if len(text) == 20]
+    prompts = [*prompts, *prompts, *prompts][:20]
+    kept = []
+    with serving(target, lambda prompt, ids: wrong(ids), too_long=True) as server:
+        with pytest.raises(ServerError, match=why):
+            source_of(server.url, target, lambda p, *_: kept.extend(p)).write(rows_of(prompts))
+    assert kept == []
+    # One of them among good ones is dropped, and nothing else happens.
+    with serving(target, lambda prompt, ids: wrong(ids) if prompt == prompts[0] else ids, too_long=True) as server:
+        texts = source_of(server.url, target).write(rows_of(LETTERS)).completions()
+    assert texts == whole
+
+
+def test_a_stop_token_outside_the_vocabulary_is_not_shown_to_the_target(target):
+    source = source_of("http://nowhere", target)
+    answer = Answer("ab", [5, 6], True, 10**6, 3)
+    assert source._accepted([LETTERS[0]], {0: answer}) == {}
+    assert source.faults == {"of ids outside the target's vocabulary": 1}
+
+
+@pytest.mark.parametrize("dies_after", [3, 18], ids=["before it is judged", "after"])
+def test_what_a_dying_server_sent_is_not_asked_for_again(target, tmp_path, dies_after):
+    cache = TextCache(tmp_path, {})
+
+    def write(url):
+        source = source_of(url, target, cache.add)
+        return CachedSource(source, cache, lambda *logged: None, 0, target.device).write(rows_of(LETTERS))
+
+    with serving(target, dies_after=dies_after) as server:
+        with pytest.raises(ServerError, match=f"{dies_after} of 20 texts had arrived; they are in the text cache"):
+            write(server.url)
+    assert len(cache) == dies_after
+    with serving(target) as server:
+        assert write(server.url).completions() == own_texts(target, LETTERS)
+    assert len(server.requests) == 20 - dies_after
+
+
+def test_faithful_text():
+    assert _faithful_text(TOKENIZER, [5, 6, 0, 2]) == "ab<|end|><|assistant|>"
+    # A token no text gives: the tokenizer has 32.
+    assert _faithful_text(TOKENIZER, [5, 40]) is None
+
+
+# What a config names.
+
+
+def build(tmp_path, target, **options):
+    settings = SpeculationSettings(20, STOPS, SamplingParams(options.get("temperature", 0.0)))
+    args = DraftOPDConfig(str(tmp_path), report_to="none", **options)
+    drafter = tiny_drafter(ANY_KIND, target)
+    return build_source(args, target, drafter, TOKENIZER, settings, lambda name, value: None)
+
+
+def test_each_name_builds_its_source(tmp_path, target):
+    assert isinstance(build(tmp_path, target, rollout_source="dataset"), DatasetSource)
+    assert not (tmp_path / "_text_cache").exists()
+    assert build(tmp_path, target, rollout_source="speculation").source.drafter is not None
+    assert build(tmp_path, target, rollout_source="generate").source.drafter is None
+    source = build(tmp_path, target, rollout_source="server", server_url="http://nowhere", server_timeout=3)
+    assert isinstance(source.source, ServerSource) and source.source.client.url == "http://nowhere/v1/completions"
+    assert source.cache.folder.parent == tmp_path / "_text_cache"
+    elsewhere = build(tmp_path, target, rollout_source="generate", text_cache_dir=str(tmp_path / "shared"))
+    assert elsewhere.cache.folder.parent == tmp_path / "shared"
+
+
+def test_what_decides_a_text_decides_the_folder(tmp_path, target):
+    """Any source may write a text; another law, target, template or length makes it another text."""
+
+    def folder(of=target, **options):
+        return build(tmp_path, of, rollout_source="generate", **options).cache.folder
+
+    same = folder()
+    assert same == folder(seed=5) == folder(lmbda=0.0)
+    assert same == build(tmp_path, target, rollout_source="speculation").cache.folder
+    changed = torch.clone(target.model.lm_head.weight)
+    others = [
+        folder(of=Target(tiny_model("qwen3", vocab_size=32, seed=1))),
+        folder(chat_template_kwargs={"enable_thinking": False}),
+        folder(temperature=1.0),
+        folder(temperature=1.0, seed=5),
+        folder(temperature=1.0, top_k=5),
+    ]
+    with torch.no_grad():
+        target.model.lm_head.weight += 1e-3
+        others.append(folder())
+        target.model.lm_head.weight.copy_(changed)
+    assert folder() == same and len({same, *others}) == 7
+
+
+def test_a_fingerprint_sees_the_config_too():
+    plain, scaled = tiny_model("qwen3"), tiny_model("qwen3", rms_norm_eps=1e-3)
+    assert Target(plain).fingerprint() == Target(tiny_model("qwen3")).fingerprint()
+    assert Target(plain).fingerprint() != Target(scaled).fingerprint()
+    assert Target(plain).fingerprint() != Target(plain.to(torch.bfloat16)).fingerprint()
+
+
+def test_conversational_rows_are_the_texts_they_came_from():
+    """What the template writes behind the stop token is not the target's, and is cut."""
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
+    prompts = load_dataset("json", data_files=HELD_OUT, split="train[:6]")
+    settings = SpeculationSettings(300, stop_token_ids(model, tokenizer))
+    rows = list(tokenize_dataset(prompts, tokenizer, None))
+    written = DecodingSource(Target(model), None, settings, 0).write(rows).completions()
+    answers = [[{"role": "assistant", "content": tokenizer.decode(ids[:-1])}] for ids in written]
+    chats = prompts.select_columns("prompt").add_column("completion", answers)
+    rows = list(tokenize_dataset(chats, tokenizer, None, needs_completions=True))
+    assert rows[0]["completion_ids"] == [*written[0], *tokenizer("\n")["input_ids"]]
+    assert DatasetSource(Target(model), settings).write(rows).completions() == written
