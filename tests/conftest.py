@@ -80,7 +80,7 @@ def _tiny_eagle3(target):
 
 # The one place that knows how a drafter of a kind is made tiny: target → options of `create_drafter`. A kind that is
 # not here is made with its defaults; its own test file may put a line in.
-TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3}
+TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3, "causal_lm": lambda target: {"num_hidden_layers": 1}}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):

@@ -296,8 +296,8 @@ def assert_checkpointing_keeps_less_and_changes_no_gradient(target, make_drafter
         gradients = {name: value.grad for name, value in drafter.named_parameters() if value.grad is not None}
         return {"states": states.detach(), **gradients}, sum(kept)
 
-    plain, kept = run(make_drafter())
-    drafter = make_drafter()
+    plain, kept = run(make_drafter().train())
+    drafter = make_drafter().train()
     drafter.activation_checkpointing_enable()
     recomputed, kept_when_recomputed = run(drafter)
     assert len(plain) > 1

@@ -8,13 +8,18 @@ from ..core.errors import InputError
 from ..core.target import Target
 from ..core.travel import travelling_code
 from .base import Drafter, Proposal
+from .causal_lm import CausalLMDrafter
 from .dflash import DFlashDraftModel
 from .dflash_config import DFlashConfig
 from .drafter_config import DrafterConfig
 from .eagle3 import LlamaForCausalLMEagle3
 
 
-DRAFTERS: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": LlamaForCausalLMEagle3}
+DRAFTERS: dict[str, type[Drafter]] = {
+    "dflash": DFlashDraftModel,
+    "eagle3": LlamaForCausalLMEagle3,
+    "causal_lm": CausalLMDrafter,
+}
 Drafter.travelling_code = staticmethod(travelling_code)
 
 
@@ -26,7 +31,7 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
         kind (`str`): Key in `DRAFTERS`.
         target ([`Target`]): What it will draft for.
         init_from_target (`bool`, *optional*, defaults to `True`): Copy the target's last layers where shapes fit.
-        config: Passed to the architecture's `from_target` (block size, mask token, layers …).
+        config: Options of the kind (block size, mask token, layers …), see its config's `from_target`.
 
     Raises:
         `TypeError`: An option that the architecture does not have.
@@ -34,12 +39,7 @@ def create_drafter(kind: str, target: Target, init_from_target: bool = True, **c
     """
     if kind not in DRAFTERS:
         raise InputError(f"Unknown drafter kind {kind!r}; known kinds are {sorted(DRAFTERS)}.")
-    drafter_class = DRAFTERS[kind]
-    drafter = drafter_class(drafter_class.config_class.from_target(target.config, **config)).to(target.device)
-    drafter.bind(target)
-    if init_from_target:
-        drafter.init_from_target(target)
-    return drafter
+    return DRAFTERS[kind].made_for(target, init_from_target, **config)
 
 
 __all__ = ["DRAFTERS", "DFlashConfig", "DFlashDraftModel", "Drafter", "DrafterConfig", "Proposal", "create_drafter"]

@@ -208,6 +208,19 @@ class Drafter(PreTrainedModel, ABC):
         """Start from the target's weights where shapes fit; nothing by default."""
         return self
 
+    @classmethod
+    def made_for(cls, target: Target, init_from_target: bool = True, **options: Any) -> Drafter:
+        """
+        A new drafter shaped after `target` and bound to it, as [`create_drafter`] makes it.
+
+        Args:
+            target ([`Target`]): What it will draft for.
+            init_from_target (`bool`, *optional*, defaults to `True`): Call [`init_from_target`].
+            options: Of the config's `from_target`.
+        """
+        drafter = cls(cls.config_class.from_target(target.config, **options)).to(target.device).bind(target)
+        return drafter.init_from_target(target) if init_from_target else drafter
+
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
     @classmethod

@@ -37,24 +37,24 @@ class DrafterConfig:
         raise NotImplementedError(f"{cls.__name__} has no from_target.")
 
     @classmethod
-    def check_options(cls, options: Iterable[str]) -> None:
+    def check_options(cls, options: Iterable[str], fields: Iterable[str] | None = None) -> None:
         """
         Refuse options that no config field answers to; transformers' configs would keep them without a word.
 
         Args:
             options (`Iterable[str]`): Names of what is passed on to the config.
+            fields (`Iterable[str]`, *optional*): Names of its fields; by default those of the transformers config
+                that it is made of.
 
         Raises:
             `TypeError`: There is no such field.
         """
         parameters = signature(cls.from_target).parameters
         own = [name for name in parameters if name not in ("target_config", "overrides", "options")]
-        plain = next(
-            parent
-            for parent in cls.__mro__
-            if issubclass(parent, PreTrainedConfig) and not issubclass(parent, DrafterConfig)
-        )
-        known = {*own, *signature(cls.__init__).parameters, *plain().to_dict()} - {"self", "kwargs"}
+        if fields is None:
+            plain = (parent for parent in cls.__mro__ if not issubclass(parent, DrafterConfig))
+            fields = next(parent for parent in plain if issubclass(parent, PreTrainedConfig))().to_dict()
+        known = {*own, *signature(cls.__init__).parameters, *fields} - {"self", "kwargs"}
         for name in options:
             if name not in known:
                 near = get_close_matches(name, own, 1, 0.7) or get_close_matches(name, sorted(known), 1, 0.7)

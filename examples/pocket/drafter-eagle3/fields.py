@@ -103,9 +103,10 @@ def check_heads(config: Any) -> None:
     Raises:
         `ValueError`: Attention cannot be shaped so: heads that share no keys evenly, or that cannot be rotated.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if heads % kv_heads or (config.head_dim or 2) % 2:
+    heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % kv_heads or (head_dim or 2) % 2:
         raise InputError(
-            f"num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim {config.head_dim} make no "
+            f"num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim {head_dim} make no "
             "attention: key heads must divide the heads, and head_dim be even. Correct them in the config."
         )

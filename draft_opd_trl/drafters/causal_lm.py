@@ -1,0 +1,467 @@
+"""A small causal language model as a drafter: it reads the text itself, and its folder stays a plain model.
+
+Any causal LM of transformers that has the target's vocabulary and rotary positions. This code does not travel: nobody
+needs it to read the folder. Knows nothing of rollouts, losses or where anchors come from.
+Source: Leviathan et al. (arXiv 2211.17192). vLLM serves it as `draft_model`, SGLang as `STANDALONE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..core.cache import PositionCache, cache_argument, visible
+from ..core.errors import InputError
+from ..core.packing import pack_by_text
+from .base import Drafter, Proposal, in_eval_mode
+from .drafter_config import DrafterConfig
+from .fields import check_fields, check_heads
+from .parts import copy_fitting, plain_weight, uncomputed_rope
+
+
+if TYPE_CHECKING:
+    from ..core.records import DraftBlocks
+    from ..core.sampling import Chooser
+    from ..core.target import Target, TargetShape
+
+
+# What is seen of keys, `(B, 1, Q, S)`, by layers with a window of so many positions, or without one.
+Sees = Callable[[int | None], torch.Tensor]
+
+
+class CausalLMConfig(DrafterConfig, PreTrainedConfig):
+    """
+    A plain model's config, and the one thing that it does not say.
+
+    Args:
+        num_draft_tokens (`int`, *optional*, defaults to `4`):
+            K, proposals a block. In a `config.json` this field tells a drafter from any other model; whoever reads the
+            plain model leaves it alone.
+        model_type (`str`, *optional*, defaults to `"qwen3"`):
+            A causal LM of transformers.
+        fields:
+            Of that type's config.
+
+    Raises:
+        `ValueError`: It asks for something that is not computed here.
+    """
+
+    card_notes = "`target.generate(..., assistant_model=drafter)` decodes with it in transformers, one text at a time."
+
+    def __init__(self, num_draft_tokens: int = 4, model_type: str = "qwen3", **fields: Any) -> None:
+        check_fields({"num_draft_tokens": num_draft_tokens, **fields})
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise InputError(f"model_type {model_type!r} is no causal language model of transformers. Take one.")
+        super().__init__()
+        self.num_draft_tokens = num_draft_tokens or 4
+        self.lm = AutoConfig.for_model(model_type, **fields)
+        self._check_lm()
+
+    def _check_lm(self) -> None:
+        rope = getattr(self.lm, "rope_parameters", None)
+        asked = {} if rope else {"positions": "learned, or none"}
+        # One for all layers, or one a layer type.
+        for part in (rope or {}, *(rope or {}).values()):
+            asked |= uncomputed_rope(part) if isinstance(part, dict) else {}
+        if other := self.layer_types - {"full_attention", "sliding_attention"}:
+            asked["layer_types"] = sorted(other)
+        if self.lm.get_text_config() is not self.lm:
+            asked["more than text"] = True
+        if asked:
+            raise InputError(
+                f"A {self.lm.model_type} model asks for {asked}, which cannot be drafted with here: a key must stay "
+                "what it is, whatever comes after. Take a model of full or sliding attention over text, with RoPE of "
+                "type default, linear, llama3 or yarn."
+            )
+        check_heads(self.lm)
+
+    @classmethod
+    def from_target(
+        cls, target_config: PreTrainedConfig, num_draft_tokens: int = 4, num_hidden_layers: int = 2, **overrides: Any
+    ) -> CausalLMConfig:
+        """
+        A model of the target's own type with few layers.
+
+        Args:
+            target_config ([`~transformers.PreTrainedConfig`]): Of the (text) target.
+            num_draft_tokens (`int`, *optional*, defaults to `4`): K, proposals a block.
+            num_hidden_layers (`int`, *optional*, defaults to `2`): Layers, of the types of the target's last ones.
+            overrides: Further fields of the target's config.
+        """
+        theirs = target_config.to_dict()
+        cls.check_options(overrides, theirs)
+        for name in ("_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version"):
+            theirs.pop(name, None)
+        if theirs.get("layer_types"):
+            theirs["layer_types"] = theirs["layer_types"][-num_hidden_layers:]
+        return cls(num_draft_tokens, **{**theirs, "num_hidden_layers": num_hidden_layers, **overrides})
+
+    # -- what is asked of every drafter's config ------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.lm.num_hidden_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.lm.max_position_embeddings
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int) -> None:
+        self.lm.max_position_embeddings = value
+
+    @property
+    def layer_types(self) -> set[str]:
+        """Those that the model tells apart; models of one type of layer (Llama) have none."""
+        return set(getattr(self.lm, "layer_types", None) or ())
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a layer with sliding attention sees."""
+        slides = "sliding_attention" in self.layer_types or not self.layer_types
+        return getattr(self.lm, "sliding_window", None) if slides else None
+
+    # -- the plain model's folder -----------------------------------------------------------------------------------
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Tensors that are others: the head's name → the embedding's, where it is one."""
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.lm)]
+        return dict(model_class._tied_weights_keys or {}) if self.lm.tie_word_embeddings else {}
+
+    def _as_written(self, fields: dict[str, Any]) -> dict[str, Any]:
+        plain = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.lm.model_type]]
+        dtype = str(self.dtype or torch.float32).removeprefix("torch.")
+        return {**fields, "architectures": plain, "dtype": dtype, "num_draft_tokens": self.num_draft_tokens}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._as_written(self.lm.to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._as_written(self.lm.to_diff_dict())
+
+    @classmethod
+    def layout(cls, written: dict[str, Any]) -> str:
+        return "a plain model of transformers"
+
+    # -- engines ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def sglang_flags(cls, kind: str, num_draft_tokens: int) -> list[str]:
+        return [
+            "--speculative-algorithm STANDALONE",
+            f"--speculative-num-steps {num_draft_tokens}",
+            "--speculative-eagle-topk 1",
+            f"--speculative-num-draft-tokens {num_draft_tokens + 1}",
+        ]
+
+    @classmethod
+    def vllm_config(cls, kind: str, num_draft_tokens: int) -> dict[str, Any]:
+        return {"method": "draft_model", "num_speculative_tokens": num_draft_tokens}
+
+
+class CausalLMDrafter(Drafter):
+    """
+    A causal LM of transformers, whole, with its own embedding, head and cache.
+
+    Args:
+        config ([`CausalLMConfig`]): The model's config, and K.
+    """
+
+    kind = "causal_lm"
+    config_class = CausalLMConfig
+    base_model_prefix = "lm"
+    auto_class = "AutoModelForCausalLM"
+    code_travels = False
+    _supports_sdpa = True
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__(config)
+        self._take(AutoModelForCausalLM.from_config(config.lm, dtype=torch.float32, attn_implementation="sdpa"))
+        self.post_init()
+
+    def _take(self, lm: PreTrainedModel) -> None:
+        self.lm, self.config.lm = lm, lm.config
+
+    # -- where one comes from -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def made_for(
+        cls, target: Target, init_from_target: bool = True, path: str | None = None, **options: Any
+    ) -> CausalLMDrafter:
+        """
+        A drafter from a model that is there, or of the target's own last layers.
+
+        Args:
+            target ([`Target`]): What it will draft for.
+            init_from_target (`bool`, *optional*, defaults to `True`): Without `path`, copy the target's weights.
+            path (`str`, *optional*): Folder or id of a causal LM with the target's tokens. Where only the padding of
+                the two vocabularies differs, it gets the target's.
+            options: `num_draft_tokens`; without `path`, all of [`CausalLMConfig.from_target`].
+
+        Raises:
+            `ValueError`: No such model, or it has other tokens than the target.
+        """
+        if path is None:
+            return super().made_for(target, init_from_target, **options)
+        lm = _read_model(path)
+        _fit_vocabulary(lm, path, target)
+        with torch.device("meta"):
+            drafter = cls(CausalLMConfig(**options, **{**lm.config.to_dict(), "dtype": None}))
+        drafter._take(lm)
+        return drafter.to(target.device).bind(target).eval()
+
+    @torch.no_grad()
+    def init_from_target(self, target: Target) -> CausalLMDrafter:
+        """
+        Start from the target's embedding, last layers, norm and head where shapes fit.
+        """
+        mine, theirs = self.lm.get_decoder(), target.decoder
+        pairs = [(layer, source) for layer, source in zip(mine.layers[::-1], theirs.layers[::-1], strict=False)]
+        pairs += [(mine.norm, theirs.norm), (self.get_input_embeddings(), target.embedding)]
+        pairs += [(self.get_output_embeddings(), target.head)]
+        for module, source in pairs:
+            given = dict(source.named_parameters())
+            for name, parameter in module.named_parameters():
+                copy_fitting(parameter, given[name])
+        return self
+
+    @classmethod
+    def recognises(cls, config: dict[str, Any]) -> bool:
+        plain = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+        return "num_draft_tokens" in config and config.get("architectures") == [plain]
+
+    @classmethod
+    def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: CausalLMConfig) -> dict[str, torch.Tensor]:
+        tied = {name: tensors[source] for name, source in config.ties.items() if source in tensors}
+        return {f"lm.{name}": tensor for name, tensor in {**tied, **tensors}.items()}
+
+    def folder_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        plain = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
+        return {name: tensor for name, tensor in plain.items() if name not in self.config.ties}
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.config.num_draft_tokens
+
+    def check_target(self, target: Target | TargetShape) -> None:
+        mine, theirs = self.config.vocab_size, target.vocab_size
+        told = f"drafter vocab_size {mine} is not the target's {theirs}, and engines want both equal"
+        self.refuse_misfit([told] if mine != theirs else [], target)
+
+    def bind(self, target: Target) -> CausalLMDrafter:
+        super().bind(target)
+        self._check_reading()
+        return self
+
+    @torch.no_grad()
+    def _check_reading(self) -> None:
+        """
+        Raises:
+            `ValueError`: What is read and computed here, piece by piece, is not what the model says itself.
+        """
+        tokens = torch.arange(3, device=self.device)[None]
+        with in_eval_mode(self):
+            expected = self.lm(input_ids=tokens, use_cache=False).logits[:, -1:].float()
+            state = self.start(1, 3)
+            self.extend(state, tokens, tokens[:, :2], tokens)
+            got = self.logits(self._read_on(state, tokens[:, 2:, None], tokens[:, 2:], 3)).float()
+        if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+            raise InputError(
+                f"{type(self.lm).__name__} computes more than attention over earlier positions and a head: read token "
+                f"by token its logits are others (largest difference {(got - expected).abs().max().item():.3g}). Take "
+                "another model as a drafter."
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        # Asked for by adapters on all matrices, which leave the head alone.
+        return self.lm.get_output_embeddings()
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.config.lm, "final_logit_softcapping", None)
+
+    @property
+    def linear_head(self) -> torch.Tensor | None:
+        return plain_weight(self.get_output_embeddings()) if self._softcap is None else None
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        head = self.get_output_embeddings()
+        logits = head(states.to(head.weight.dtype))
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(
+        self, tokens: torch.Tensor, positions: torch.Tensor, sees: Sees, cache: PositionCache | None = None
+    ) -> torch.Tensor:
+        """States `(B, Q, H)` of tokens at their positions."""
+        decoder, types = self.lm.get_decoder(), self.config.layer_types
+        # Models of several types of layers take a mask for each (Gemma), those of one type (Llama) refuse that.
+        if "sliding_attention" in types:
+            mask = {"full_attention": sees(None), "sliding_attention": sees(self.config.window)}
+        else:
+            mask = sees(self.config.window)
+        cached = {} if cache is None else {cache_argument(decoder.forward): cache}
+        return decoder(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **cached
+        ).last_hidden_state
+
+    def start(self, batch_size: int, max_length: int) -> PositionCache:
+        return PositionCache(self.config.num_hidden_layers, batch_size, max_length)
+
+    def extend(self, state, features, positions, tokens, lanes=None) -> None:
+        state.place(positions, state.max_length, lanes)
+        keys = torch.arange(state.max_length, device=positions.device)
+        read = tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1))
+        self._read(read, positions, lambda window: visible(positions, keys, window), state)
+
+    def _read_on(self, state: PositionCache, tokens: torch.Tensor, anchors: torch.Tensor, limit: int) -> torch.Tensor:
+        """States `(B, M, H)` after chains `(B, M, Q)` that go on from the texts before `anchors` `(B, M)`."""
+        size = tokens.shape[2]
+        positions = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)
+        text = torch.arange(limit, device=anchors.device)
+        chain = torch.arange(anchors.shape[1], device=anchors.device).repeat_interleave(size)
+        before, same = text < anchors.repeat_interleave(size, dim=1)[:, None, :, None], chain[:, None] == chain
+
+        def sees(window: int | None) -> torch.Tensor:
+            own = visible(positions, positions, window) & same
+            return torch.cat([visible(positions, text, window) & before, own], dim=-1)
+
+        state.place(positions, limit, keep=False)
+        return self._read(tokens.flatten(1), positions, sees, state).unflatten(1, (-1, size))[:, :, -1]
+
+    # -- drafting -----------------------------------------------------------------------------------------------------
+
+    def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
+        # A chain is read from its anchor on for each of its tokens: a few more beside weights that are read anyway,
+        # and the state stays as it is.
+        read, steps = tokens[..., None], []
+        for _ in range(self.num_draft_tokens):
+            steps.append(choose(self.logits(self._read_on(state, read, anchors, limit))))
+            read = torch.cat([read, steps[-1][0][..., None]], dim=-1)
+        return self.join_steps(steps)
+
+    def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
+        """
+        One pass over the texts, and behind each of them what its blocks read that is not the text.
+
+        Up to its first token that is not the text's, a block is the text. So teacher forcing costs the texts alone.
+        """
+        self._check_ties()
+        (batch, length), device = tokens.shape, tokens.device
+        slots = torch.arange(blocks.num_draft_tokens, device=device)
+        places, texts = blocks.anchors[:, None] + slots, blocks.texts[:, None]
+        is_text = tokens[texts, places[:, 1:].clamp(max=length - 1)] == blocks.draft_tokens[:, :-1]
+        last = blocks.anchors + (is_text & (places[:, 1:] < length)).long().cumprod(1).sum(1)
+        block, slot = (places > last[:, None]).nonzero().T
+        columns, width = pack_by_text(blocks.texts[block], batch)
+
+        def behind(text: torch.Tensor, values: torch.Tensor, fill: int) -> torch.Tensor:
+            """Values of the texts `(B, T)`, then of what stands behind them."""
+            grid = values.new_full((batch, width), fill).index_put((blocks.texts[block], columns), values)
+            return torch.cat([text, grid], dim=1)
+
+        order = torch.arange(length, device=device).expand(batch, -1)
+        positions = behind(order, places[block, slot], 0)
+        # What of its text each sees, and which block it belongs to: a text is none, and neither is an empty cell.
+        reach = behind(order, last[block], 0)[:, None, :, None]
+        owner = behind(torch.full_like(order, -1), block, -2)
+        in_text = torch.arange(length + width, device=device) < length
+        same = torch.where(in_text, positions[:, None] <= reach[:, 0], owner[:, :, None] == owner[:, None])[:, None]
+        read = behind(tokens, blocks.draft_tokens[block, slot - 1], 0)
+        states = self._read(read, positions, lambda window: visible(positions, positions, window) & same)
+        return states[texts, places.index_put((block, slot), length + columns)]
+
+    def _check_ties(self) -> None:
+        """
+        Raises:
+            `ValueError`: One of two modules that share a weight is adapted, so that merging would change the other.
+        """
+        ends = {"embedding": self.get_input_embeddings(), "head": self.get_output_embeddings()}
+        adapted = [name for name, module in ends.items() if list(module.children())]
+        if adapted and self.config.ties:
+            raise InputError(
+                f"peft_config adapts the {' and '.join(adapted)} of a {self.kind} drafter whose head is its "
+                "embedding, so merging would change both. Leave them out of target_modules and modules_to_save."
+            )
+
+
+def _read_model(path: str) -> PreTrainedModel:
+    """
+    Raises:
+        `ValueError`: No such model, or its folder is not whole.
+    """
+    try:
+        lm, told = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path!r} holds no causal language model that transformers reads ({' '.join(str(error).split())}). Give "
+            "the folder or id of one."
+        ) from error
+    if faults := {name: keys for name, keys in told.items() if keys}:
+        raise InputError(f"The tensors in {path} are not those of a {type(lm).__name__}: {faults}.")
+    return lm
+
+
+def _tokens_of(path: str) -> dict[str, int] | None:
+    """The tokens of a folder's tokenizer and their ids, if it can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path).get_vocab()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _fit_vocabulary(lm: PreTrainedModel, path: str, target: Target) -> None:
+    """
+    Give a model the target's vocabulary size, as engines want it, where the difference is padding.
+
+    Raises:
+        `ValueError`: It has other tokens, or where the sizes differ that cannot be told.
+    """
+    rows, wanted = lm.config.get_text_config().vocab_size, target.vocab_size
+    mine, theirs = _tokens_of(path), _tokens_of(target.name)
+    known = mine is not None and theirs is not None
+    sizes = f"{path} has a vocabulary of {rows}, and the target {target.name} one of {wanted}"
+    if known and (mine != theirs or max(mine.values()) >= min(rows, wanted)):
+        differ = len(mine.items() ^ theirs.items())
+        raise InputError(f"{sizes}, with {differ} tokens that differ. Take a model with the target's tokenizer.")
+    if rows == wanted:
+        return
+    if not known:
+        raise InputError(
+            f"{sizes}. Whether they differ in padding alone cannot be told, as both tokenizers are not within reach. "
+            "Put them into the folders, or take a model with the target's vocabulary."
+        )
+    lm.resize_token_embeddings(wanted, mean_resizing=False)
+    with torch.no_grad():
+        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            # No token stands there. The mean of all rows makes none of them likely.
+            module.weight[rows:] = module.weight[:rows].mean(0)
