@@ -58,6 +58,8 @@ IN_SPECULATORS = [
     for kind, drafter_class in DRAFTERS.items()
     if drafter_class.config_class.to_speculators is not DrafterConfig.to_speculators
 ]
+# Those whose folder holds code; that of others is a plain model of transformers.
+TRAVELLING = [kind for kind, drafter_class in DRAFTERS.items() if drafter_class.code_travels]
 # Where one drafter will do, whichever.
 ANY_KIND = KINDS[0]
 VOCAB = 48

@@ -28,7 +28,7 @@ from ..core.packing import pack_by_text
 from .base import Drafter, Proposal, in_eval_mode
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import copy_fitting, plain_weight, uncomputed_rope
+from .parts import KNOWN_TARGETS, copy_fitting, plain_weight, uncomputed_rope
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 # What is seen of keys, `(B, 1, Q, S)`, by layers with a window of so many positions, or without one.
 Sees = Callable[[int | None], torch.Tensor]
+
+
+def _of_lm(name: str) -> property:
+    """A field of the plain model's config."""
+    return property(lambda self: getattr(self.lm, name), lambda self, value: setattr(self.lm, name, value))
 
 
 class CausalLMConfig(DrafterConfig, PreTrainedConfig):
@@ -58,6 +63,8 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
         `ValueError`: It asks for something that is not computed here.
     """
 
+    # The engines ask nothing of a target that they would not for plain decoding.
+    served_targets = {"SGLang": KNOWN_TARGETS, "vLLM": KNOWN_TARGETS}
     card_notes = "`target.generate(..., assistant_model=drafter)` decodes with it in transformers, one text at a time."
 
     def __init__(self, num_draft_tokens: int = 4, model_type: str = "qwen3", **fields: Any) -> None:
@@ -65,7 +72,7 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise InputError(f"model_type {model_type!r} is no causal language model of transformers. Take one.")
         super().__init__()
-        self.num_draft_tokens = num_draft_tokens or 4
+        self.model_type, self.num_draft_tokens = model_type, num_draft_tokens or 4
         self.lm = AutoConfig.for_model(model_type, **fields)
         self._check_lm()
 
@@ -75,7 +82,7 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
         # One for all layers, or one a layer type.
         for part in (rope or {}, *(rope or {}).values()):
             asked |= uncomputed_rope(part) if isinstance(part, dict) else {}
-        if other := self.layer_types - {"full_attention", "sliding_attention"}:
+        if other := self.types_of_layers - {"full_attention", "sliding_attention"}:
             asked["layer_types"] = sorted(other)
         if self.lm.get_text_config() is not self.lm:
             asked["more than text"] = True
@@ -110,35 +117,22 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
 
     # -- what is asked of every drafter's config ------------------------------------------------------------------
 
-    @property
-    def vocab_size(self) -> int:
-        return self.lm.vocab_size
+    vocab_size = _of_lm("vocab_size")
+    hidden_size = _of_lm("hidden_size")
+    num_hidden_layers = _of_lm("num_hidden_layers")
+    max_position_embeddings = _of_lm("max_position_embeddings")
+    tie_word_embeddings = _of_lm("tie_word_embeddings")
+    rope_parameters = _of_lm("rope_parameters")
 
     @property
-    def hidden_size(self) -> int:
-        return self.lm.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.lm.num_hidden_layers
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.lm.max_position_embeddings
-
-    @max_position_embeddings.setter
-    def max_position_embeddings(self, value: int) -> None:
-        self.lm.max_position_embeddings = value
-
-    @property
-    def layer_types(self) -> set[str]:
+    def types_of_layers(self) -> set[str]:
         """Those that the model tells apart; models of one type of layer (Llama) have none."""
         return set(getattr(self.lm, "layer_types", None) or ())
 
     @property
     def window(self) -> int | None:
         """Positions that a layer with sliding attention sees."""
-        slides = "sliding_attention" in self.layer_types or not self.layer_types
+        slides = "sliding_attention" in self.types_of_layers or not self.types_of_layers
         return getattr(self.lm, "sliding_window", None) if slides else None
 
     # -- the plain model's folder -----------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
         return dict(model_class._tied_weights_keys or {}) if self.lm.tie_word_embeddings else {}
 
     def _as_written(self, fields: dict[str, Any]) -> dict[str, Any]:
-        plain = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.lm.model_type]]
+        plain = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]]
         dtype = str(self.dtype or torch.float32).removeprefix("torch.")
         return {**fields, "architectures": plain, "dtype": dtype, "num_draft_tokens": self.num_draft_tokens}
 
@@ -182,7 +176,8 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
 
 class CausalLMDrafter(Drafter):
     """
-    A causal LM of transformers, whole, with its own embedding, head and cache.
+    A causal LM of transformers, whole, with its own embedding, head and cache. Its modules have their names in the
+    plain model, and so have the tensors of its folder, and what an adapter trains.
 
     Args:
         config ([`CausalLMConfig`]): The model's config, and K.
@@ -190,18 +185,34 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     config_class = CausalLMConfig
-    base_model_prefix = "lm"
+    base_model_prefix = ""
     auto_class = "AutoModelForCausalLM"
     code_travels = False
     _supports_sdpa = True
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__(config)
+        self._tied_weights_keys = config.ties
         self._take(AutoModelForCausalLM.from_config(config.lm, dtype=torch.float32, attn_implementation="sdpa"))
         self.post_init()
 
     def _take(self, lm: PreTrainedModel) -> None:
-        self.lm, self.config.lm = lm, lm.config
+        """Make a model's modules this one's."""
+        self.config.lm = lm.config
+        for name, module in lm.named_children():
+            self.add_module(name, module)
+        # By name, as an adapter puts a module of its own there.
+        names = {module: name for name, module in lm.named_modules()}
+        self._decoder, self._embedding = names[lm.get_decoder()], names[lm.get_input_embeddings()]
+        self._head = names[lm.get_output_embeddings()]
+
+    def plain(self) -> PreTrainedModel:
+        """The model of transformers that these modules are."""
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(self.config.lm)
+        for name, module in self.named_children():
+            lm.add_module(name, module)
+        return lm.train(self.training)
 
     # -- where one comes from -----------------------------------------------------------------------------------------
 
@@ -236,7 +247,7 @@ class CausalLMDrafter(Drafter):
         """
         Start from the target's embedding, last layers, norm and head where shapes fit.
         """
-        mine, theirs = self.lm.get_decoder(), target.decoder
+        mine, theirs = self.get_decoder(), target.decoder
         pairs = [(layer, source) for layer, source in zip(mine.layers[::-1], theirs.layers[::-1], strict=False)]
         pairs += [(mine.norm, theirs.norm), (self.get_input_embeddings(), target.embedding)]
         pairs += [(self.get_output_embeddings(), target.head)]
@@ -254,11 +265,14 @@ class CausalLMDrafter(Drafter):
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: CausalLMConfig) -> dict[str, torch.Tensor]:
         tied = {name: tensors[source] for name, source in config.ties.items() if source in tensors}
-        return {f"lm.{name}": tensor for name, tensor in {**tied, **tensors}.items()}
+        if other := [name for name in tied if name in tensors and not torch.equal(tensors[name], tied[name])]:
+            raise InputError(
+                f"tie_word_embeddings is true, but {other} is not the embedding. Set it to false, or leave that out."
+            )
+        return {**tied, **tensors}
 
     def folder_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        plain = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
-        return {name: tensor for name, tensor in plain.items() if name not in self.config.ties}
+        return {name: tensor for name, tensor in tensors.items() if name not in self.config.ties}
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -284,23 +298,26 @@ class CausalLMDrafter(Drafter):
         """
         tokens = torch.arange(3, device=self.device)[None]
         with in_eval_mode(self):
-            expected = self.lm(input_ids=tokens, use_cache=False).logits[:, -1:].float()
+            expected = self.plain()(input_ids=tokens, use_cache=False).logits[:, -1:].float()
             state = self.start(1, 3)
             self.extend(state, tokens, tokens[:, :2], tokens)
             got = self.logits(self._read_on(state, tokens[:, 2:, None], tokens[:, 2:], 3)).float()
         if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
             raise InputError(
-                f"{type(self.lm).__name__} computes more than attention over earlier positions and a head: read token "
-                f"by token its logits are others (largest difference {(got - expected).abs().max().item():.3g}). Take "
-                "another model as a drafter."
+                f"A {self.config.model_type} model computes more than attention over earlier positions and a head: "
+                f"read token by token, its logits are off by {(got - expected).abs().max().item():.3g}. Take another "
+                "model as a drafter."
             )
 
+    def get_decoder(self) -> nn.Module:
+        return self.get_submodule(self._decoder)
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.lm.get_input_embeddings()
+        return self.get_submodule(self._embedding)
 
     def get_output_embeddings(self) -> nn.Module:
         # Asked for by adapters on all matrices, which leave the head alone.
-        return self.lm.get_output_embeddings()
+        return self.get_submodule(self._head)
 
     @property
     def _softcap(self) -> float | None:
@@ -321,7 +338,7 @@ class CausalLMDrafter(Drafter):
         self, tokens: torch.Tensor, positions: torch.Tensor, sees: Sees, cache: PositionCache | None = None
     ) -> torch.Tensor:
         """States `(B, Q, H)` of tokens at their positions."""
-        decoder, types = self.lm.get_decoder(), self.config.layer_types
+        decoder, types = self.get_decoder(), self.config.types_of_layers
         # Models of several types of layers take a mask for each (Gemma), those of one type (Llama) refuse that.
         if "sliding_attention" in types:
             mask = {"full_attention": sees(None), "sliding_attention": sees(self.config.window)}

@@ -35,8 +35,8 @@ _NOT_THE_DRAFTERS = set(
     "output_hidden_states per_layer_config return_dict torch_dtype".split()
 )
 # What building a config or a model out of a stranger's values raises.
-_CONFIG_FAULTS = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
-_CONFIG_FAULTS += (StrictDataclassError, ZeroDivisionError)
+_CONFIG_FAULTS = (AssertionError, AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError)
+_CONFIG_FAULTS += (StrictDataclassError, ValueError, ZeroDivisionError)
 
 
 def drafter_folder(

@@ -9,17 +9,14 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from ..drafters.parts import KNOWN_TARGETS
+
 
 if TYPE_CHECKING:
     from ..drafters.base import Drafter
 
 
 ENGINES = {"SGLang": "0.5.23", "vLLM": "0.33.0"}
-# `model_type` of the text configs of targets that were looked up in both: of others nothing is known.
-TARGETS = frozenset(
-    "apertus cohere2 deepseek_v3 gemma gemma2 gemma3_text glm4 glm4_moe gpt_oss granite llama ministral3 mistral "
-    "mixtral phi3 qwen2 qwen2_moe qwen3 qwen3_moe".split()
-)
 
 
 def serves(engine: str, drafter: Drafter, model_type: str) -> bool | None:
@@ -32,7 +29,7 @@ def serves(engine: str, drafter: Drafter, model_type: str) -> bool | None:
         model_type (`str`): Of the target's text config.
     """
     served = drafter.config.served_targets.get(engine)
-    if served is None or model_type not in TARGETS:
+    if served is None or model_type not in KNOWN_TARGETS:
         return None
     return model_type in served
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANY_KIND, HUB_SOCKET, KINDS, random_prompts, tiny_drafter, tiny_tokenizer
+from conftest import ANY_KIND, HUB_SOCKET, KINDS, TRAVELLING, random_prompts, tiny_drafter, tiny_tokenizer
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -131,7 +131,7 @@ def test_large_files_go_through_lfs(hub, model, tmp_path, monkeypatch):
     assert torch.equal(proposals(load_drafter("user/large"), target), proposals(drafter, target))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAVELLING)
 def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
     """With the code that came along, not with this package's."""
     target = Target(model)

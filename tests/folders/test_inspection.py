@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IN_SPECULATORS
+from conftest import IN_SPECULATORS, TRAVELLING
 from peft import LoraConfig
 from readers import assert_config_fault, drop_fields, set_field
 from safetensors.torch import load_file, save_file
 
 from draft_opd_trl.commands import export as export_command
 from draft_opd_trl.commands import inspect as inspect_command
+from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.folders.checkpoints import export_drafter, load_drafter
 from draft_opd_trl.folders.inspection import LOADERS, inspect_drafter
 from draft_opd_trl.training.loading import add_adapter
@@ -39,7 +40,7 @@ def test_a_folder_that_is_right(kind, make_folder, target_folder):
         told = inspect_drafter(folder, target)
         assert told["faults"] == []
         assert told["loads"] == dict.fromkeys(LOADERS, True)
-        assert told["kind"] == kind and told["layout"] == "flat (SGLang, vLLM)"
+        assert told["kind"] == kind and told["layout"] == DRAFTERS[kind].config_class.layout({})
         assert told["config"]["num_draft_tokens"] == 4
         assert told["config"]["target_layer_ids"] == load_drafter(folder).target_layer_ids
         name = target or "TARGET"
@@ -68,6 +69,7 @@ def test_a_speculators_folder(kind, make_folder, target_folder, tmp_path_factory
         (drop_fields("auto_map"), "the code that AutoModel needs", {"transformers"}),
     ],
 )
+@pytest.mark.parametrize("kind", TRAVELLING)
 def test_a_config_that_is_wrong(make_folder, kind, change, words, breaks):
     assert_config_fault(make_folder(kind, change), words, breaks)
 
@@ -157,6 +159,7 @@ def test_an_adapter_whose_drafter_is_gone(kind, adapter, tmp_path):
     assert "unknown drafter, adapter (LORA)" in inspect_command.show(told)
 
 
+@pytest.mark.parametrize("kind", TRAVELLING)
 def test_code_that_is_not_whole(kind, make_folder):
     folder = make_folder(kind)
     (Path(folder) / "errors.py").unlink()

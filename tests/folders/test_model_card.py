@@ -247,7 +247,7 @@ def test_the_card_of_an_adapter_sends_nobody_to_an_engine_with_it(card, drafter,
     text = card(ID, adapter="LORA").text
     export = f"draft-opd export user/mine --format {drafter.kind} --output_dir user/mine-whole"
     assert "holds an adapter (LORA) on [`user/base`]" in text and f"```bash\n{export}\n```" in text
-    assert 'AutoModel.from_pretrained("user/mine-whole"' in text and 'load_drafter("user/mine")' in text
+    assert f'{drafter.auto_class}.from_pretrained("user/mine-whole"' in text and 'load_drafter("user/mine")' in text
     for command in launch_commands(drafter, ID, "user/mine-whole").values():
         assert command in text
     assert "adapter" not in card(ID).text

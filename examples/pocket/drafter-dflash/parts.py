@@ -22,6 +22,11 @@ from .packing import pack_by_text
 
 
 
+# `model_type` of the text configs of targets that were looked up in both engines: of others nothing is known.
+KNOWN_TARGETS = frozenset(
+    "apertus cohere2 deepseek_v3 gemma gemma2 gemma3_text glm4 glm4_moe gpt_oss granite llama ministral3 mistral "
+    "mixtral phi3 qwen2 qwen2_moe qwen3 qwen3_moe".split()
+)
 # Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
 # states there. One without it refuses to start.
 TAPPED_BY_VLLM = frozenset(
