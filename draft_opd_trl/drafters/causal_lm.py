@@ -28,7 +28,7 @@ from ..core.packing import pack_by_text
 from .base import Drafter, Proposal, in_eval_mode
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import KNOWN_TARGETS, copy_fitting, plain_weight, uncomputed_rope
+from .parts import KNOWN_TARGETS, copy_fitting, dense_weight, plain_weight, uncomputed_rope
 
 
 if TYPE_CHECKING:
@@ -248,13 +248,14 @@ class CausalLMDrafter(Drafter):
         Start from the target's embedding, last layers, norm and head where shapes fit.
         """
         mine, theirs = self.get_decoder(), target.decoder
-        pairs = [(layer, source) for layer, source in zip(mine.layers[::-1], theirs.layers[::-1], strict=False)]
-        pairs += [(mine.norm, theirs.norm), (self.get_input_embeddings(), target.embedding)]
-        pairs += [(self.get_output_embeddings(), target.head)]
+        pairs = [*zip(mine.layers[::-1], theirs.layers[::-1], strict=False), (mine.norm, theirs.norm)]
+        pairs += [(self.get_input_embeddings(), target.embedding), (self.get_output_embeddings(), target.head)]
         for module, source in pairs:
-            given = dict(source.named_parameters())
-            for name, parameter in module.named_parameters():
-                copy_fitting(parameter, given[name])
+            theirs = dict(source.named_modules())
+            for name, part in module.named_modules():
+                for own, parameter in part.named_parameters(recurse=False):
+                    matrix = isinstance(part, nn.Linear) and own == "weight"
+                    copy_fitting(parameter, dense_weight(theirs[name]) if matrix else getattr(theirs[name], own))
         return self
 
     @classmethod

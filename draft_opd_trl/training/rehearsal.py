@@ -147,7 +147,8 @@ class Rehearsal:
         blocks = DraftBlocks(
             torch.arange(num_texts).repeat_interleave(len(anchors)),
             anchors.repeat(num_texts),
-            anchors.new_zeros((num_texts * len(anchors), num_draft_tokens)),
+            # Never the text: what a drafter reads of its own, beside the text, is then the most.
+            anchors.new_full((num_texts * len(anchors), num_draft_tokens), int(not self.args.streams.scores_rejected)),
             num_accepted.repeat(num_texts),
             num_valid.repeat(num_texts),
         )

@@ -103,7 +103,7 @@ def test_train_save_load_proposes_the_same(drafter_folder, model, texts, tmp_pat
     assert torch.equal(ours.draft_tokens, theirs.draft_tokens)
     assert torch.equal(ours.num_accepted, theirs.num_accepted)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == [type(loaded).__name__]
+    assert type(loaded).recognises(config)
 
 
 def test_logs_carry_trl_names_and_ours(drafter_folder, model, texts, tmp_path):
@@ -263,10 +263,9 @@ def test_bad_input_is_refused_before_any_work(drafter_folder, model, texts, tmp_
         make_trainer(drafter_folder, model, texts, tmp_path).evaluate()
 
 
-@pytest.mark.parametrize("other", [{"vocab_size": 40}, {"hidden_size": 16}])
-def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path, other):
+def test_a_drafter_of_another_target_is_refused(drafter_folder, texts, tmp_path):
     with pytest.raises(ValueError, match="does not fit the target"):
-        make_trainer(drafter_folder, tiny_model("qwen3", **other), texts, tmp_path)
+        make_trainer(drafter_folder, tiny_model("qwen3", vocab_size=40), texts, tmp_path)
 
 
 def test_a_target_without_stop_tokens_is_refused(drafter_folder, texts, tmp_path):
