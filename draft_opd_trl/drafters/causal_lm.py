@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.cache import PositionCache, cache_argument, visible
-from ..core.errors import InputError
+from ..core.errors import InputError, InputTypeError
 from ..core.packing import pack_by_text
 from .base import Drafter, Proposal, in_eval_mode
 from .drafter_config import DrafterConfig
@@ -231,10 +231,13 @@ class CausalLMDrafter(Drafter):
             options: `num_draft_tokens`; without `path`, all of [`CausalLMConfig.from_target`].
 
         Raises:
+            `TypeError`: An option that there is not.
             `ValueError`: No such model, or it has other tokens than the target.
         """
         if path is None:
             return super().made_for(target, init_from_target, **options)
+        if other := sorted(options.keys() - {"num_draft_tokens"}):
+            raise InputTypeError(f"With a path the model is as it is there, but {other} were given. Leave them out.")
         lm = _read_model(path)
         _fit_vocabulary(lm, path, target)
         with torch.device("meta"):
@@ -452,9 +455,12 @@ def _read_model(path: str) -> PreTrainedModel:
 def _tokens_of(path: str) -> dict[str, int] | None:
     """The tokens of a folder's tokenizer and their ids, if it can be read."""
     try:
-        return AutoTokenizer.from_pretrained(path).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    # Without files some classes make up a tokenizer of nothing but special tokens.
+    tokens = tokenizer.get_vocab()
+    return tokens if tokens.keys() - set(tokenizer.all_special_tokens) else None
 
 
 def _fit_vocabulary(lm: PreTrainedModel, path: str, target: Target) -> None:
