@@ -106,15 +106,15 @@ class MarkovDrafter(BlockDrafter):
 class SmallLMConfig(DrafterConfig, Qwen3Config):
     served_targets = {"vLLM": frozenset({"qwen3"})}
 
-    def __init__(self, num_draft_tokens=4, **kwargs):
+    def __init__(self, chain_length=4, **kwargs):
         super().__init__(**kwargs)
-        self.num_draft_tokens = num_draft_tokens
+        self.chain_length = chain_length
 
     @classmethod
-    def from_target(cls, target_config, num_draft_tokens=4, num_hidden_layers=1, **overrides):
+    def from_target(cls, target_config, chain_length=4, num_hidden_layers=1, **overrides):
         cls.check_options(overrides)
         shape = {**shape_of(target_config), "num_hidden_layers": num_hidden_layers}
-        return cls(num_draft_tokens=num_draft_tokens, **{**shape, **overrides})
+        return cls(chain_length=chain_length, **{**shape, **overrides})
 
     def to_dict(self):
         return {**super().to_dict(), "architectures": ["Qwen3ForCausalLM"]}
@@ -150,11 +150,11 @@ class SmallLMDrafter(Drafter):
 
     @classmethod
     def recognises(cls, config):
-        return "num_draft_tokens" in config and config["architectures"] == ["Qwen3ForCausalLM"]
+        return "chain_length" in config and config["architectures"] == ["Qwen3ForCausalLM"]
 
     @property
     def num_draft_tokens(self):
-        return self.config.num_draft_tokens
+        return self.config.chain_length
 
     @property
     def linear_head(self):
