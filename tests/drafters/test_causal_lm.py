@@ -24,7 +24,7 @@ from draft_opd_trl import create_drafter, load_drafter
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.replay import text_blocks
 from draft_opd_trl.decoding.speculation import SpeculationSettings
-from draft_opd_trl.drafters.causal_lm import CausalLMConfig
+from draft_opd_trl.drafters.causal_lm_config import CausalLMConfig
 from draft_opd_trl.folders.inspection import inspect_drafter
 from draft_opd_trl.folders.serving import launch_commands
 

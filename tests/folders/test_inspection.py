@@ -36,11 +36,12 @@ def _tensors(folder, change):
 
 def test_a_folder_that_is_right(kind, make_folder, target_folder):
     folder = make_folder(kind)
+    layout = DRAFTERS[kind].config_class.layout(json.loads((Path(folder) / "config.json").read_text()))
     for target in (None, target_folder):
         told = inspect_drafter(folder, target)
         assert told["faults"] == []
         assert told["loads"] == dict.fromkeys(LOADERS, True)
-        assert told["kind"] == kind and told["layout"] == DRAFTERS[kind].config_class.layout({})
+        assert told["kind"] == kind and told["layout"] == layout
         assert told["config"]["num_draft_tokens"] == 4
         assert told["config"]["target_layer_ids"] == load_drafter(folder).target_layer_ids
         name = target or "TARGET"
