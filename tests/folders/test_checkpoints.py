@@ -33,7 +33,7 @@ def test_save_then_load_proposes_the_same(target, drafter, tmp_path):
     assert_saves_and_loads(target, drafter, tmp_path)
 
 
-@pytest.mark.parametrize("kind", TRAVELLING, scope="session")
+@pytest.mark.parametrize("kind", TRAVELLING, indirect=True)
 def test_the_saved_folder_holds_the_drafter_alone(qwen_drafter, folder):
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == qwen_drafter.state_dict().keys()

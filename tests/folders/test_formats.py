@@ -60,7 +60,7 @@ def test_what_is_shipped_drafts_the_same_after_saving(shipped, tmp_path):
 # -- conversion ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", IN_SPECULATORS, scope="session")
+@pytest.mark.parametrize("kind", IN_SPECULATORS, indirect=True)
 def test_both_layouts_hold_the_same_drafter(qwen_target, qwen_drafter, target_folder, folder, tmp_path):
     """Flat → speculators → flat; each step is read back, and drafts the same blocks."""
     export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=str(target_folder))
@@ -72,7 +72,7 @@ def test_both_layouts_hold_the_same_drafter(qwen_target, qwen_drafter, target_fo
     assert first == last
 
 
-@pytest.mark.parametrize("kind", IN_SPECULATORS, scope="session")
+@pytest.mark.parametrize("kind", IN_SPECULATORS, indirect=True)
 def test_the_speculators_folder(qwen_target, qwen_drafter, target_folder, folder, tmp_path):
     target = str(target_folder)
     export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=target, target_name="org/target")
@@ -90,7 +90,7 @@ def test_the_speculators_folder(qwen_target, qwen_drafter, target_folder, folder
     assert "_name_or_path" not in config and "_name_or_path" not in layer and str(folder) not in json.dumps(config)
 
 
-@pytest.mark.parametrize("kind", IN_SPECULATORS, scope="session")
+@pytest.mark.parametrize("kind", IN_SPECULATORS, indirect=True)
 def test_files_have_the_mode_that_this_process_gives_them(qwen_drafter, target_folder, folder, tmp_path):
     export_drafter(str(folder), str(tmp_path / "spec"), "speculators", target=str(target_folder))
     (tmp_path / "plain").touch()
@@ -194,7 +194,7 @@ def test_from_pretrained_is_strict(qwen_drafter, folder):
         type(qwen_drafter).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", TRAVELLING, scope="session")
+@pytest.mark.parametrize("kind", TRAVELLING, indirect=True)
 def test_the_code_in_a_folder(qwen_drafter, folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == {"AutoModel": f"{qwen_drafter.kind}.{type(qwen_drafter).__name__}"}
