@@ -41,7 +41,7 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
     }
     card_notes = (
         '`target.generate(..., assistant_model=drafter, speculation_type="dflash")` then decodes with it, one text at '
-        "a time."
+        "a time, where both have the same dtype."
     )
 
     def __init__(
