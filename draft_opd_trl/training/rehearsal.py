@@ -1,6 +1,6 @@
 """A training step on tensors that have shapes and no data: what each part of it holds at its fullest.
 
-Its phases call what a run calls (speculation, [`BatchMaker`], [`Drafter.draft`], losses, the optimizer), so what they
+Its phases call what a run calls (speculation, [`BatchMaker`], [`draft_loss`], the optimizer), so what they
 hold follows the code, and no formula here knows an architecture. Knows no clock, and not what its sizes are for.
 """
 
@@ -28,7 +28,7 @@ from .batching import BatchMaker
 from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
 from .loading import add_adapter
-from .losses import Heads, batch_loss
+from .losses import draft_loss
 
 
 class _PackedLinear(nn.Module):
@@ -223,7 +223,7 @@ class Rehearsal:
 
     def train(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """The drafter forward and backward, on the batch that takes most."""
-        losses, work = self.args.losses, 0
+        work = 0
         autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         parts = {**self._waiting(batches), "gradients": tensor_bytes(self.trainable)}
         self.model.train()
@@ -234,12 +234,10 @@ class Rehearsal:
                 if self.args.gradient_accumulation_steps > 1:
                     self._fill_gradients()
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    hidden = self.drafter.draft(batch.features, batch.tokens, batch.blocks)
-                    heads = Heads.of(self.drafter, self.target)
-                    found = batch_loss(hidden, batch, heads, losses.accepted, losses.rejected, losses.chunk_size)
-                found["loss"].backward()
+                    loss = draft_loss(self.drafter, self.target, batch, self.args.losses)["loss"]
+                loss.backward()
                 work = max(work, live.peak - start - parts["gradients"])
-                del hidden, found
+                del loss
         return {**parts, "drafter activations and loss chunks": work}
 
     def update(self, batches: list[ReplayBatch]) -> tuple[int, dict[str, int]]:

@@ -114,7 +114,6 @@ def test_text_states_stand_before_their_slots_and_inside_the_text():
         lengths=torch.tensor([8]),
         features=torch.zeros(1, 8, 1),
         blocks=blocks,
-        labels=blocks.draft_tokens,
         states=torch.arange(8.0).reshape(1, 8, 1),
         draft_states=None,
         accepted_weights=weights,
