@@ -18,11 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .._trl_compat import (
-    _ForwardRedirection,
-    disable_dropout_in_model,
-    identity,
-)
+from .._trl_compat import _ForwardRedirection, disable_dropout_in_model, identity
 from ..core.errors import InputError
 from ..core.records import ReplayBatch, Rollout
 from ..core.target import Target, stop_token_ids
