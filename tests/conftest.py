@@ -383,6 +383,12 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def save_target(model, folder):
+    """The folder of a target, with its tokenizer."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch):
     """An empty folder for code that comes along with models; what is imported from it is forgotten again."""

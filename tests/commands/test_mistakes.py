@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_stopping_model, tiny_tokenizer
+from conftest import ANY_KIND, save_target, tiny_drafter, tiny_model, tiny_stopping_model
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.core.target import Target
@@ -17,8 +17,7 @@ def place(tmp_path_factory):
     """A target, its drafter, prompts, and what is wrong with copies of them."""
     place = tmp_path_factory.mktemp("place")
     model = tiny_stopping_model()
-    model.save_pretrained(place / "target")
-    tiny_tokenizer().save_pretrained(place / "target")
+    save_target(model, place / "target")
     tiny_drafter(ANY_KIND, Target(model)).save_pretrained(place / "drafter")
     (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"ab{'c' * i}"}) + "\n" for i in range(12)))
 
@@ -34,9 +33,7 @@ def place(tmp_path_factory):
     (copy("torn") / "config.json").write_text("{")
     other = copy("unknown") / "config.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "model_type": "zz"}))
-    small = tiny_model("qwen3", vocab_size=8)
-    small.save_pretrained(place / "small")
-    tiny_tokenizer().save_pretrained(place / "small")
+    save_target(tiny_model("qwen3", vocab_size=8), place / "small")
     narrow = copy("narrow") / "config.json"
     deeper = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
     narrow.write_text(json.dumps({**json.loads(narrow.read_text()), **deeper}))

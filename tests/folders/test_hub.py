@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANY_KIND, HUB_SOCKET, KINDS, random_prompts, tiny_drafter, tiny_tokenizer
+from conftest import ANY_KIND, HUB_SOCKET, KINDS, random_prompts, save_target, tiny_drafter
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -62,6 +62,16 @@ def build(drafter, model, texts, output_dir, **options):
     return make_trainer(drafter, model, texts, output_dir, eval_dataset=prompts, **options)
 
 
+@pytest.fixture
+def make(model, texts, tmp_path):
+    """`make(kind)`: a trainer in `tmp_path / "out"` of a new drafter, whose folder is `tmp_path / "start"`."""
+
+    def trainer(kind=ANY_KIND, **options):
+        return build(start(kind, model, tmp_path / "start"), model, texts, tmp_path / "out", **options)
+
+    return trainer
+
+
 def proposals(drafter, target):
     drafter.eval()
     blocks = speculate(target, drafter.bind(target), random_prompts(6, seed=11), SETTINGS).blocks
@@ -86,9 +96,8 @@ def assert_loads_as_trained(repo, trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_path):
-    drafter = start(kind, model, tmp_path / "start")
-    trainer = build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+def test_what_a_trainer_pushes_is_what_it_trained(hub, make, kind, tmp_path):
+    trainer = make(kind, push_to_hub=True)
     trainer.evaluate()
     trainer.train()
     trainer.save_model()
@@ -130,12 +139,8 @@ def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_pushes_during_training(hub, model, texts, tmp_path, strategy):
-    trainer = build(
-        start(ANY_KIND, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+def test_pushes_during_training(hub, make, tmp_path, strategy):
+    trainer = make(
         push_to_hub=True,
         hub_strategy=strategy,
         hub_always_push=True,
@@ -180,13 +185,10 @@ def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_path):
+def test_an_adapter_is_pushed_as_a_whole_drafter(hub, make, kind, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = build(
-        start(kind, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+    trainer = make(
+        kind,
         peft_config=config,
         push_to_hub=True,
         hub_strategy="checkpoint",
@@ -210,12 +212,8 @@ def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_pa
     assert before.keys() == trainer.model.state_dict().keys()
 
 
-def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, tmp_path):
-    trainer = build(
-        start(ANY_KIND, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+def test_the_best_weights_are_pushed_with_their_own_figures(hub, make):
+    trainer = make(
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
@@ -248,8 +246,7 @@ def test_a_drafter_is_pushed_and_leaves_a_card_that_is_there(hub, model, tmp_pat
 
 def test_the_card_names_the_target_by_id_and_revision(hub, model, texts, tmp_path):
     """Drafter and target both come from the Hub."""
-    model.save_pretrained(tmp_path / "target")
-    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    save_target(model, tmp_path / "target")
     drafter = start(ANY_KIND, model, tmp_path / "start")
     for repo, folder in (("user/target", tmp_path / "target"), ("user/start", Path(drafter))):
         hub.repos[repo] = []
@@ -273,9 +270,8 @@ REMEDIES = {401: "hf auth login", 403: "The token may not write there", 409: "So
 
 
 @pytest.mark.parametrize("status", REMEDIES)
-def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_path, status):
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", save_strategy="no")
-    trainer.train()
+def test_a_push_that_is_refused_has_saved_the_drafter(hub, make, tmp_path, status):
+    trainer = make(save_strategy="no")
     hub.refuse = {"commit": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to user/out .*{REMEDIES[status]}.*is saved in {tmp_path}/out"):
         trainer.push_to_hub()
@@ -287,8 +283,8 @@ def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_pat
     assert_loads_as_trained("user/out", trainer)
 
 
-def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, monkeypatch):
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", max_steps=1)
+def test_a_network_that_goes_away_costs_nothing(hub, make, tmp_path, monkeypatch):
+    trainer = make(max_steps=1)
     trainer.train()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="OfflineModeIsEnabled.*Check the name and the network.*is saved in"):
@@ -300,10 +296,10 @@ def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, mon
     assert load_drafter(str(tmp_path / "out")).kind == ANY_KIND
 
 
-def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, model, texts, tmp_path, monkeypatch):
+def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, make, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(hub_trainer.logger, "warning", told.append)
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", push_to_hub=True)
+    trainer = make(push_to_hub=True)
     hub.refuse = {"commit": (403, "no")}
     trainer.train()
     assert trainer.state.global_step == 2
@@ -315,11 +311,10 @@ def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, m
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_repository_that_cannot_be_made_stops_before_training(hub, model, texts, tmp_path, status):
-    drafter = start(ANY_KIND, model, tmp_path / "start")
+def test_a_repository_that_cannot_be_made_stops_before_training(hub, make, status):
     hub.refuse = {"create": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to out.*{REMEDIES[status]}.*Nothing was pushed"):
-        build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+        make(push_to_hub=True)
 
 
 def test_no_token_or_no_network_is_said_before_anything_is_loaded(hub, texts, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import KINDS, tiny_drafter, tiny_tokenizer
+from conftest import KINDS, save_target, tiny_drafter
 from transformers import AutoModelForCausalLM
 
 from draft_opd_trl.core.errors import EnvironmentFault, InputError, NotFoundError
@@ -14,8 +14,7 @@ from draft_opd_trl.folders.target_folder import read_target, read_target_config,
 
 @pytest.fixture
 def folder(qwen_target, tmp_path):
-    qwen_target.model.save_pretrained(tmp_path / "target")
-    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    save_target(qwen_target.model, tmp_path / "target")
     return tmp_path / "target"
 
 
