@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from draft_opd_trl.core import checks
-from draft_opd_trl.core.checks import Within, check_settings, check_value, mapping, one_of
+from draft_opd_trl.core.checks import Within, check_value, mapping, one_of, settle
 from draft_opd_trl.core.errors import InputError, InputTypeError
 
 
@@ -125,7 +125,7 @@ class Settings:
     place: str | None = None
 
     def __post_init__(self):
-        check_settings(self, {"share": Within(0, 1), "place": checks.path})
+        settle(self, {"share": Within(0, 1), "place": checks.path})
 
 
 def test_a_frozen_dataclass_holds_what_passed():
