@@ -1,4 +1,4 @@
-"""What a target's config tells: what speculation cannot be exact over is refused, and what it can be reaches as far."""
+"""What a target's config tells: what speculation cannot be exact over is refused; how far the rest reaches."""
 
 import pytest
 import torch
