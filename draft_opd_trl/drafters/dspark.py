@@ -128,7 +128,7 @@ class Qwen3DSparkModel(BlockDrafter):
         if not isinstance(drafter, BlockDrafter):
             return super().from_drafter(drafter)
         cls.config_class.check_options(overrides)
-        theirs, left = drafter.config, ("architectures", "auto_map", "dflash_config")
+        theirs, left = drafter.config, ("architectures", "auto_map", "dflash_config", "layer_types")
         fields = {name: value for name, value in theirs.to_dict().items() if name not in left}
         fields |= {"mask_token_id": theirs.mask_token_id, "target_layer_ids": theirs.target_layer_ids}
         fields |= {"sample_from_anchor": drafter.first_slot == 0, "markov_rank": markov_rank}

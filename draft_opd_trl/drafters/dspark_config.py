@@ -106,8 +106,8 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         self.block_size = settled("block_size", 7)
         self.mask_token_id, self.num_target_layers = own["mask_token_id"], own["num_target_layers"]
         depth = self.num_target_layers
-        self.target_layer_ids = own["target_layer_ids"] or (
-            default_layer_ids(depth, self.num_hidden_layers) if depth else []
+        self.target_layer_ids = settled(
+            "target_layer_ids", default_layer_ids(depth, self.num_hidden_layers) if depth else []
         )
         self.markov_rank = settled("markov_rank", 256)
         self.markov_head_type = settled("markov_head_type", "vanilla").lower()
