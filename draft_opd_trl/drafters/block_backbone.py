@@ -21,7 +21,8 @@ from .parts import copy_norm, draft_in_parts, init_layer, lay_out, rotate
 if TYPE_CHECKING:
     from ..core.records import DraftBlocks
     from ..core.sampling import Chooser
-    from ..core.target import Target, TargetShape
+    from ..core.target import Target
+    from ..core.target_shape import TargetShape
 
 
 class BlockAttention(nn.Module):
@@ -124,7 +125,7 @@ class BlockDrafter(Drafter):
     def num_draft_tokens(self) -> int:
         return self.config.block_size - self.first_slot
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         config, faults = self.config, []
         if config.hidden_size != target.hidden_size:
             faults.append(f"drafter hidden_size {config.hidden_size} is not the target's {target.hidden_size}")

@@ -146,8 +146,8 @@ def trace_texts(
         blocks, choices, draft_probs, target_probs = _slot_probabilities(target, drafter, texts, sampling)
         completions = texts.completions()
         part = [
-            Trace(tokenizer.decode(row[:length]), read(completion[0]), [])
-            for row, length, completion in zip(
+            Trace(tokenizer.decode(ids[:length]), read(completion[0]), [])
+            for ids, length, completion in zip(
                 texts.tokens.tolist(), texts.prompt_lengths.tolist(), completions, strict=True
             )
         ]

@@ -67,7 +67,7 @@ class Heads:
 
     @cached_property
     def kept_target_weight(self) -> torch.Tensor:
-        """The rows of `target_weight` that the drafter has tokens for, `(DV, H)`; copied once for both streams."""
+        """The part of `target_weight` for tokens that the drafter has, `(DV, H)`; copied once for both streams."""
         return self.target_weight if self.vocab_map is None else self.target_weight[self.vocab_map]
 
     def read_target(self, settings: LossSettings) -> bool:

@@ -81,13 +81,15 @@ class Rehearsal:
         target_config ([`~transformers.PreTrainedConfig`]): With `dtype`, and `quantization_config` if there is one.
         drafter_config ([`~transformers.PreTrainedConfig`]): Of a kind in `DRAFTERS`.
         args ([`DraftOPDConfig`]): Settings.
-        prompt_length (`int`): Longest prompt.
+        prompt_length (`int`, *optional*): Longest prompt in tokens; `args.max_prompt_length` by default.
         drafter_dtype (`torch.dtype`): Of its parameters.
-        autocast (`torch.dtype`, *optional*): What the drafter's forward pass in training is cast to.
         acceptance_length (`float`): τ assumed; 1 gives the most blocks a text can have.
         make_optimizer (`Callable`, *optional*): Parameters → optimizer; `args.optim` by default.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapter that is trained in the drafter's place.
         live ([`Shapes`], *optional*): What it runs under, where more than bytes is to be counted.
+
+    Raises:
+        `ValueError`: No prompt length is known, or the target's quantisation or the drafter's kind is not.
     """
 
     def __init__(
@@ -95,15 +97,17 @@ class Rehearsal:
         target_config: PreTrainedConfig,
         drafter_config: PreTrainedConfig,
         args: DraftOPDConfig,
-        prompt_length: int,
+        prompt_length: int | None = None,
         drafter_dtype: torch.dtype = torch.float32,
-        autocast: torch.dtype | None = None,
         acceptance_length: float = 1.0,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         peft_config: PeftConfig | None = None,
         live: Shapes | None = None,
     ) -> None:
-        self.args, self.autocast, self.make_optimizer = args, autocast, make_optimizer
+        prompt_length = args.max_prompt_length if prompt_length is None else prompt_length
+        if prompt_length is None:
+            raise InputError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
+        self.args, self.make_optimizer = args, make_optimizer
         self.prompt_length, self.acceptance_length = prompt_length, acceptance_length
         self.length, self.batch_size = prompt_length + args.max_completion_length, args.per_device_train_batch_size
         drafter_class = {known.config_class: known for known in DRAFTERS.values()}.get(type(drafter_config))
@@ -219,6 +223,7 @@ class Rehearsal:
     def train(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """The drafter forward and backward, on the batch that takes most."""
         losses, work = self.args.losses, 0
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         parts = {**self._waiting(batches), "gradients": tensor_bytes(self.trainable)}
         self.model.train()
         for batch in batches:
@@ -227,7 +232,7 @@ class Rehearsal:
                 start = live.begin()
                 if self.args.gradient_accumulation_steps > 1:
                     self._fill_gradients()
-                with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     hidden = self.drafter.draft(batch.features, batch.tokens, batch.blocks)
                     heads = Heads.of(self.drafter, self.target)
                     found = batch_loss(hidden, batch, heads, losses.accepted, losses.rejected, losses.chunk_size)
@@ -242,7 +247,8 @@ class Rehearsal:
         make, options = self.make_optimizer, {}
         if make is None:
             if "8bit" in self.args.optim:
-                return _eight_bit_state(self.trainable), parts
+                # bitsandbytes runs on no tensors without data: two moments of a byte, a float32 scale a block of 256.
+                return round(2 * (1 + 4 / 256) * sum(map(torch.numel, self.trainable))), parts
             make, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
         with self.live as live:
             self._fill_gradients()
@@ -278,9 +284,3 @@ def _unmoved() -> Iterator[None]:
 def _tensors_of(batch: ReplayBatch) -> list[torch.Tensor]:
     values = [*vars(batch).values(), *vars(batch.blocks).values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _eight_bit_state(parameters: list[nn.Parameter]) -> int:
-    """Two moments of bitsandbytes' 8-bit Adam: a byte a weight and a scale a block of 256; 32 bits where small."""
-    sizes = [parameter.numel() for parameter in parameters]
-    return sum(2 * (size + 4 * math.ceil(size / 256)) if size >= 4096 else 8 * size for size in sizes)

@@ -294,14 +294,16 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         """Say how much memory a step will take."""
         if self.train_dataset is None or not self.accelerator.is_main_process:
             return
-        args, drafter = self.args, self.drafter
-        options: dict[str, Any] = {"drafter_dtype": drafter.dtype, "make_optimizer": self._optimizer_class}
-        if args.bf16 or args.fp16:
-            options["autocast"] = torch.bfloat16 if args.bf16 else torch.float16
-        if isinstance(self.model, PeftModel):
-            options["peft_config"] = self.model.active_peft_config
-        longest = max(map(len, self.train_dataset["prompt_ids"]))
-        announce_plan(self.target.model.config, drafter.config, args, longest, self.accelerator.device, **options)
+        announce_plan(
+            self.target.model.config,
+            self.drafter.config,
+            self.args,
+            self.accelerator.device,
+            prompt_length=max(map(len, self.train_dataset["prompt_ids"])),
+            drafter_dtype=self.drafter.dtype,
+            make_optimizer=self._optimizer_class,
+            peft_config=self.model.active_peft_config if isinstance(self.model, PeftModel) else None,
+        )
 
     # -- loss ---------------------------------------------------------------------------------------------------
 

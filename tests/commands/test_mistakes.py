@@ -10,7 +10,7 @@ from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_stopping_model, ti
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.evaluation.measure import suites
+from draft_opd_trl.evaluation import suites
 from draft_opd_trl.folders.target_folder import read_target_config
 
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from draft_opd_trl.core.packing import pack_by_text
 from draft_opd_trl.core.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
 
 
@@ -27,17 +26,6 @@ def _rollout():
     )
     rollout.block_states = torch.arange(8.0).reshape(2, 2, 2)
     return rollout
-
-
-def test_pack_rows_keeps_the_order_within_a_row():
-    columns, width = pack_by_text(torch.tensor([2, 0, 2, 2, 0]), 4)
-    assert columns.tolist() == [0, 0, 1, 2, 1]
-    assert width == 3
-
-
-def test_pack_rows_of_nothing_has_no_columns():
-    columns, width = pack_by_text(torch.zeros(0, dtype=torch.long), 3)
-    assert columns.tolist() == [] and width == 0
 
 
 def test_num_valid_slots_ends_with_the_text():

@@ -273,3 +273,10 @@ def test_other_rope_is_exact_and_says_how_far_it_reaches(rope, length, kind):
         ids = torch.tensor([prompt])
         greedy = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         assert text == greedy[0, len(prompt) :].tolist()
+
+
+def test_a_fingerprint_sees_the_config_too():
+    plain, scaled = tiny_model("qwen3"), tiny_model("qwen3", rms_norm_eps=1e-3)
+    assert Target(plain).fingerprint() == Target(tiny_model("qwen3")).fingerprint()
+    assert Target(plain).fingerprint() != Target(scaled).fingerprint()
+    assert Target(plain).fingerprint() != Target(plain.to(torch.bfloat16)).fingerprint()

@@ -394,7 +394,7 @@ def test_it_is_planned(model, toy, tmp_path):
     drafter = tiny_drafter(toy, Target(model))
     for options in ({}, {"rejected_weight": 0.5, "rollout_source": "speculation", "eval_strategy": "steps"}):
         args = DraftOPDConfig(str(tmp_path), max_completion_length=12, report_to="none", **options)
-        plan = plan_memory(model.config, drafter.config, args, 8)
+        plan = plan_memory(model.config, drafter.config, args, prompt_length=8)
         assert plan.peak > sum(tensor.nbytes for part in (model, drafter) for tensor in part.parameters())
 
 

@@ -193,7 +193,7 @@ def test_killed_at_random_it_loses_nothing(tmp_path):
 CRASHES = """
 import os, signal, sys
 from pyarrow import parquet
-from draft_opd_trl import text_cache
+from draft_opd_trl.texts import text_cache
 
 SETTINGS = {"target": "t", "temperature": 0.0}
 
