@@ -120,7 +120,7 @@ class BlockDrafter(Drafter):
     def num_draft_tokens(self) -> int:
         return self.config.block_size - self.first_slot
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         config, faults = self.config, []
         if config.hidden_size != target.hidden_size:
             faults.append(f"drafter hidden_size {config.hidden_size} is not the target's {target.hidden_size}")

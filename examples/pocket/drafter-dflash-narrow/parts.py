@@ -136,7 +136,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 @dataclass
 class BlockGrid:
     """
-    Packed blocks as a grid, a row a text. Cells without a block draft at position 1.
+    Packed blocks as a grid, a line a text. Cells without a block draft at position 1.
 
     Args:
         anchors, tokens (`torch.LongTensor` of shape `(B, M)`): Anchors and the text's tokens there.

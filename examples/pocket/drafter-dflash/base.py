@@ -108,7 +108,7 @@ class Drafter(PreTrainedModel, ABC):
         """K, proposals a block."""
 
     @abstractmethod
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
 
     @abstractmethod
@@ -317,7 +317,7 @@ class Drafter(PreTrainedModel, ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+    def refuse_misfit(self, faults: list[str], target: TargetShape) -> None:
         """
         Raises:
             `ValueError`: There are faults; it names all of them.
@@ -328,7 +328,7 @@ class Drafter(PreTrainedModel, ABC):
                 "drafter made for this target, or make one with `create_drafter`."
             )
 
-    def fit(self, target: Target | TargetShape) -> None:
+    def fit(self, target: TargetShape) -> None:
         """
         Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
         their RoPE tables by the drafter's own `max_position_embeddings`.

@@ -196,13 +196,13 @@ class LlamaForCausalLMEagle3(Drafter):
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def fit(self, target: Target | TargetShape) -> None:
+    def fit(self, target: TargetShape) -> None:
         if self.config.eagle_aux_hidden_state_layer_ids is None:
             taps = default_layer_ids(target.num_layers)
             self.config.eagle_aux_hidden_state_layer_ids = [index + 1 for index in taps]
         super().fit(target)
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         config, faults = self.config, []
         if config.target_hidden_size != target.hidden_size:
             faults.append(
