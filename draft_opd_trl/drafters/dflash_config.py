@@ -47,7 +47,7 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
     served_targets = {"SGLang": BLOCKS_IN_SGLANG, "vLLM": TAPPED_BY_VLLM}
     card_notes = (
         '`target.generate(..., assistant_model=drafter, speculation_type="dflash")` then decodes with it, one text at '
-        "a time."
+        "a time, where both have the same dtype."
     )
 
     def __init__(

@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..core.records import DraftBlocks, Rollout
+from ..core.records import DraftBlocks, Rollout, slot_labels
 from ..core.sampling import probabilities
 from ..core.sampling_params import SamplingParams
 from ..core.target import Target
 from ..core.vocabulary import to_draft_ids
-from ..decoding.replay import judging_states, replay_text, slot_labels
+from ..decoding.replay import judging_states, replay_text
 from ..drafters.base import Drafter
 
 

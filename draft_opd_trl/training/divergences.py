@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.checks import check_settings, one_of
+from ..core.checks import one_of, settle
 from ..core.errors import InputError
 from ..core.limits import LIMITS
 
@@ -63,7 +63,7 @@ class LossSettings:
     log_prob_min_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS, kind=one_of(*LOSSES))
+        settle(self, LIMITS, kind=one_of(*LOSSES))
         if self.temperature == 0 and self.kind not in HARD_LOSSES:
             raise InputError(
                 f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "

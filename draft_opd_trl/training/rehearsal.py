@@ -1,6 +1,6 @@
 """A training step on tensors that have shapes and no data: what each part of it holds at its fullest.
 
-Its phases call what a run calls (speculation, [`BatchMaker`], [`Drafter.draft`], losses, the optimizer), so what they
+Its phases call what a run calls (speculation, [`BatchMaker`], [`draft_loss`], the optimizer), so what they
 hold follows the code, and no formula here knows an architecture. Knows no clock, and not what its sizes are for.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftConfig
@@ -28,7 +28,7 @@ from .batching import BatchMaker
 from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
 from .loading import add_adapter
-from .losses import Heads, batch_loss
+from .losses import draft_loss
 
 
 class _PackedLinear(nn.Module):
@@ -122,7 +122,8 @@ class Rehearsal:
                 parameter.data = parameter.data.to(drafter_dtype)
             self.model = self.drafter
             if peft_config is not None:
-                with _unmoved():
+                # PyTorch cannot move parameters without data, and PEFT would, to where they are.
+                with patch.object(nn.Module, "to", lambda module, *_, **__: module):
                     self.model = add_adapter(self.drafter, copy.deepcopy(peft_config))
         if args.activation_checkpointing:
             self.drafter.activation_checkpointing_enable()
@@ -214,7 +215,7 @@ class Rehearsal:
             for rollout, lmbda, fresh in calls:
                 start = live.begin()
                 (batch,), _ = make([rollout], 0, lmbda, fresh)
-                work = max(work, live.peak - start - tensor_bytes(_tensors_of(batch)))
+                work = max(work, live.peak - start - _batch_bytes(batch))
                 if fresh or lmbda == 0:
                     batches.append(batch)
                 del batch
@@ -222,7 +223,7 @@ class Rehearsal:
 
     def train(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """The drafter forward and backward, on the batch that takes most."""
-        losses, work = self.args.losses, 0
+        work = 0
         autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         parts = {**self._waiting(batches), "gradients": tensor_bytes(self.trainable)}
         self.model.train()
@@ -233,12 +234,10 @@ class Rehearsal:
                 if self.args.gradient_accumulation_steps > 1:
                     self._fill_gradients()
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    hidden = self.drafter.draft(batch.features, batch.tokens, batch.blocks)
-                    heads = Heads.of(self.drafter, self.target)
-                    found = batch_loss(hidden, batch, heads, losses.accepted, losses.rejected, losses.chunk_size)
-                found["loss"].backward()
+                    loss = draft_loss(self.drafter, self.target, batch, self.args.losses)["loss"]
+                loss.backward()
                 work = max(work, live.peak - start - parts["gradients"])
-                del hidden, found
+                del loss
         return {**parts, "drafter activations and loss chunks": work}
 
     def update(self, batches: list[ReplayBatch]) -> tuple[int, dict[str, int]]:
@@ -264,23 +263,13 @@ class Rehearsal:
 
     def _waiting(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """What lies ready for the step: features, target states and blocks of every micro-batch."""
-        size = max(tensor_bytes(_tensors_of(batch)) for batch in batches)
+        size = max(map(_batch_bytes, batches))
         return {"features and target states of the step": self.args.gradient_accumulation_steps * size}
 
     def _kept(self) -> dict[str, int]:
         return {"kept verification states": self.kept_states} if self.kept_states else {}
 
 
-@contextmanager
-def _unmoved() -> Iterator[None]:
-    """Leaves modules where they are: PyTorch cannot move parameters without data, and PEFT does, to where they are."""
-    move, nn.Module.to = nn.Module.to, lambda module, *args, **kwargs: module
-    try:
-        yield
-    finally:
-        nn.Module.to = move
-
-
-def _tensors_of(batch: ReplayBatch) -> list[torch.Tensor]:
+def _batch_bytes(batch: ReplayBatch) -> int:
     values = [*vars(batch).values(), *vars(batch.blocks).values()]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    return tensor_bytes(value for value in values if isinstance(value, torch.Tensor))

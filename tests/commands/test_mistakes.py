@@ -10,8 +10,6 @@ from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_stopping_model, ti
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.evaluation import suites
-from draft_opd_trl.folders.target_folder import read_target_config
 
 
 @pytest.fixture(scope="module")
@@ -207,27 +205,3 @@ def test_bitsandbytes_that_is_missing_is_told_before_loading(place, capsys, monk
 
     with pytest.raises(OSError, match="`load_in_4bit` is true, but bitsandbytes.*pip install bitsandbytes"):
         QuantizationArguments(load_in_4bit=True).quantization_config()
-
-
-def test_the_hub_is_asked_once(monkeypatch):
-    """Offline, `load_dataset` repeats itself for 23 seconds."""
-    asked = []
-
-    class Hub:
-        def repo_info(self, name, **options):
-            asked.append(name)
-            raise ConnectionError("no network")
-
-    monkeypatch.setattr("draft_opd_trl.folders.reach.constants.is_offline_mode", lambda: False)
-    monkeypatch.setattr("draft_opd_trl.folders.reach.HfApi", Hub)
-    monkeypatch.setattr("draft_opd_trl.texts.rows.load_dataset", lambda *args, **kwargs: pytest.fail("asked again"))
-    with pytest.raises(FileNotFoundError, match="'some/set' is no data set here.*no network.*give a local file"):
-        suites.load_suite("some/set")
-    assert asked == ["some/set"]
-    monkeypatch.setattr("draft_opd_trl.folders.target_folder.AutoConfig", None)
-    with pytest.raises(FileNotFoundError, match="target 'some/model' is no folder here.*no network"):
-        read_target_config("some/model")
-    assert asked.pop() == "some/model"
-    with pytest.raises(FileNotFoundError, match="There is no suite 'gms8k'"):
-        suites.load_suite("gms8k")
-    assert asked == ["some/set"]

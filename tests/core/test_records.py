@@ -102,7 +102,6 @@ def test_text_states_stand_before_their_slots_and_inside_the_text():
         lengths=torch.tensor([8]),
         features=torch.zeros(1, 8, 1),
         blocks=blocks,
-        labels=blocks.draft_tokens,
         states=torch.arange(8.0).reshape(1, 8, 1),
         draft_states=None,
         accepted_weights=weights,
@@ -110,3 +109,11 @@ def test_text_states_stand_before_their_slots_and_inside_the_text():
         denominator=weights.sum(),
     )
     assert batch.text_states[..., 0].tolist() == [[2, 3, 4, 5], [5, 6, 7, 7]]
+
+
+def test_labels_are_the_text_behind_the_anchor():
+    blocks = DraftBlocks(*(torch.tensor(value) for value in ([0, 0, 1], [1, 4, 2], [[0] * 3] * 3, [0] * 3, [0] * 3)))
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 0, 0, 0]])
+    batch = ReplayBatch(tokens, None, None, blocks, *[None] * 5)
+    # The second text is padded from its fifth position on; what stands outside the grid repeats its last column.
+    assert batch.labels.tolist() == [[3, 4, 5], [6, 7, 7], [7, 0, 0]]

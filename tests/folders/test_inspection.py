@@ -111,20 +111,6 @@ def test_a_folder_of_something_else(target_folder):
         inspect_drafter(target_folder)
 
 
-# -- engines and targets ------------------------------------------------------------------------------------------
-
-
-def test_of_other_targets_it_is_said_that_nothing_is_known(kind, make_folder, target_folder, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    config = json.loads((Path(target_folder) / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
-    told = inspect_drafter(make_folder(kind), str(other))
-    assert told["loads"] == {"draft_opd_trl": True, "SGLang": None, "vLLM": None, "transformers": True}
-    assert [fault["breaks"] for fault in told["faults"]] == [[], []]
-    assert all("is not known here" in fault["fault"] for fault in told["faults"])
-    assert "SGLang: not known" in inspect_command.show(told)
-
-
 # -- adapters ------------------------------------------------------------------------------------------------------
 
 

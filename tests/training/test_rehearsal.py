@@ -82,7 +82,7 @@ def test_the_phases_call_what_a_run_calls(make, monkeypatch):
             rehearsal, name, lambda *args, **kwargs: (called.append(name), function(*args, **kwargs))[1]
         )
 
-    for name in ("prefill", "propose", "verify", "commit", "batch_loss"):
+    for name in ("prefill", "propose", "verify", "commit", "draft_loss"):
         listen(name)
     made = rehearsal.BatchMaker.__call__
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_the_phases_call_what_a_run_calls(make, monkeypatch):
     step.rollout()
     batches, _ = step.prepare()
     step.train(batches)
-    assert called == ["prefill", "propose", "verify", "commit", "batch", "batch_loss"]
+    assert called == ["prefill", "propose", "verify", "commit", "batch", "draft_loss"]
 
 
 def test_texts_that_are_not_fresh_are_replayed_and_rejected_slots_scored(make):
