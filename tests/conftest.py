@@ -72,6 +72,10 @@ def _tiny_dflash(target):
     }
 
 
+def _tiny_dspark(target):
+    return {**_tiny_dflash(target), "block_size": 4, "markov_rank": 6}
+
+
 def _tiny_eagle3(target):
     # A tenth of the target's tokens cannot be drafted.
     ids = [token for token in range(target.vocab_size) if token % 10 != 7]
@@ -80,7 +84,7 @@ def _tiny_eagle3(target):
 
 # The one place that knows how a drafter of a kind is made tiny: target → options of `create_drafter`. A kind that is
 # not here is made with its defaults; its own test file may put a line in.
-TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3}
+TINY = {"dflash": _tiny_dflash, "dspark": _tiny_dspark, "eagle3": _tiny_eagle3}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):

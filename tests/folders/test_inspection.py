@@ -25,9 +25,9 @@ def target_folder(target_folder):
 
 
 def _tensors(folder, change):
-    """`change(tensors, name)`, of which `name` is a vector; returns it."""
+    """`change(tensors, name)`, of which `name` is a vector as wide as the target; returns it."""
     tensors = load_file(f"{folder}/model.safetensors")
-    name = min(name for name, tensor in tensors.items() if tensor.ndim == 1 and tensor.is_floating_point())
+    name = min(name for name, tensor in tensors.items() if tensor.shape == (32,))
     change(tensors, name)
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
     return name

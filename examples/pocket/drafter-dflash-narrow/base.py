@@ -204,6 +204,23 @@ class Drafter(PreTrainedModel, ABC):
         """Start from the target's weights where shapes fit; nothing by default."""
         return self
 
+    @classmethod
+    def from_drafter(cls, drafter: Drafter, **options: Any) -> Drafter:
+        """
+        A drafter of this kind that starts where one of another kind stands, not yet bound to a target.
+
+        Args:
+            drafter ([`Drafter`]): Where to start; it stays as it is.
+            options: Config fields that are not to be as there.
+
+        Raises:
+            `TypeError`: There is no such field.
+            `ValueError`: The kinds share nothing to start from, or an option changes the shape of what they share.
+        """
+        raise InputError(
+            f"A {cls.kind} drafter cannot start from one of kind {drafter.kind}. Leave out `from_drafter`."
+        )
+
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
     @classmethod

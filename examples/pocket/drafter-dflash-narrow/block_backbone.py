@@ -96,7 +96,8 @@ class BlockDrafter(Drafter):
 
     base_model_prefix = ""
     _supports_sdpa = True
-    # Slot 0 is the anchor. Those from here on propose.
+    # Slot 0 is the anchor. Those from here on propose: slot k the token at its own position, or, where the anchor's
+    # proposes too, the one after.
     first_slot = 1
     # Blocks of a text attend to themselves and the context; packing more of them in one call wastes attention
     # quadratically, fewer waste launches. With gradient checkpointing one such chunk is recomputed at a time.
@@ -139,8 +140,9 @@ class BlockDrafter(Drafter):
         mask = config.mask_token_id
         if mask is None or not 0 <= mask < target.vocab_size:
             faults.append(f"mask_token_id {mask} is not a token of the target's vocabulary of {target.vocab_size}")
-        if config.block_size < 2:
-            faults.append(f"block_size {config.block_size} leaves no slot to propose; it must be at least 2")
+        if self.num_draft_tokens < 1:
+            least = f"it must be at least {self.first_slot + 1}"
+            faults.append(f"block_size {config.block_size} leaves no slot to propose; {least}")
         self.refuse_misfit(faults, target)
 
     # -- context ------------------------------------------------------------------------------------------------
