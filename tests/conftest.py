@@ -395,9 +395,14 @@ def save_target(model, folder):
 
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch):
-    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
+    """An empty folder for code that comes along with models; what was imported of such before is forgotten, and after."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+    forget()

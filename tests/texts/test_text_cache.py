@@ -176,6 +176,7 @@ def test_killed_at_random_it_loses_nothing(tmp_path):
     draws, said, count = random.Random(0), [], 200
     for _ in range(2):
         writer = start_writer(tmp_path, 0, count)
+        assert writer.stdout.readline() == "ready\n"
         said += [int(writer.stdout.readline()) for _ in range(draws.randint(1, 60))]
         time.sleep(draws.uniform(0, 0.005))
         writer.send_signal(signal.SIGKILL)
