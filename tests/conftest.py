@@ -395,7 +395,7 @@ def save_target(model, folder):
 
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch):
-    """An empty folder for code that comes along with models; what is imported of such is forgotten before and after."""
+    """An empty folder for code that comes along with models; what is imported is forgotten, before and after."""
 
     def forget():
         for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
