@@ -403,6 +403,7 @@ def code_cache(tmp_path, monkeypatch):
 
     forget()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Another such folder that a test has put there would be found first.
+    monkeypatch.setattr(sys, "path", [part for part in sys.path if not Path(part, "transformers_modules").is_dir()])
     yield
     forget()
