@@ -163,8 +163,7 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
             num_target_layers=target_config.num_hidden_layers,
             dflash_config={
                 "mask_token_id": mask_token_id,
-                "target_layer_ids": target_layer_ids
-                or default_layer_ids(target_config.num_hidden_layers, num_hidden_layers),
+                "target_layer_ids": target_layer_ids or None,
             },
             **{**shape, **overrides},
         )

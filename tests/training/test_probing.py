@@ -69,7 +69,10 @@ def test_an_optimizer_of_a_package_that_is_not_here(monkeypatch):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"])
 def test_schedules_that_are_right(name):
-    probing.try_schedule(given(lr_scheduler_type=name, eval_strategy="epoch"))
+    asked = given(lr_scheduler_type=name, eval_strategy="epoch")
+    before = asked.to_dict()
+    probing.try_schedule(asked)
+    assert asked.to_dict() == before
 
 
 def test_a_compiler_that_pytorch_does_not_have(monkeypatch):

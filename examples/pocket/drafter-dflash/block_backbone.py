@@ -94,7 +94,6 @@ class BlockDrafter(Drafter):
             `target_layer_ids` and, where it is known, `num_target_layers`.
     """
 
-    base_model_prefix = ""
     _supports_sdpa = True
     # Slot 0 is the anchor. Those from here on propose: slot k the token at its own position, or, where the anchor's
     # proposes too, the one after.

@@ -119,7 +119,6 @@ class LlamaForCausalLMEagle3(Drafter):
 
     kind = "eagle3"
     config_class = Eagle3Config
-    base_model_prefix = ""
     sft_decay = 0.8
     # Chains of a text drafted side by side with gradients; more than this many are recomputed in the backward pass.
     chains_per_chunk = 64
