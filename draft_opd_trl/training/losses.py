@@ -257,7 +257,7 @@ def batch_loss(hidden: torch.Tensor, batch: ReplayBatch, heads: Heads, losses: S
     on_rejected = torch.zeros_like(on_accepted)
     if batch.draft_states is not None:
         tokens = batch.blocks.draft_tokens
-        if rejected.hard:
+        if rejected.teaches_token:
             tokens = hard_tokens(batch.draft_states, batch.rejected_weights, heads, chunk_size)
         on_rejected, more = stream_loss(
             hidden, batch.draft_states, tokens, batch.rejected_weights, heads, rejected, chunk_size
