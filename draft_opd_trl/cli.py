@@ -229,12 +229,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def _overview() -> str:
     """All commands with the first lines of their docstrings, read without importing them."""
-    rows = []
+    lines = []
     for name, module in COMMANDS.items():
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-        rows.append(["", name, ast.get_docstring(ast.parse(source)).splitlines()[0]])
+        lines.append(["", name, ast.get_docstring(ast.parse(source)).splitlines()[0]])
     tail = "`draft-opd <command> --help` shows a command's options."
-    return as_text("usage: draft-opd <command> [options]", "", "commands:", grid(rows), "", tail)
+    return as_text("usage: draft-opd <command> [options]", "", "commands:", grid(lines), "", tail)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

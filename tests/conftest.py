@@ -74,6 +74,10 @@ def _tiny_dflash(target):
     }
 
 
+def _tiny_dspark(target):
+    return {**_tiny_dflash(target), "block_size": 4, "markov_rank": 6}
+
+
 def _tiny_eagle3(target):
     # A tenth of the target's tokens cannot be drafted.
     ids = [token for token in range(target.vocab_size) if token % 10 != 7]
@@ -82,7 +86,12 @@ def _tiny_eagle3(target):
 
 # The one place that knows how a drafter of a kind is made tiny: target → options of `create_drafter`. A kind that is
 # not here is made with its defaults; its own test file may put a line in.
-TINY = {"dflash": _tiny_dflash, "eagle3": _tiny_eagle3, "causal_lm": lambda target: {"num_hidden_layers": 1}}
+TINY = {
+    "dflash": _tiny_dflash,
+    "dspark": _tiny_dspark,
+    "eagle3": _tiny_eagle3,
+    "causal_lm": lambda target: {"num_hidden_layers": 1},
+}
 
 
 def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
@@ -385,11 +394,23 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def save_target(model, folder):
+    """The folder of a target, with its tokenizer."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch):
-    """An empty folder for code that comes along with models; what is imported from it is forgotten again."""
+    """An empty folder for code that comes along with models; what is imported is forgotten, before and after."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Another such folder that a test has put there would be found first.
+    monkeypatch.setattr(sys, "path", [part for part in sys.path if not Path(part, "transformers_modules").is_dir()])
     yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+    forget()

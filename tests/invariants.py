@@ -249,9 +249,13 @@ def assert_every_parameter_gets_a_gradient(target, drafter):
     rollout = sample_texts()
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     blocks = every_anchor(rollout, drafter.num_draft_tokens)
-    logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
-    labels = draft_labels(drafter, blocks.draft_tokens)
-    functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    states = drafter.draft(features, rollout.tokens, blocks).flatten(0, 1)
+    logits = drafter.logits(states)
+    loss = functional.cross_entropy(logits, draft_labels(drafter, blocks.draft_tokens).flatten())
+    if drafter.auxiliary_loss is not None:
+        logps = logits.log_softmax(-1)
+        loss = loss + drafter.auxiliary_loss(states, logps, logps.detach())["loss"].sum()
+    loss.backward()
     for name, parameter in drafter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert target.head.weight.grad is None

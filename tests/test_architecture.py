@@ -1,6 +1,6 @@
 """
 The contracts of `.importlinter`, and what import-linter cannot say: it reads which module imports which, and not what
-is taken from one, nor what code does.
+is taken from one, nor what code does, nor where it is tested.
 """
 
 import ast
@@ -18,6 +18,21 @@ NAME = "draft_opd_trl"
 # Each name stands for itself and all below it.
 UNKNOWN_TO = {"speculation.py": ("torch.optim",), "replay.py": ("torch.optim",)}
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
+
+
+# Rooms that are tested as a whole with others: module → its test file. Every other module has a test file of its own.
+TESTED_WITH = {
+    "_trl_compat.py": "test_moving_api.py",
+    "commands/evaluate.py": "commands/test_commands.py",
+    "commands/export.py": "folders/test_inspection.py",
+    "commands/inspect.py": "folders/test_inspection.py",
+    "commands/options.py": "commands/test_commands.py",
+    "commands/plan.py": "training/test_planning.py",
+    "commands/train.py": "commands/test_commands.py",
+    "core/errors.py": "test_cli.py",
+    "drafters/block_backbone.py": "drafters/test_dflash.py",
+    "metrics/acceptance_length/acceptance_length.py": "metrics/test_metrics.py",
+}
 
 
 def _lint(root: Path) -> subprocess.CompletedProcess:
@@ -132,3 +147,14 @@ def test_checker_finds_what_is_wrong(file, source, why):
     (line,) = find_violations(Path(file), source)
     assert why in line
     assert find_violations(Path(file), "from trl import TrlParser\nfrom .errors import InputError\nimport os") == []
+
+
+def test_every_module_has_its_test_file():
+    """`tests/` mirrors the package: where a room is tested is known by its name."""
+    modules = {file.relative_to(ROOT / NAME) for file in (ROOT / NAME).rglob("*.py") if file.name != "__init__.py"}
+    own = {module for module in modules if (ROOT / "tests" / module.parent / f"test_{module.name}").is_file()}
+    with_others = {Path(module) for module in TESTED_WITH}
+    missing = sorted(f"tests/{module.parent}/test_{module.name}" for module in modules - own - with_others)
+    assert missing == [], "write these test files, or say in TESTED_WITH where the modules are tested"
+    assert with_others & own == with_others - modules == set(), "these are not tested with others"
+    assert [file for file in TESTED_WITH.values() if not (ROOT / "tests" / file).is_file()] == []

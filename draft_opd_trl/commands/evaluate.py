@@ -33,7 +33,7 @@ class EvaluateArguments(PairArguments):
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
     sample_proposals: bool = field(default=False, metadata={"help": "Draw proposals instead of taking the argmax."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion. The paper's tables: 8192."})
-    batch_size: int = field(default=16, metadata={"help": "Rows decoded side by side."})
+    batch_size: int = field(default=16, metadata={"help": "Texts decoded side by side."})
     dtype: str = field(default="float32", metadata={"help": "Of target and drafters: float32, bfloat16, auto."})
     chat_template_kwargs: str = field(
         default="{}", metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
@@ -187,10 +187,10 @@ def show(result: dict[str, Any]) -> str:
     for measured in result["results"]:
         figures = {name: _figures(drafter) for name, drafter in measured["drafters"].items()}
         names = dict.fromkeys(name for each in figures.values() for name in each)
-        rows = [[name, *(each.get(name, "") for each in figures.values())] for name in names]
+        lines = [[name, *(each.get(name, "") for each in figures.values())] for name in names]
         heads = [f"{name}: {result['drafters'][name]}" for name in figures]
         title = f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"
-        parts += ["", title, "", table(["", *heads], rows)]
+        parts += ["", title, "", table(["", *heads], lines)]
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
             parts.append(f"{' − '.join(figures)}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.checks import check_settings
+from ..core.checks import settle
 from ..core.limits import LIMITS
 
 
@@ -30,7 +30,7 @@ class ExportArguments:
     revision: str | None = field(default=None, metadata={"help": "Of the drafter on the Hub."})
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
 
 
 ARGUMENTS = (ExportArguments,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.checks import check_settings, check_value, read_json, text
+from ..core.checks import check_value, read_json, settle, text
 from ..core.errors import EnvironmentFault, InputError
 from ..core.limits import CHAT_KWARGS, LIMITS
 
@@ -33,7 +33,7 @@ class PairArguments:
 
     def __post_init__(self) -> None:
         # YAML gives mappings, the command line their text.
-        check_settings(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=_text_or_any)
+        settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=_text_or_any)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class QuantizationArguments:
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the constants of 4 bits too."})
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
         check_bits(self.load_in_8bit, self.load_in_4bit)
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
@@ -87,7 +87,7 @@ class AdapterArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
 
     def peft_config(self) -> PeftConfig | None:
         """What these options ask for; `None` without `--use_peft`."""

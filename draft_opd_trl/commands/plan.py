@@ -28,6 +28,10 @@ class PlanArguments(PairArguments):
 
 
 ARGUMENTS = (PlanArguments, AdapterArguments, DraftOPDConfig)
+NOT_COUNTED = (
+    "Not counted: the CUDA context and kernels' workspaces, fragmentation, gradient buckets of DDP, and what FSDP or "
+    "DeepSpeed shard away. Attention is taken to run fused."
+)
 
 
 def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDConfig) -> dict[str, Any]:
@@ -50,27 +54,23 @@ def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDCon
             load_in_8bit=arguments.load_in_8bit, load_in_4bit=arguments.load_in_4bit, bnb_4bit_quant_type="nf4"
         )
     drafter = load_drafter_config(arguments.model_name_or_path)
-    options: dict[str, Any] = {
-        "acceptance_length": arguments.acceptance_length,
-        "peft_config": adapter.peft_config(),
-    }
-    if config.fp16:
-        options["autocast"] = torch.float16
-    elif config.bf16 or arguments.device_memory is not None:
-        options["autocast"] = torch.bfloat16
+    # As a GPU of that size would be driven.
+    config.bf16 = config.bf16 or (arguments.device_memory is not None and not config.fp16)
+    options = {"acceptance_length": arguments.acceptance_length, "peft_config": adapter.peft_config()}
     plan = plan_memory(target, drafter, config, **options)
-    result = plan.to_dict()
+    result = {**vars(plan), "fullest": plan.fullest, "peak": plan.peak}
     if arguments.device_memory is not None:
         result["device_memory"] = int(arguments.device_memory * GIB)
         if plan.peak > result["device_memory"]:
-            result["levers"] = find_levers(target, drafter, config, **options)
+            result["levers"] = find_levers(plan, target, drafter, config, **options)
     return result
 
 
 def show(result: dict[str, Any]) -> str:
+    from ..core.terminal import as_text
     from ..training.planning import MemoryPlan, misfit
 
-    lines = [MemoryPlan(result["always"], result["phases"], result["limits"]).table()]
+    parts = [MemoryPlan(result["always"], result["phases"], result["limits"]).table(), "", NOT_COUNTED]
     if "levers" in result:
-        lines.append(misfit(result["peak"], result["device_memory"], result["levers"]))
-    return "\n".join(lines)
+        parts.append(misfit(result["peak"], result["device_memory"], result["levers"]))
+    return as_text(*parts)

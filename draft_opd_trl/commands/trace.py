@@ -34,7 +34,7 @@ class TraceArguments(PairArguments):
     top_k: int = field(default=0, metadata={"help": "Top-k of the target."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the target."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest completion."})
-    batch_size: int = field(default=16, metadata={"help": "Rows decoded side by side."})
+    batch_size: int = field(default=16, metadata={"help": "Texts decoded side by side."})
     dtype: str = field(default="float32", metadata={"help": "Of the target: float32, bfloat16, auto."})
     chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON passed to the chat template."})
     seed: int = field(default=0, metadata={"help": "At temperature > 0."})

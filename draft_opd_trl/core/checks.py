@@ -318,7 +318,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def check_settings(
+def settle(
     settings: Any,
     table: Mapping[str, Rule],
     hints: Mapping[str, Any] | None = None,
@@ -326,7 +326,7 @@ def check_settings(
     **rules: Rule,
 ) -> None:
     """
-    Every field of a dataclass against its annotation and its rule; what passes is written back as plain Python.
+    Hold every field of a dataclass against its annotation and its rule, and write it back as plain Python.
 
     Args:
         settings (dataclass instance): May be frozen.

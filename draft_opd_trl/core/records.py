@@ -28,6 +28,14 @@ def num_valid_slots(anchors: torch.Tensor, lengths: torch.Tensor, num_draft_toke
     return (lengths - 1 - anchors).clamp(max=num_draft_tokens)
 
 
+def slot_labels(
+    tokens: torch.Tensor, texts: torch.Tensor, anchors: torch.Tensor, num_draft_tokens: int
+) -> torch.Tensor:
+    """Text tokens at the K slots after each anchor: `(N, K)`; slots outside the tensor repeat its last column."""
+    slots = torch.arange(1, num_draft_tokens + 1, device=tokens.device)
+    return tokens[texts[:, None], (anchors[:, None] + slots).clamp(max=tokens.shape[1] - 1)]
+
+
 @dataclass
 class DraftBlocks:
     """
@@ -189,8 +197,6 @@ class ReplayBatch:
             Tapped target states.
         blocks (`DraftBlocks`):
             Blocks to draft with gradients.
-        labels (`torch.LongTensor` of shape `(N, K)`):
-            Text tokens at each slot; what stands outside the text carries no weight.
         states (`torch.Tensor` of shape `(B, T, H)`):
             Target states of the texts, before the head.
         draft_states (`torch.Tensor` of shape `(N, K, H)`, *optional*):
@@ -205,12 +211,16 @@ class ReplayBatch:
     lengths: torch.Tensor
     features: torch.Tensor
     blocks: DraftBlocks
-    labels: torch.Tensor
     states: torch.Tensor
     draft_states: torch.Tensor | None
     accepted_weights: torch.Tensor
     rejected_weights: torch.Tensor
     denominator: torch.Tensor
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """`(N, K)`: text tokens at each slot; what stands outside the text carries no weight."""
+        return slot_labels(self.tokens, self.blocks.texts, self.blocks.anchors, self.blocks.num_draft_tokens)
 
     @property
     def text_states(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import check_settings
+from .checks import settle
 from .limits import LIMITS
 
 
@@ -30,7 +30,7 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
 
     @property
     def greedy(self) -> bool:

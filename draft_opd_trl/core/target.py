@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
 from .packing import pack_by_text
 from .records import DraftBlocks
+from .target_shape import TargetShape
 
 
-class Target:
+class Target(TargetShape):
     """
     A frozen causal LM, read at the seams speculative decoding needs.
 
@@ -39,21 +40,18 @@ class Target:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.config)
         self.model = model.eval().requires_grad_(False)
-        self.config = model.config.get_text_config()
+        self.name = self.config._name_or_path or type(model).__name__
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
         self._cache_argument = cache_argument(self.decoder.forward)
         self._check_whole_weights()
-        self.hidden_size: int = self.config.hidden_size
-        self.vocab_size: int = self.head.weight.shape[0]
-        self.num_layers: int = self.config.num_hidden_layers
+        self.vocab_size = self.head.weight.shape[0]
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._sharded = False
-        self._check_attention()
-        self._check_rope()
-        self._read_layer_types()
+        self.check_exact()
         self._check_head()
 
     @property
@@ -73,19 +71,6 @@ class Target:
         """The head's weight `(V, H)`, if logits are states times it and nothing more."""
         plain = type(self.head) is torch.nn.Linear and self.head.bias is None and self._softcap is None
         return self.head.weight if plain else None
-
-    @property
-    def context_length(self) -> int | None:
-        """Positions that the target knows, as far as its RoPE is stretched; `None` if it does not say."""
-        known = getattr(self.config, "max_position_embeddings", None)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if known is not None and rope.get("rope_type") in ("linear", "yarn"):
-            known = max(known, int(rope.get("original_max_position_embeddings", known) * rope["factor"]))
-        return known
-
-    @property
-    def name(self) -> str:
-        return self.config._name_or_path or type(self.model).__name__
 
     def fingerprint(self, samples: int = 1024) -> str:
         """Hash of the config, the revision and some values of every weight: cheap, and another model has another."""
@@ -112,41 +97,6 @@ class Target:
                     f"({type(module).__name__}), and drafters and losses read its plain weight. Leave it out of the "
                     "quantisation, as is the default: BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])."
                 )
-
-    def _check_attention(self) -> None:
-        implementation = self.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise InputError(
-                f"The target uses attn_implementation={implementation!r}, which ignores or cannot take the 4-D masks "
-                "of ragged speculation. Load it with attn_implementation='sdpa'."
-            )
-        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        unknown = types - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(
-                f"The target has layers of type {sorted(unknown)}; a position-slotted cache is exact for "
-                "full_attention and sliding_attention only. Use a target of those."
-            )
-
-    def _read_layer_types(self) -> None:
-        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        # Hybrid models take one mask per layer type in a dict; uniform ones (Llama) refuse a dict.
-        per_type = bool(getattr(self.config, "layer_types", None))
-        self._hybrid = per_type and "sliding_attention" in types
-        self._sliding = self._hybrid or not per_type
-        self._window = getattr(self.config, "sliding_window", None) if self._sliding else None
-
-    def _check_rope(self) -> None:
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        # One for all layers, or one a layer type.
-        parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-        changing = {kind for part in parts if (kind := part.get("rope_type")) in ("dynamic", "longrope")}
-        if changing:
-            raise InputError(
-                f"The target's RoPE is of type {' and '.join(sorted(changing))}, whose frequencies depend on the "
-                "longest text of a batch. Keys in the cache keep the old ones, so speculation would change texts, and "
-                "replay would not be speculation. Use a target whose rope_type is default, linear, llama3 or yarn."
-            )
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -211,7 +161,7 @@ class Target:
                 None if mask is None else torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, low)
                 for mask in (full, windowed)
             )
-        if self._hybrid:
+        if self.hybrid:
             return {"full_attention": full, "sliding_attention": windowed}
         return full if windowed is None else windowed
 
@@ -265,7 +215,7 @@ class Target:
         Args:
             tokens, positions (`torch.LongTensor` of shape `(R, Q)`): New tokens and where they stand.
             cache ([`PositionCache`]): Written in place.
-            limit (`int`): Slots to attend to, above every position in play.
+            limit (`int`): Positions to attend to, above every position in play.
             layer_ids (`Sequence[int]`): As in [`forward_text`].
             lanes (`torch.LongTensor` of shape `(R,)`, *optional*): Cache lanes; all by default.
 
@@ -274,7 +224,7 @@ class Target:
         """
         cache.place(positions, limit, lanes)
         keys = torch.arange(limit, device=tokens.device)
-        windowed = visible(positions, keys, self._window) if self._window else None
+        windowed = visible(positions, keys, self.window) if self.window else None
         masks = self._masks(visible(positions, keys), windowed)
         return self._run(
             layer_ids,
@@ -313,9 +263,9 @@ class Target:
 
         Args:
             tokens (`torch.LongTensor` of shape `(B, T)`): Texts.
-            blocks ([`DraftBlocks`]): Blocks over those rows.
+            blocks ([`DraftBlocks`]): Blocks over those texts.
             cache ([`PositionCache`]): Holds the texts (from [`forward_text`]); left unchanged.
-            chunk_size (`int`, *optional*, defaults to `64`): Blocks of a row scored in one pass; bounds memory.
+            chunk_size (`int`, *optional*, defaults to `64`): Blocks of a text scored in one pass; bounds memory.
 
         Returns:
             `torch.Tensor` of shape `(N, K, H)`: states that predict each slot; zero at slots up to the first
@@ -342,19 +292,19 @@ class Target:
         cache: PositionCache,
     ) -> torch.Tensor:
         """States `(I, H)` after drafted token `offset + 1` of each `block`, both of shape `(I,)`."""
-        num_rows, text_length = shape
-        rows = blocks.texts[block]
-        columns, width = pack_by_text(rows, num_rows)
+        num_texts, text_length = shape
+        texts = blocks.texts[block]
+        columns, width = pack_by_text(texts, num_texts)
 
         def grid(values: torch.Tensor, fill: int) -> torch.Tensor:
-            return values.new_full((num_rows, width), fill).index_put((rows, columns), values)
+            return values.new_full((num_texts, width), fill).index_put((texts, columns), values)
 
         tokens = grid(blocks.draft_tokens[block, offset], 0)
         positions = grid(blocks.anchors[block] + 1 + offset, 0)
         block_ids = grid(block, -1)
         last_text = grid(blocks.anchors[block] + blocks.num_accepted[block], 0)[:, None, :, None]
         cache.place(positions, text_length, keep=False)
-        text_positions = torch.arange(text_length, device=rows.device)
+        text_positions = torch.arange(text_length, device=texts.device)
         same_block = (block_ids[:, :, None] == block_ids[:, None, :])[:, None]
 
         def mask(window: int | None) -> torch.Tensor:
@@ -366,28 +316,11 @@ class Target:
             (),
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._masks(mask(None), mask(self._window) if self._window else None),
+            attention_mask=self._masks(mask(None), mask(self.window) if self.window else None),
             cache=cache,
             use_cache=True,
         )
-        return states[rows, columns]
-
-
-class TargetShape:
-    """
-    What a target's config tells of it, for checks that need none of its weights.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): The target's.
-    """
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config.get_text_config()
-        self.name: str = config._name_or_path
-        self.hidden_size: int = self.config.hidden_size
-        self.vocab_size: int = self.config.vocab_size
-        self.num_layers: int = self.config.num_hidden_layers
-        self.architectures: list[str] = config.architectures or []
+        return states[texts, columns]
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:

@@ -10,28 +10,28 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> Table:
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]], numbers: bool = False) -> Table:
     """
     Cells in columns.
 
     Args:
         columns (`Sequence[str]`): Their heads.
-        rows (`Iterable[Sequence[str]]`): A cell a column.
+        lines (`Iterable[Sequence[str]]`): A cell a column.
         numbers (`bool`, *optional*, defaults to `False`): All but the first column hold numbers, set flush right.
     """
     made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for place, head in enumerate(columns):
         made.add_column(head, justify="right" if numbers and place else "left")
-    for row in rows:
-        made.add_row(*row)
+    for line in lines:
+        made.add_row(*line)
     return made
 
 
-def grid(rows: Iterable[Sequence[str]]) -> Table:
+def grid(lines: Iterable[Sequence[str]]) -> Table:
     """Cells in columns, without heads or lines."""
     made = Table.grid(padding=(0, 2))
-    for row in rows:
-        made.add_row(*row)
+    for line in lines:
+        made.add_row(*line)
     return made
 
 

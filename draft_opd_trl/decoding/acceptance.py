@@ -64,31 +64,31 @@ class AcceptanceReport:
     def _blocks(self) -> dict[str, torch.Tensor]:
         """All blocks `(N,)`: text, anchor (from the completion's start), tokens accepted, judged, committed."""
         sizes = torch.tensor([len(runs) for runs in self.accepted], dtype=torch.long)
-        rows = torch.arange(len(sizes)).repeat_interleave(sizes)
+        texts = torch.arange(len(sizes)).repeat_interleave(sizes)
         accepted = torch.tensor([run for runs in self.accepted for run in runs], dtype=torch.long)
         advanced = (accepted + 1).cumsum(0) - (accepted + 1)
-        first_of_row = (sizes.cumsum(0) - sizes)[rows]
-        anchors = advanced - advanced[first_of_row]
+        first_of_text = (sizes.cumsum(0) - sizes)[texts]
+        anchors = advanced - advanced[first_of_text]
         lengths = torch.tensor([len(text) for text in self.completions], dtype=torch.long)
         return {
-            "rows": rows,
+            "texts": texts,
             "anchors": anchors,
             "num_accepted": accepted,
-            "num_valid": num_valid_slots(anchors, lengths[rows], self.num_draft_tokens),
+            "num_valid": num_valid_slots(anchors, lengths[texts], self.num_draft_tokens),
             # The token after the run, unless the text ended with the run.
-            "committed": torch.minimum(accepted + 1, lengths[rows] - 1 - anchors),
+            "committed": torch.minimum(accepted + 1, lengths[texts] - 1 - anchors),
         }
 
     @cached_property
     def _ratios(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Each statistic as a ratio of sums over prompts: numerators and denominators `(B,)`, float64."""
         blocks, count = self._blocks, len(self)
-        rows = blocks["rows"]
+        texts = blocks["texts"]
 
         def by_prompt(values: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.float64).index_add_(0, rows, values.double())
+            return torch.zeros(count, dtype=torch.float64).index_add_(0, texts, values.double())
 
-        ones = torch.ones_like(rows)
+        ones = torch.ones_like(texts)
         committed, verifications = by_prompt(blocks["committed"]), by_prompt(ones)
         ratios = {
             "acceptance_length": (committed, verifications),
@@ -112,7 +112,7 @@ class AcceptanceReport:
     @property
     def position_bins(self) -> list[tuple[int, int]]:
         """Bins of anchors, in tokens from the completion's start: 0–31, 32–63, 64–127 and so on, doubling."""
-        furthest = int(self._blocks["anchors"].max()) if len(self._blocks["rows"]) else -1
+        furthest = int(self._blocks["anchors"].max()) if len(self._blocks["texts"]) else -1
         bins, start, stop = [], 0, FIRST_POSITION_BIN
         while start <= furthest:
             bins.append((start, stop))

@@ -11,7 +11,7 @@ import torch
 
 from ..core.cache import PositionCache
 from ..core.packing import pack_by_text
-from ..core.records import DraftBlocks, Rollout, num_valid_slots
+from ..core.records import DraftBlocks, Rollout, num_valid_slots, slot_labels
 from ..core.sampling import Chooser
 from ..core.target import Target
 from ..core.verification import judge_against_text
@@ -23,14 +23,6 @@ from .coupling import Coupling, TextChooser
 ARGMAX = Chooser()
 # Anchors of a text drafted at once: all logits of a block are held while it is drafted.
 ANCHORS_AT_ONCE = 16
-
-
-def slot_labels(
-    tokens: torch.Tensor, texts: torch.Tensor, anchors: torch.Tensor, num_draft_tokens: int
-) -> torch.Tensor:
-    """Text tokens at the K slots after each anchor: `(N, K)`; slots outside the tensor repeat its last column."""
-    slots = torch.arange(1, num_draft_tokens + 1, device=tokens.device)
-    return tokens[texts[:, None], (anchors[:, None] + slots).clamp(max=tokens.shape[1] - 1)]
 
 
 def text_blocks(rollout: Rollout, texts: torch.Tensor, anchors: torch.Tensor, num_draft_tokens: int) -> DraftBlocks:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.checks import check_settings
+from ..core.checks import settle
 from ..core.errors import InputError
 from ..core.limits import LIMITS
 from ..core.records import DraftBlocks, Rollout, num_valid_slots
@@ -60,7 +60,7 @@ class SpeculationSettings:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
 
 
 class Lanes:

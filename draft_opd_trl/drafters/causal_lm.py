@@ -30,7 +30,8 @@ from .parts import copy_fitting, dense_weight, plain_weight
 if TYPE_CHECKING:
     from ..core.records import DraftBlocks
     from ..core.sampling import Chooser
-    from ..core.target import Target, TargetShape
+    from ..core.target import Target
+    from ..core.target_shape import TargetShape
 
 
 # What is seen of keys, `(B, 1, Q, S)`, by layers with a window of so many positions, or without one.
@@ -147,7 +148,7 @@ class CausalLMDrafter(Drafter):
     def num_draft_tokens(self) -> int:
         return self.config.num_draft_tokens
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         mine, theirs = self.config.vocab_size, target.vocab_size
         told = f"drafter vocab_size {mine} is not the target's {theirs}, and engines want both equal"
         self.refuse_misfit([told] if mine != theirs else [], target)
@@ -205,12 +206,11 @@ class CausalLMDrafter(Drafter):
         self, tokens: torch.Tensor, positions: torch.Tensor, sees: Sees, cache: PositionCache | None = None
     ) -> torch.Tensor:
         """States `(B, Q, H)` of tokens at their positions."""
-        decoder, types = self.get_decoder(), self.config.types_of_layers
-        # Models of several types of layers take a mask for each (Gemma), those of one type (Llama) refuse that.
-        if "sliding_attention" in types:
-            mask = {"full_attention": sees(None), "sliding_attention": sees(self.config.window)}
+        decoder, shape = self.get_decoder(), self.config.shape
+        if shape.hybrid:
+            mask = {"full_attention": sees(None), "sliding_attention": sees(shape.window)}
         else:
-            mask = sees(self.config.window)
+            mask = sees(shape.window)
         cached = {} if cache is None else {cache_argument(decoder.forward): cache}
         return decoder(
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **cached

@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.errors import InputError
+from ..core.target_shape import TargetShape
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
 from .parts import KNOWN_TARGETS, uncomputed_rope
@@ -58,7 +59,7 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
         # One for all layers, or one a layer type.
         for part in (rope or {}, *(rope or {}).values()):
             asked |= uncomputed_rope(part) if isinstance(part, dict) else {}
-        if other := self.types_of_layers - {"full_attention", "sliding_attention"}:
+        if other := self.shape.layer_types - {"full_attention", "sliding_attention"}:
             asked["layer_types"] = sorted(other)
         if self.lm.get_text_config() is not self.lm:
             asked["more than text"] = True
@@ -101,15 +102,9 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
     rope_parameters = _of_lm("rope_parameters")
 
     @property
-    def types_of_layers(self) -> set[str]:
-        """Those that the model tells apart; models of one type of layer (Llama) have none."""
-        return set(getattr(self.lm, "layer_types", None) or ())
-
-    @property
-    def window(self) -> int | None:
-        """Positions that a layer with sliding attention sees."""
-        slides = "sliding_attention" in self.types_of_layers or not self.types_of_layers
-        return getattr(self.lm, "sliding_window", None) if slides else None
+    def shape(self) -> TargetShape:
+        """Its types of layers and the window of those that slide."""
+        return TargetShape(self.lm)
 
     # -- the plain model's folder -----------------------------------------------------------------------------------
 

@@ -9,7 +9,17 @@ from transformers import PreTrainedConfig, Qwen3Config
 from ..core.errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
-from .parts import TAPPED_BY_VLLM, layer_faults, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
+from .parts import (
+    BLOCKS_IN_SGLANG,
+    TAPPED_BY_VLLM,
+    default_layer_ids,
+    layer_faults,
+    shape_of,
+    speculators_block,
+    speculators_layer,
+    uncomputed_block,
+    with_rope_fields,
+)
 
 
 # Fields of `dflash_config` that are computed here. Any other that asks for something is refused.
@@ -34,14 +44,10 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
         `ValueError`: A field asks for something that is not computed here.
     """
 
-    # SGLang's `set_dflash_layers_to_capture`; a target's class without it refuses to start.
-    served_targets = {
-        "SGLang": frozenset("deepseek_v3 gpt_oss llama ministral3 mistral phi3 qwen3 qwen3_moe".split()),
-        "vLLM": TAPPED_BY_VLLM,
-    }
+    served_targets = {"SGLang": BLOCKS_IN_SGLANG, "vLLM": TAPPED_BY_VLLM}
     card_notes = (
         '`target.generate(..., assistant_model=drafter, speculation_type="dflash")` then decodes with it, one text at '
-        "a time."
+        "a time, where both have the same dtype."
     )
 
     def __init__(
@@ -71,13 +77,7 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
         asked = {f"dflash_config.{name}": inner[name] for name in inner if inner[name] and name not in _KNOWN}
         if inner.get("use_aux_hidden_state") is False:
             asked["dflash_config.use_aux_hidden_state"] = False
-        if set(self.layer_types) != {"full_attention"}:
-            asked["layer_types"] = self.layer_types
-        if getattr(self, "is_causal", None):
-            asked["is_causal"] = True
-        if draft_vocab_size not in (None, self.vocab_size):
-            asked["draft_vocab_size"] = draft_vocab_size
-        asked |= uncomputed_rope(self.rope_parameters)
+        asked |= uncomputed_block(self, draft_vocab_size)
         if asked:
             raise InputError(
                 f"This DFlash config asks for what is not computed here: {asked}. Take a drafter without it; if a "
@@ -111,18 +111,10 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
 
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
-        layer = self.to_dict()
-        for name in ("_name_or_path", "architectures", "auto_map", "block_size", "dflash_config"):
-            layer.pop(name, None)
         return {
             "architectures": ["DFlashDraftModel"],
             "speculators_model_type": "dflash",
-            "transformer_layer_config": layer,
-            "draft_vocab_size": self.vocab_size,
-            "block_size": self.block_size,
-            "aux_hidden_state_layer_ids": [index + 1 for index in self.target_layer_ids],
-            "mask_token_id": self.mask_token_id,
-            "sliding_window_non_causal": True,
+            **speculators_block(self, "dflash_config"),
             "sample_from_anchor": False,
         }
 
@@ -171,16 +163,7 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
             num_target_layers=target_config.num_hidden_layers,
             dflash_config={
                 "mask_token_id": mask_token_id,
-                "target_layer_ids": target_layer_ids
-                or default_layer_ids(target_config.num_hidden_layers, num_hidden_layers),
+                "target_layer_ids": target_layer_ids or None,
             },
             **{**shape, **overrides},
         )
-
-
-def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
-    """z-lab's taps: the middle layer for one draft layer (never the last), else evenly from 1 to n − 3."""
-    if num_draft_layers == 1:
-        return [min(num_target_layers // 2, num_target_layers - 2)]
-    span = (num_target_layers - 4) / (num_draft_layers - 1)
-    return [int(round(1 + index * span)) for index in range(num_draft_layers)]

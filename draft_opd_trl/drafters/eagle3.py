@@ -24,7 +24,8 @@ from .parts import copy_norm, draft_in_parts, init_layer, lay_out, plain_weight,
 if TYPE_CHECKING:
     from ..core.records import DraftBlocks
     from ..core.sampling import Chooser
-    from ..core.target import Target, TargetShape
+    from ..core.target import Target
+    from ..core.target_shape import TargetShape
 
 
 class Eagle3Attention(nn.Module):
@@ -123,7 +124,6 @@ class LlamaForCausalLMEagle3(Drafter):
 
     kind = "eagle3"
     config_class = Eagle3Config
-    base_model_prefix = ""
     sft_decay = 0.8
     # Chains of a text drafted side by side with gradients; more than this many are recomputed in the backward pass.
     chains_per_chunk = 64
@@ -200,13 +200,13 @@ class LlamaForCausalLMEagle3(Drafter):
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def fit(self, target: Target | TargetShape) -> None:
+    def fit(self, target: TargetShape) -> None:
         if self.config.eagle_aux_hidden_state_layer_ids is None:
             taps = default_layer_ids(target.num_layers)
             self.config.eagle_aux_hidden_state_layer_ids = [index + 1 for index in taps]
         super().fit(target)
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         config, faults = self.config, []
         if config.target_hidden_size != target.hidden_size:
             faults.append(

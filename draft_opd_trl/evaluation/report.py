@@ -45,20 +45,20 @@ def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
         low, high = interval
         return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
-    rows = [("τ", [with_interval(one["acceptance_length"], one["interval"], ".3f") for one in summaries])]
+    figures = [("τ", [with_interval(one["acceptance_length"], one["interval"], ".3f") for one in summaries])]
     if others:
         changes = [difference(one, first) for one in others]
         cells = [with_interval(one["mean"], (one["low"], one["high"]), "+.3f") for one in changes]
-        rows.append(("change of τ, paired", ["", *cells]))
+        figures.append(("change of τ, paired", ["", *cells]))
     for slot in range(max(report.num_draft_tokens for report in reports.values())):
         cells = [
             f"{one['acceptance_by_slot'][slot]:.1%}" if slot < len(one["acceptance_by_slot"]) else ""
             for one in summaries
         ]
-        rows.append((f"blocks with ≥ {slot + 1} accepted", cells))
-    rows.append(("blocks accepted whole", [f"{one['blocks_fully_accepted']['value']:.1%}" for one in summaries]))
+        figures.append((f"blocks with ≥ {slot + 1} accepted", cells))
+    figures.append(("blocks accepted whole", [f"{one['blocks_fully_accepted']['value']:.1%}" for one in summaries]))
     lines = [f"| | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in figures]
     return "\n".join([*lines, "", f"{DEFINITION} Intervals: 95 % bootstrap over {len(first)} prompts."])
 
 

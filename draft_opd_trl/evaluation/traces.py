@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..core.records import DraftBlocks, Rollout
+from ..core.records import DraftBlocks, Rollout, slot_labels
 from ..core.sampling import probabilities
 from ..core.sampling_params import SamplingParams
 from ..core.target import Target
 from ..core.vocabulary import to_draft_ids
-from ..decoding.replay import judging_states, replay_text, slot_labels
+from ..decoding.replay import judging_states, replay_text
 from ..drafters.base import Drafter
 
 
@@ -146,8 +146,8 @@ def trace_texts(
         blocks, choices, draft_probs, target_probs = _slot_probabilities(target, drafter, texts, sampling)
         completions = texts.completions()
         part = [
-            Trace(tokenizer.decode(row[:length]), read(completion[0]), [])
-            for row, length, completion in zip(
+            Trace(tokenizer.decode(ids[:length]), read(completion[0]), [])
+            for ids, length, completion in zip(
                 texts.tokens.tolist(), texts.prompt_lengths.tolist(), completions, strict=True
             )
         ]

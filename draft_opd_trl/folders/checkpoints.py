@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from ..core.errors import ExistsError, InputError, NotFoundError
 from ..core.files import atomic_folder
-from ..core.target import TargetShape
+from ..core.target_shape import TargetShape
 from ..drafters import DRAFTERS
 from ..drafters.base import Drafter, check_tensors
 from ..drafters.fields import check_fields

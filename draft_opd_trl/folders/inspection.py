@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, NotFoundError
-from ..core.target import TargetShape
+from ..core.target_shape import TargetShape
 from ..drafters.base import Drafter
 from .adapters import is_adapter, read_adapter
 from .checkpoints import drafter_class_of, drafter_folder, load_drafter, load_target_shape, read_config

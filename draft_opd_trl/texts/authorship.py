@@ -124,9 +124,9 @@ def text_fit(target: Target, rollout: Rollout, sampling: SamplingParams, chunk_s
         positions = torch.arange(part.tokens.shape[1], device=states.device)
         written = (positions >= part.prompt_lengths[:, None]) & (positions < part.lengths[:, None])
         sums = torch.zeros((5 + len(others), len(part)), device=states.device)
-        for rows, places in zip(*(index.split(chunk_size) for index in written.nonzero().T), strict=True):
-            logits = target.logits(states[rows, places - 1])
-            tokens = part.tokens[rows, places][:, None]
+        for texts, places in zip(*(index.split(chunk_size) for index in written.nonzero().T), strict=True):
+            logits = target.logits(states[texts, places - 1])
+            tokens = part.tokens[texts, places][:, None]
             probs = probabilities(logits, law)
             log_probs = probs.log().clamp(min=LOG_PROB_FLOOR)
             entropy = -(probs * log_probs).sum(-1)
@@ -136,7 +136,7 @@ def text_fit(target: Target, rollout: Rollout, sampling: SamplingParams, chunk_s
             ratios = _greedy_ratios(logits, tokens, sigmas) if sampling.greedy else _ratios(logits, tokens, probs, law)
             sums.index_add_(
                 1,
-                rows,
+                texts,
                 torch.stack([torch.ones_like(entropy), sigmas <= NEAR_TIE, log_prob, entropy, variance, *ratios]),
             )
         fits.append(sums)

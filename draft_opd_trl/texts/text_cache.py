@@ -81,18 +81,18 @@ class TextCache:
         keys = [_key(prompt, draw) for prompt in prompts]
         # What was forgotten is on disk, and is this very text.
         self._places.update({key: self._forgotten.pop(key) for key in keys if key in self._forgotten})
-        rows = {
+        new = {
             key: {"key": key, "prompt_ids": list(prompt), "completion_ids": list(completion), "draw": draw}
             for key, prompt, completion in zip(keys, prompts, completions, strict=True)
             if key not in self._places
         }
-        if not rows:
+        if not new:
             return
         # Names sort by time, so that the earliest of equal texts is the first.
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         file = self.folder / name
         with writing(file, "What was there before is whole."), atomic_file(file) as part:
-            parquet.write_table(pa.Table.from_pylist(list(rows.values()), SCHEMA), part, write_page_checksum=True)
+            parquet.write_table(pa.Table.from_pylist(list(new.values()), SCHEMA), part, write_page_checksum=True)
         self._index_new_shards()
 
     def last_shard(self) -> str:
@@ -125,9 +125,9 @@ class TextCache:
                 )
                 self._unreadable.add(name)
                 continue
-            for row, key in enumerate(keys):
+            for place, key in enumerate(keys):
                 if key not in self._forgotten:
-                    self._places.setdefault(key, (name, row))
+                    self._places.setdefault(key, (name, place))
             self._read.add(name)
 
 

@@ -18,54 +18,12 @@ from ..core.seeding import text_generator
 from ..core.stopwatch import Stopwatch
 from ..core.target import Target
 from ..decoding.coupling import Coupling
-from ..decoding.replay import draft_at, grid_of, judging_states, read_text, replay_text, slot_labels, text_blocks
+from ..decoding.replay import draft_at, grid_of, judging_states, read_text, replay_text, text_blocks
 from ..drafters.base import Drafter
 from .block_choice import OnPolicySettings, choose_in_each_text, random_places
 from .error_buffer import ErrorBuffer
 from .replay_counts import Counts, add_counts, count_outside, count_taught, count_verification
 from .streams import StreamSettings, stream_weights
-
-
-def make_batch(
-    target: Target,
-    rollout: Rollout,
-    blocks: DraftBlocks,
-    on_policy: torch.Tensor,
-    streams: StreamSettings,
-    features: torch.Tensor,
-    states: torch.Tensor,
-    cache: object | None = None,
-    block_states: torch.Tensor | None = None,
-) -> ReplayBatch:
-    """
-    The batch of one micro-step from texts, chosen blocks and what the target said of both.
-
-    Args:
-        on_policy (`torch.BoolTensor` of shape `(N,)`): Blocks the drafter proposed.
-        features, states (`torch.Tensor` of shapes `(B, T, F)` and `(B, T, H)`): From [`Target.forward_text`].
-        cache ([`PositionCache`], *optional*): Holding the texts; needed where rejected slots must be scored.
-        block_states (`torch.Tensor` of shape `(N, K, H)`, *optional*): What verification kept; saves scoring.
-
-    Returns:
-        [`ReplayBatch`] whose `denominator` is this micro-batch's own weight.
-    """
-    num_draft_tokens = blocks.num_draft_tokens
-    accepted, rejected = stream_weights(blocks, on_policy, streams)
-    batch = ReplayBatch(
-        tokens=rollout.tokens,
-        lengths=rollout.lengths,
-        features=features,
-        blocks=blocks,
-        labels=slot_labels(rollout.tokens, blocks.texts, blocks.anchors, num_draft_tokens),
-        states=states,
-        draft_states=None,
-        accepted_weights=accepted,
-        rejected_weights=rejected,
-        denominator=accepted.sum() + rejected.sum(),
-    )
-    if streams.scores_rejected:
-        batch.draft_states = judging_states(target, rollout, blocks, states, cache, block_states)
-    return batch
 
 
 class BatchMaker:
@@ -159,7 +117,18 @@ class BatchMaker:
                 # Text blocks have no rejected slot.
                 kept = functional.pad(rollout.block_states[own][chosen], (0, 0, 0, 0, num_text_blocks, 0))
             drafters_own = torch.arange(len(blocks), device=features.device) >= num_text_blocks
-            batch = make_batch(self.target, texts, blocks, drafters_own, self.streams, features, states, cache, kept)
+            accepted, rejected = stream_weights(blocks, drafters_own, self.streams)
+            batch = ReplayBatch(
+                tokens=texts.tokens,
+                lengths=texts.lengths,
+                features=features,
+                blocks=blocks,
+                states=states,
+                draft_states=judging_states(self.target, texts, blocks, states, cache, kept) if scores else None,
+                accepted_weights=accepted,
+                rejected_weights=rejected,
+                denominator=accepted.sum() + rejected.sum(),
+            )
         return batch, drafted
 
     def _with_remembered(

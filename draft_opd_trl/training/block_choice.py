@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.checks import check_settings, one_of
+from ..core.checks import one_of, settle
 from ..core.limits import LIMITS
 from ..core.records import DraftBlocks, Rollout
 
@@ -38,7 +38,7 @@ class OnPolicySettings:
     replay_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS, anchors=one_of(*ANCHORS))
+        settle(self, LIMITS, anchors=one_of(*ANCHORS))
 
 
 def random_anchors(length: int, prompt_length: int, count: int, generator: torch.Generator) -> torch.Tensor:

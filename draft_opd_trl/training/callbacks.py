@@ -24,7 +24,7 @@ from ..evaluation.viewer import marked_text, print_traces
 
 class AcceptanceProgressCallback(ProgressCallback):
     """
-    The Trainer's progress bar, with the acceptance length of the texts just replayed.
+    The Trainer's progress bar, with the acceptance length of the texts just in use.
 
     Args:
         acceptance_length (`Callable`): Returns it, or `None` while there is none.
@@ -168,7 +168,7 @@ def _add_histogram(writer, name: str, shares: list[float], step: int) -> None:
 
 
 def trace_table(traces: list[Trace], step: int):
-    """A `pandas.DataFrame`, as trackers take it, a text a row."""
+    """A `pandas.DataFrame`, as trackers take it, a text a line."""
     import pandas as pd
 
     return pd.DataFrame(

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .._trl_compat import _BaseConfig
-from ..core.checks import check_settings, check_value, one_of, read_json
+from ..core.checks import check_value, one_of, read_json, settle
 from ..core.errors import InputError
 from ..core.limits import LIMITS
 from ..core.redaction import KeepsSecrets
@@ -272,7 +272,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
         check_value("recipe", self.recipe, str, one_of(*recipe_names()), default="default")
         defaults = defaults_of(self, self.recipe)
         fill(self, defaults)
-        check_settings(
+        settle(
             self,
             LIMITS,
             hints=_ALSO,

@@ -59,7 +59,7 @@ def check_together(args: Any) -> None:
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name):
             raise InputError(
-                f"`accelerator_config` sets {name}, but the trainer lays its batches out itargs. Leave it out."
+                f"`accelerator_config` sets {name}, but the trainer lays its batches out itself. Leave it out."
             )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise InputError(

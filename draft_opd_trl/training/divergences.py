@@ -1,7 +1,8 @@
 """Divergences of a drafter from its target, slot by slot, from dense log-probabilities: the readable reference.
 
 Knows no models, no streams and no chunks.
-Sources: Draft-OPD (arXiv 2605.29343) section 3 for the sampled estimators; GKD (arXiv 2306.13649) for JSD.
+Sources: Draft-OPD (arXiv 2605.29343) section 3 for the sampled estimators; GKD (arXiv 2306.13649) for JSD; DeepSpec
+for the mixture.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.checks import check_settings, one_of
+from ..core.checks import one_of, settle
 from ..core.errors import InputError
 from ..core.limits import LIMITS
 
@@ -24,13 +25,14 @@ LOSSES = (
     "log_acceptance",
     "lk",
     "accepted_length",
+    "ce_tv",
     "bernoulli_forward_kl",
     "k3",
 )
 # The paper's estimators, which read one token of each slot.
 SAMPLED_LOSSES = ("bernoulli_forward_kl", "k3")
 # Those that mean something when the target is a point mass.
-HARD_LOSSES = ("ce", "tv", "lk", "accepted_length")
+HARD_LOSSES = ("ce", "tv", "lk", "accepted_length", "ce_tv")
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class LossSettings:
             `ce`: cross-entropy of the teacher's hard token. Exact over the vocabulary: `forward_kl` (target ‖
             drafter), `reverse_kl` (drafter ‖ target), `jsd`; with acceptance α = Σ min: `tv` (1 − α),
             `log_acceptance` (−log α), `lk` (forward KL and `tv`, blended by exp(−3α)) and `accepted_length` (one minus
-            the chance that this slot and all before it are accepted). The paper's estimators, which read one token
-            only: `bernoulli_forward_kl`, `k3`.
+            the chance that this slot and all before it are accepted). `ce_tv` is what DSpark drafters were published
+            with: 0.1 of `ce` and 1.8 of `tv`. The paper's estimators, which read one token only:
+            `bernoulli_forward_kl`, `k3`.
         temperature (`float`):
-            Teacher temperature; 0 makes the target a point mass on the hard token, which leaves `ce`, `tv`, `lk` and
-            `accepted_length` meaningful.
+            Teacher temperature; 0 makes the target a point mass on the hard token, which leaves `ce`, `tv`, `lk`,
+            `ce_tv` and `accepted_length` meaningful.
         beta (`float`, *optional*, defaults to `0.5`):
             Interpolation of `jsd`: near 0 it acts like forward, near 1 like reverse KL.
         max_clamp (`float`, *optional*):
@@ -63,7 +66,7 @@ class LossSettings:
     log_prob_min_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS, kind=one_of(*LOSSES))
+        settle(self, LIMITS, kind=one_of(*LOSSES))
         if self.temperature == 0 and self.kind not in HARD_LOSSES:
             raise InputError(
                 f"Loss {self.kind!r} compares distributions, but teacher temperature 0 makes the target a point mass. "
@@ -85,8 +88,13 @@ class LossSettings:
 
     @property
     def reads_token(self) -> bool:
-        """Whether one token of each slot is read, instead of whole distributions."""
-        return self.hard or self.kind in SAMPLED_LOSSES
+        """Whether one token of each slot is read."""
+        return self.teaches_token or self.kind in SAMPLED_LOSSES
+
+    @property
+    def teaches_token(self) -> bool:
+        """Whether that is the teacher's hard token."""
+        return self.hard or self.kind == "ce_tv"
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,8 @@ def divergence(
         draft_logps (`torch.Tensor` of shape `(S, V)`): Drafter, float32.
         target_logps (`torch.Tensor` of shape `(S, V)`, *optional*): Target at the teacher temperature; unused where
             the teacher is its hard token.
-        tokens (`torch.LongTensor` of shape `(S,)`): The hard token, the text token (`bernoulli_forward_kl`) or the
-            drafted token (`k3`).
+        tokens (`torch.LongTensor` of shape `(S,)`): The hard token (also of `ce_tv`), the text token
+            (`bernoulli_forward_kl`) or the drafted token (`k3`).
 
     Returns:
         `torch.Tensor` of shape `(S,)`, in nats; `tv` and `accepted_length`, which [`stream_loss`] accumulates over a
@@ -134,11 +142,13 @@ def divergence(
         loss = _kl(draft_logps, target_logps)
     elif settings.kind == "log_acceptance":
         loss = -torch.minimum(draft_logps, target_logps).logsumexp(-1)
-    elif settings.kind in ("tv", "lk", "accepted_length"):
+    elif settings.kind in ("tv", "lk", "accepted_length", "ce_tv"):
         loss = 1 - (log_q.exp() if settings.hard else torch.minimum(draft_logps, target_logps).exp().sum(-1))
         if settings.kind == "lk":
             share = torch.exp(-3 * (1 - loss.detach()))
             loss = share * (-log_q if settings.hard else _kl(target_logps, draft_logps)) + (1 - share) * loss
+        elif settings.kind == "ce_tv":
+            loss = 1.8 * loss - 0.1 * log_q
     elif settings.kind == "jsd":
         loss = _jsd(draft_logps, target_logps, settings.beta)
     else:

@@ -59,7 +59,6 @@ class BatchFeed:
         self.steps_per_generation, self.accumulation_steps = steps_per_generation, accumulation_steps
         self.micro_steps = 0
         self.rollouts: list[Rollout] = []
-        self._written_at = -1
         self._batches: list[ReplayBatch] = []
 
     def next(self, rows: list[dict], step: int, lmbda: float) -> tuple[ReplayBatch, Counts]:
@@ -85,11 +84,10 @@ class BatchFeed:
                 texts.part(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)
             ]
             del texts  # the states that verification left with them, which the parts hold a copy of
-            self._written_at = step
         counts: Counts = {}
         if accumulated == 0:
             served = self.rollouts[micro : micro + self.accumulation_steps]
-            self._batches, counts = self.batch_maker(served, step, lmbda, fresh=self._written_at == step)
+            self._batches, counts = self.batch_maker(served, step, lmbda, fresh=micro == 0)
             self._share_denominator()
             # Later steps replay with a drafter that has moved on: of the texts they keep, token ids are all they read.
             self.rollouts = [replace(rollout, blocks=None, block_states=None) for rollout in self.rollouts]
@@ -107,10 +105,9 @@ class BatchFeed:
         return {
             "micro_steps": self.micro_steps,
             "rollouts": [{name: getattr(rollout, name).cpu() for name in _KEPT} for rollout in self.rollouts],
-            "written_at": self._written_at,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.micro_steps, self._written_at = state["micro_steps"], state["written_at"]
+        self.micro_steps = state["micro_steps"]
         self.rollouts = [Rollout(**texts).to(self.accelerator.device) for texts in state["rollouts"]]
         self._batches = []

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .._trl_compat import ChunkedDivergenceFunction
 from ..core.records import ReplayBatch
 from ..core.vocabulary import to_draft_ids
-from .divergences import LossSettings, divergence
+from .divergences import LossSettings, StreamLosses, divergence
 
 
 # Those that TRL's kernel computes.
@@ -67,7 +67,7 @@ class Heads:
 
     @cached_property
     def kept_target_weight(self) -> torch.Tensor:
-        """The rows of `target_weight` that the drafter has tokens for, `(DV, H)`; copied once for both streams."""
+        """The part of `target_weight` for tokens that the drafter has, `(DV, H)`; copied once for both streams."""
         return self.target_weight if self.vocab_map is None else self.target_weight[self.vocab_map]
 
     def read_target(self, settings: LossSettings) -> bool:
@@ -229,14 +229,13 @@ def stream_loss(
     return by_block, {name: (values.detach() * slot_weights).sum() for name, values in auxiliary.items()}
 
 
-def batch_loss(
-    hidden: torch.Tensor,
-    batch: ReplayBatch,
-    heads: Heads,
-    accepted: LossSettings,
-    rejected: LossSettings,
-    chunk_size: int = 256,
-) -> dict[str, Any]:
+def draft_loss(drafter: Any, target: Any, batch: ReplayBatch, losses: StreamLosses) -> dict[str, Any]:
+    """[`batch_loss`] of what a [`Drafter`] drafts now, with gradients, beside its [`Target`]."""
+    hidden = drafter.draft(batch.features, batch.tokens, batch.blocks)
+    return batch_loss(hidden, batch, Heads.of(drafter, target), losses)
+
+
+def batch_loss(hidden: torch.Tensor, batch: ReplayBatch, heads: Heads, losses: StreamLosses) -> dict[str, Any]:
     """
     Loss of a micro-batch: both streams over the *global* denominator (Draft-OPD, section 3).
 
@@ -244,12 +243,13 @@ def batch_loss(
         hidden (`torch.Tensor` of shape `(N, K, …)`): From `Drafter.draft`.
         batch ([`ReplayBatch`]): Labels, target states, weights, denominator.
         heads ([`Heads`]): The two heads.
-        accepted, rejected ([`LossSettings`]): A divergence a stream.
+        losses ([`StreamLosses`]): A divergence a stream.
 
     Returns:
         `loss` (scalar with gradients), and detached: sums `accepted_loss`, `rejected_loss` and, by name over both
         streams, `auxiliary`; `block_losses` `(N,)`.
     """
+    accepted, rejected, chunk_size = losses.accepted, losses.rejected, losses.chunk_size
     text_states = batch.text_states if heads.read_target(accepted) else None
     on_accepted, auxiliary = stream_loss(
         hidden, text_states, batch.labels, batch.accepted_weights, heads, accepted, chunk_size
@@ -257,7 +257,7 @@ def batch_loss(
     on_rejected = torch.zeros_like(on_accepted)
     if batch.draft_states is not None:
         tokens = batch.blocks.draft_tokens
-        if rejected.hard:
+        if rejected.teaches_token:
             tokens = hard_tokens(batch.draft_states, batch.rejected_weights, heads, chunk_size)
         on_rejected, more = stream_loss(
             hidden, batch.draft_states, tokens, batch.rejected_weights, heads, rejected, chunk_size

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from ..core.errors import InputError
+from ..core.terminal import table
 from .config import DraftOPDConfig
 from .rehearsal import Rehearsal
 
@@ -22,11 +23,7 @@ from .rehearsal import Rehearsal
 logger = logging.get_logger(__name__)
 
 GIB = 2**30
-NOT_COUNTED = (
-    "Not counted: the CUDA context and kernels' workspaces, fragmentation, gradient buckets of DDP, and what FSDP or "
-    "DeepSpeed shard away. Attention is taken to run fused."
-)
-# Settings that bound memory; the plan is made anew with each of them halved.
+# Settings that bound memory, and those that trade it for something; a plan is made anew with each halved or switched.
 HALVED = (
     "num_anchors",
     "loss_chunk_size",
@@ -35,6 +32,7 @@ HALVED = (
     "max_completion_length",
     "rollout_batch_size",
 )
+SWITCHED = {"activation_checkpointing": True, "optim": "adamw_8bit"}
 
 
 @dataclass
@@ -53,75 +51,56 @@ class MemoryPlan:
     limits: dict[str, int]
 
     @property
+    def totals(self) -> dict[str, int]:
+        """Bytes of the whole run and of each phase."""
+        return {name: sum(parts.values()) for name, parts in {"whole run": self.always, **self.phases}.items()}
+
+    @property
     def fullest(self) -> str:
         """The phase that decides the peak."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return max(self.phases, key=self.totals.get)
 
     @property
     def peak(self) -> int:
-        return sum(self.always.values()) + sum(self.phases[self.fullest].values())
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "always": self.always,
-            "phases": self.phases,
-            "limits": self.limits,
-            "fullest": self.fullest,
-            "peak": self.peak,
-        }
+        return self.totals["whole run"] + self.totals[self.fullest]
 
     def line(self) -> str:
         """The plan in one line."""
-        phases = ", ".join(f"{phase} {sum(parts.values()) / GIB:.3g}" for phase, parts in self.phases.items())
-        return (
-            f"memory plan (GiB): {self.peak / GIB:.3g} at most = {sum(self.always.values()) / GIB:.3g} for the whole "
-            f"run + the fullest of: {phases}"
-        )
+        whole_run, *phases = [f"{name} {_gib(size)}" for name, size in self.totals.items()]
+        return f"memory plan (GiB): {_gib(self.peak)} at most = {whole_run} + the fullest of: {', '.join(phases)}"
 
-    def table(self) -> str:
-        """The plan as aligned lines, sizes in GiB."""
-        lines = ["Memory of a step with at most " + ", ".join(f"{n} {name}" for name, n in self.limits.items())]
-        for phase, parts in {"whole run": self.always, **self.phases}.items():
-            mark = " (fullest)" if phase == self.fullest else ""
-            lines.append(f"{phase + mark:<44}{sum(parts.values()) / GIB:>9.3f} GiB")
-            lines += [f"    {part:<40}{size / GIB:>9.3f}" for part, size in parts.items()]
-        lines.append(f"{'peak: whole run + fullest phase':<44}{self.peak / GIB:>9.3f} GiB")
-        return "\n".join([*lines, NOT_COUNTED])
+    def table(self) -> Table:
+        """The plan part by part, as a terminal shows it."""
+        lines = []
+        for name, parts in {"whole run": self.always, **self.phases}.items():
+            mark = " (fullest)" if name == self.fullest else ""
+            lines.append((name + mark, f"{self.totals[name] / GIB:.3f}"))
+            lines += [(f"    {part}", f"{size / GIB:.3f}") for part, size in parts.items()]
+        lines.append(("peak: whole run + fullest phase", f"{self.peak / GIB:.3f}"))
+        head = "Memory of a step with at most " + ", ".join(f"{count} {name}" for name, count in self.limits.items())
+        return table([head, "GiB"], lines, numbers=True)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g}"
 
 
 def plan_memory(
-    target_config: PreTrainedConfig,
-    drafter_config: PreTrainedConfig,
-    args: DraftOPDConfig,
-    prompt_length: int | None = None,
-    **options: Any,
+    target_config: PreTrainedConfig, drafter_config: PreTrainedConfig, args: DraftOPDConfig, **options: Any
 ) -> MemoryPlan:
     """
     What a training step will hold in memory on one process, before anything is loaded.
 
     Args:
-        target_config, drafter_config ([`~transformers.PreTrainedConfig`]): As in [`Rehearsal`].
-        args ([`DraftOPDConfig`]): Settings.
-        prompt_length (`int`, *optional*): Longest prompt in tokens; `args.max_prompt_length` by default.
-        options: Further arguments of [`Rehearsal`].
-
-    Returns:
-        [`MemoryPlan`].
-
-    Raises:
-        `ValueError`: No prompt length is known, or the target's quantisation is not.
+        target_config, drafter_config, args, options: As in [`Rehearsal`].
     """
-    prompt_length = args.max_prompt_length if prompt_length is None else prompt_length
-    if prompt_length is None:
-        raise InputError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
-    step = Rehearsal(target_config, drafter_config, args, prompt_length, **options)
+    step = Rehearsal(target_config, drafter_config, args, **options)
     phases = {}
     if args.rollout_source in ("speculation", "generate") or args.eval_strategy != "no":
         phases["rollout"] = step.rollout()
     batches, phases["replay and scoring"] = step.prepare()
     phases["training"] = step.train(batches)
     optimizer_state, phases["update"] = step.update(batches)
-    always = {**step.weights(), "optimizer state": optimizer_state}
     texts = len(batches[0].tokens)
     limits = {
         "texts": texts,
@@ -129,46 +108,41 @@ def plan_memory(
         "blocks a text": max(math.ceil(len(batch.blocks) / texts) for batch in batches),
         "texts decoded side by side": step.lanes,
     }
-    return MemoryPlan(always, phases, limits)
+    return MemoryPlan({**step.weights(), "optimizer state": optimizer_state}, phases, limits)
 
 
 def find_levers(
+    plan: MemoryPlan,
     target_config: PreTrainedConfig,
     drafter_config: PreTrainedConfig,
     args: DraftOPDConfig,
-    prompt_length: int | None = None,
     **options: Any,
 ) -> dict[str, int]:
     """
     What to turn when a step does not fit: the bytes that the peak falls by when one setting alone changes.
 
     Args:
-        target_config, drafter_config, args, prompt_length, options: As in [`plan_memory`].
+        plan ([`MemoryPlan`]): Of the rest.
+        target_config, drafter_config, args, options: As in [`Rehearsal`].
 
     Returns:
         `dict[str, int]`: The change, as `name=value`, and the bytes it frees, the most first; only what frees any.
     """
-    trials: dict[str, tuple[PreTrainedConfig, DraftOPDConfig]] = {}
-    plan = plan_memory(target_config, drafter_config, args, prompt_length, **options)
     # Settings that ask for more than there is are halved from what there is.
     there = {"num_anchors": "blocks a text", "rollout_batch_size": "texts decoded side by side"}
-    for name in HALVED:
-        value = (plan.limits[there[name]] if name in there else getattr(args, name)) // 2
-        if value:
-            trials[f"{name}={value}"] = (target_config, _turned(args, name, value))
-    if not args.activation_checkpointing:
-        trials["activation_checkpointing=True"] = (target_config, _turned(args, "activation_checkpointing", True))
-    if "8bit" not in args.optim:
-        trials["optim=adamw_8bit"] = (target_config, _turned(args, "optim", "adamw_8bit"))
-    if getattr(target_config, "quantization_config", None) is None:
-        packed = copy.deepcopy(target_config)
-        packed.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        trials["target in nf4"] = (packed, args)
+    changes = {name: (plan.limits[there[name]] if name in there else getattr(args, name)) // 2 for name in HALVED}
+    changes |= SWITCHED
+    trials = {
+        f"{name}={value}": (target_config, _turned(args, name, value)) for name, value in changes.items() if value
+    }
+    packed = copy.deepcopy(target_config)
+    packed.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trials["target in nf4"] = (packed, args)
     freed = {
-        name: plan.peak - plan_memory(config, drafter_config, turned, prompt_length, **options).peak
+        name: plan.peak - plan_memory(config, drafter_config, turned, **options).peak
         for name, (config, turned) in trials.items()
     }
-    return dict(sorted(((name, size) for name, size in freed.items() if size > 0), key=lambda item: -item[1]))
+    return {name: freed[name] for name in sorted(freed, key=freed.get, reverse=True) if freed[name] > 0}
 
 
 def _turned(args: DraftOPDConfig, name: str, value: Any) -> DraftOPDConfig:
@@ -181,24 +155,22 @@ def _turned(args: DraftOPDConfig, name: str, value: Any) -> DraftOPDConfig:
 
 def misfit(peak: int, memory: int, levers: dict[str, int]) -> str:
     """What to say where a device has `memory` bytes, fewer than `peak`; `levers` as from [`find_levers`]."""
-    turns = "; ".join(f"{name} frees {size / GIB:.3g}" for name, size in levers.items())
-    return (
-        f"The plan's {peak / GIB:.3g} GiB exceed the device's {memory / GIB:.3g} GiB. What to turn, each alone, in "
-        f"GiB: {turns}."
-    )
+    turns = "; ".join(f"{name} frees {_gib(size)}" for name, size in levers.items())
+    told = f"The plan's {_gib(peak)} GiB exceed the device's {_gib(memory)} GiB."
+    return f"{told} What to turn, each alone, in GiB: {turns}."
 
 
 def announce_plan(
     target_config: PreTrainedConfig,
     drafter_config: PreTrainedConfig,
     args: DraftOPDConfig,
-    prompt_length: int,
     device: torch.device,
     **options: Any,
 ) -> None:
     """Print the plan in a line, with a warning where it exceeds the memory of a CUDA `device`."""
+    models = (target_config, drafter_config, args)
     try:
-        plan = plan_memory(target_config, drafter_config, args, prompt_length, **options)
+        plan = plan_memory(*models, **options)
     except Exception as error:
         # Others' models and optimizers may do what cannot be rehearsed; that is no reason not to train.
         print(f"no memory plan for this model: {error}")
@@ -207,5 +179,4 @@ def announce_plan(
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         if plan.peak > memory:
-            levers = find_levers(target_config, drafter_config, args, prompt_length, **options)
-            logger.warning(misfit(plan.peak, memory, levers))
+            logger.warning(misfit(plan.peak, memory, find_levers(plan, *models, **options)))

@@ -1,6 +1,6 @@
 """A training step on tensors that have shapes and no data: what each part of it holds at its fullest.
 
-Its phases call what a run calls (speculation, [`BatchMaker`], [`Drafter.draft`], losses, the optimizer), so what they
+Its phases call what a run calls (speculation, [`BatchMaker`], [`draft_loss`], the optimizer), so what they
 hold follows the code, and no formula here knows an architecture. Knows no clock, and not what its sizes are for.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftConfig
@@ -28,7 +28,7 @@ from .batching import BatchMaker
 from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
 from .loading import add_adapter
-from .losses import Heads, batch_loss
+from .losses import draft_loss
 
 
 class _PackedLinear(nn.Module):
@@ -81,13 +81,15 @@ class Rehearsal:
         target_config ([`~transformers.PreTrainedConfig`]): With `dtype`, and `quantization_config` if there is one.
         drafter_config ([`~transformers.PreTrainedConfig`]): Of a kind in `DRAFTERS`.
         args ([`DraftOPDConfig`]): Settings.
-        prompt_length (`int`): Longest prompt.
+        prompt_length (`int`, *optional*): Longest prompt in tokens; `args.max_prompt_length` by default.
         drafter_dtype (`torch.dtype`): Of its parameters.
-        autocast (`torch.dtype`, *optional*): What the drafter's forward pass in training is cast to.
         acceptance_length (`float`): τ assumed; 1 gives the most blocks a text can have.
         make_optimizer (`Callable`, *optional*): Parameters → optimizer; `args.optim` by default.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapter that is trained in the drafter's place.
         live ([`Shapes`], *optional*): What it runs under, where more than bytes is to be counted.
+
+    Raises:
+        `ValueError`: No prompt length is known, or the target's quantisation or the drafter's kind is not.
     """
 
     def __init__(
@@ -95,15 +97,17 @@ class Rehearsal:
         target_config: PreTrainedConfig,
         drafter_config: PreTrainedConfig,
         args: DraftOPDConfig,
-        prompt_length: int,
+        prompt_length: int | None = None,
         drafter_dtype: torch.dtype = torch.float32,
-        autocast: torch.dtype | None = None,
         acceptance_length: float = 1.0,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         peft_config: PeftConfig | None = None,
         live: Shapes | None = None,
     ) -> None:
-        self.args, self.autocast, self.make_optimizer = args, autocast, make_optimizer
+        prompt_length = args.max_prompt_length if prompt_length is None else prompt_length
+        if prompt_length is None:
+            raise InputError("max_prompt_length is unset, so nothing bounds a step's memory. Set it to plan.")
+        self.args, self.make_optimizer = args, make_optimizer
         self.prompt_length, self.acceptance_length = prompt_length, acceptance_length
         self.length, self.batch_size = prompt_length + args.max_completion_length, args.per_device_train_batch_size
         drafter_class = {known.config_class: known for known in DRAFTERS.values()}.get(type(drafter_config))
@@ -118,7 +122,8 @@ class Rehearsal:
                 parameter.data = parameter.data.to(drafter_dtype)
             self.model = self.drafter
             if peft_config is not None:
-                with _unmoved():
+                # PyTorch cannot move parameters without data, and PEFT would, to where they are.
+                with patch.object(nn.Module, "to", lambda module, *_, **__: module):
                     self.model = add_adapter(self.drafter, copy.deepcopy(peft_config))
         if args.activation_checkpointing:
             self.drafter.activation_checkpointing_enable()
@@ -211,7 +216,7 @@ class Rehearsal:
             for rollout, lmbda, fresh in calls:
                 start = live.begin()
                 (batch,), _ = make([rollout], 0, lmbda, fresh)
-                work = max(work, live.peak - start - tensor_bytes(_tensors_of(batch)))
+                work = max(work, live.peak - start - _batch_bytes(batch))
                 if fresh or lmbda == 0:
                     batches.append(batch)
                 del batch
@@ -219,7 +224,8 @@ class Rehearsal:
 
     def train(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """The drafter forward and backward, on the batch that takes most."""
-        losses, work = self.args.losses, 0
+        work = 0
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         parts = {**self._waiting(batches), "gradients": tensor_bytes(self.trainable)}
         self.model.train()
         for batch in batches:
@@ -228,13 +234,11 @@ class Rehearsal:
                 start = live.begin()
                 if self.args.gradient_accumulation_steps > 1:
                     self._fill_gradients()
-                with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-                    hidden = self.drafter.draft(batch.features, batch.tokens, batch.blocks)
-                    heads = Heads.of(self.drafter, self.target)
-                    found = batch_loss(hidden, batch, heads, losses.accepted, losses.rejected, losses.chunk_size)
-                found["loss"].backward()
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    loss = draft_loss(self.drafter, self.target, batch, self.args.losses)["loss"]
+                loss.backward()
                 work = max(work, live.peak - start - parts["gradients"])
-                del hidden, found
+                del loss
         return {**parts, "drafter activations and loss chunks": work}
 
     def update(self, batches: list[ReplayBatch]) -> tuple[int, dict[str, int]]:
@@ -243,7 +247,8 @@ class Rehearsal:
         make, options = self.make_optimizer, {}
         if make is None:
             if "8bit" in self.args.optim:
-                return _eight_bit_state(self.trainable), parts
+                # bitsandbytes runs on no tensors without data: two moments of a byte, a float32 scale a block of 256.
+                return round(2 * (1 + 4 / 256) * sum(map(torch.numel, self.trainable))), parts
             make, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
         with self.live as live:
             self._fill_gradients()
@@ -259,29 +264,13 @@ class Rehearsal:
 
     def _waiting(self, batches: list[ReplayBatch]) -> dict[str, int]:
         """What lies ready for the step: features, target states and blocks of every micro-batch."""
-        size = max(tensor_bytes(_tensors_of(batch)) for batch in batches)
+        size = max(map(_batch_bytes, batches))
         return {"features and target states of the step": self.args.gradient_accumulation_steps * size}
 
     def _kept(self) -> dict[str, int]:
         return {"kept verification states": self.kept_states} if self.kept_states else {}
 
 
-@contextmanager
-def _unmoved() -> Iterator[None]:
-    """Leaves modules where they are: PyTorch cannot move parameters without data, and PEFT does, to where they are."""
-    move, nn.Module.to = nn.Module.to, lambda module, *args, **kwargs: module
-    try:
-        yield
-    finally:
-        nn.Module.to = move
-
-
-def _tensors_of(batch: ReplayBatch) -> list[torch.Tensor]:
+def _batch_bytes(batch: ReplayBatch) -> int:
     values = [*vars(batch).values(), *vars(batch.blocks).values()]
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _eight_bit_state(parameters: list[nn.Parameter]) -> int:
-    """Two moments of bitsandbytes' 8-bit Adam: a byte a weight and a scale a block of 256; 32 bits where small."""
-    sizes = [parameter.numel() for parameter in parameters]
-    return sum(2 * (size + 4 * math.ceil(size / 256)) if size >= 4096 else 8 * size for size in sizes)
+    return tensor_bytes(value for value in values if isinstance(value, torch.Tensor))

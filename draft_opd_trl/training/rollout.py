@@ -53,11 +53,11 @@ def build_source(
             settings.max_new_tokens,
             settings.stop_token_ids,
             lambda ids: _faithful_text(tokenizer, ids),
-            args.server_model,
-            args.server_token,
-            args.server_timeout,
-            args.server_concurrency,
-            args.server_max_retries,
+            model=args.server_model,
+            token=args.server_token,
+            timeout=args.server_timeout,
+            concurrency=args.server_concurrency,
+            max_retries=args.server_max_retries,
         )
         source = ServerSource(client, tokenizer, source, cache.add, log, progress)
     return CachedSource(source, cache, log, settings.pad_token_id, target.device)

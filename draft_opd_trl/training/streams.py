@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.checks import check_settings
+from ..core.checks import settle
 from ..core.limits import LIMITS
 from ..core.records import DraftBlocks
 
@@ -38,7 +38,7 @@ class StreamSettings:
     whole_blocks: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self, LIMITS)
+        settle(self, LIMITS)
 
     @property
     def scores_rejected(self) -> bool:

@@ -18,11 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .._trl_compat import (
-    _ForwardRedirection,
-    disable_dropout_in_model,
-    identity,
-)
+from .._trl_compat import _ForwardRedirection, disable_dropout_in_model, identity
 from ..core.errors import InputError
 from ..core.records import ReplayBatch, Rollout
 from ..core.target import Target, stop_token_ids
@@ -52,7 +48,7 @@ from .loading import (
     tokenize,
     warn_about_quantization,
 )
-from .losses import Heads, batch_loss
+from .losses import draft_loss
 from .planning import announce_plan
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
@@ -182,7 +178,6 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
 
     def _prepare_rooms(self) -> None:
         args = self.args
-        self.losses = args.losses
         self.error_buffer = ErrorBuffer(args.replay_buffer_size, by_loss=args.replay_by_loss)
         self.run_log = RunLog(self.accelerator)
         self._measure = self.run_log.stopwatch.measure
@@ -294,14 +289,16 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         """Say how much memory a step will take."""
         if self.train_dataset is None or not self.accelerator.is_main_process:
             return
-        args, drafter = self.args, self.drafter
-        options: dict[str, Any] = {"drafter_dtype": drafter.dtype, "make_optimizer": self._optimizer_class}
-        if args.bf16 or args.fp16:
-            options["autocast"] = torch.bfloat16 if args.bf16 else torch.float16
-        if isinstance(self.model, PeftModel):
-            options["peft_config"] = self.model.active_peft_config
-        longest = max(map(len, self.train_dataset["prompt_ids"]))
-        announce_plan(self.target.model.config, drafter.config, args, longest, self.accelerator.device, **options)
+        announce_plan(
+            self.target.model.config,
+            self.drafter.config,
+            self.args,
+            self.accelerator.device,
+            prompt_length=max(map(len, self.train_dataset["prompt_ids"])),
+            drafter_dtype=self.drafter.dtype,
+            make_optimizer=self._optimizer_class,
+            peft_config=self.model.active_peft_config if isinstance(self.model, PeftModel) else None,
+        )
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
@@ -325,9 +322,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         drafter = model.get_base_model() if isinstance(model, PeftModel) else model
         # Through TRL's forward redirection the model's own autocast wrapper is skipped, so it is entered here.
         with self.accelerator.autocast():
-            hidden = drafter.draft(inputs.features, inputs.tokens, inputs.blocks)
-            heads, losses = Heads.of(drafter, self.target), self.losses
-            return batch_loss(hidden, inputs, heads, losses.accepted, losses.rejected, losses.chunk_size)
+            return draft_loss(drafter, self.target, inputs, self.args.losses)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._measure("step"):

@@ -19,11 +19,13 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer, Target, create_drafter
 from draft_opd_trl.core.shapes import tensor_bytes
+from draft_opd_trl.core.terminal import as_text, table
 from draft_opd_trl.training.planning import plan_memory
 
 
@@ -112,24 +114,24 @@ def compare(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
             drafter, target, args, Dataset.from_dict(columns), processing_class=small_tokenizer()
         )
         clock = time.perf_counter()
-        plan = plan_memory(target.config, drafter.config, args, PROMPT_LENGTH)
+        plan = plan_memory(target.config, drafter.config, args, prompt_length=PROMPT_LENGTH)
         seconds = time.perf_counter() - clock
         weights = tensor_bytes([tensor for m in (target, drafter) for tensor in (*m.parameters(), *m.buffers())])
-        # The Trainer's own: ours would print the plan first.
-        measured = weights + allocated_peak(super(DraftOPDTrainer, trainer).train)
+        trainer._before_training = lambda: None  # the plan that a run prints is not part of it
+        measured = weights + allocated_peak(trainer.train)
     return {"planned": plan.peak, "measured": measured, "fullest": plan.fullest, "seconds_to_plan": seconds}
 
 
 def main() -> None:
     logging.set_verbosity_error()
-    results = {}
-    print(f"{'setting':<36}{'fullest phase':<22}{'planned':>10}{'measured':>10}{'error':>8}   MiB")
-    for name, kind, settings in SETTINGS:
+    results, lines = {}, []
+    for name, kind, settings in tqdm(SETTINGS):
         result = compare(kind, settings)
         result["error"] = result["planned"] / result["measured"] - 1
         results[name] = result
-        sizes = "".join(f"{result[key] / 2**20:>10.1f}" for key in ("planned", "measured"))
-        print(f"{name:<36}{result['fullest']:<22}{sizes}{result['error']:>8.1%}", flush=True)
+        sizes = [f"{result[key] / 2**20:.1f}" for key in ("planned", "measured")]
+        lines.append([f"{name}: {result['fullest']}", *sizes, f"{result['error']:.1%}"])
+    print(as_text(table(["setting: fullest phase", "planned, MiB", "measured, MiB", "error"], lines, numbers=True)))
     error = max(abs(result["error"]) for result in results.values())
     print(json.dumps({"plan_error": error, "settings": results}))
 

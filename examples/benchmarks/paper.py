@@ -106,8 +106,8 @@ def flops_of(step: Rehearsal, run: Callable[[], Any]) -> tuple[float, Any]:
 def seconds(target: PreTrainedConfig, args: DraftOPDConfig, plan: MemoryPlan, card: str) -> dict[str, float]:
     """Expected seconds of one optimizer step: of its texts, its batches and its gradients."""
     compute, bandwidth = (UTILISATION * rate for rate in CARDS[card][1:])
-    options = {"autocast": torch.bfloat16, "acceptance_length": TAU, "live": Flops()}
-    step = Rehearsal(target, drafter_for(target), args, args.max_prompt_length, **options)
+    options = {"acceptance_length": TAU, "live": Flops()}
+    step = Rehearsal(target, drafter_for(target), args, **options)
     prepare, (batches, _) = flops_of(step, step.prepare)
     train, _ = flops_of(step, lambda: step.train(batches))
     texts = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -137,7 +137,8 @@ def main() -> None:
     for name, weights, card, settings in CASES:
         target = TARGETS[name] if weights == "bf16" else packed(TARGETS[name])
         args = DraftOPDConfig("unused", max_completion_length=1024, **settings)
-        plan = plan_memory(target, drafter_for(target), args, autocast=torch.bfloat16, acceptance_length=TAU)
+        args.bf16 = True  # on a GPU; where there is none, the config refuses it
+        plan = plan_memory(target, drafter_for(target), args, acceptance_length=TAU)
         memory.append([name, weights, card, *memory_row(plan, card)])
         times.append([name, weights, card, *(f"{value:.1f}" for value in seconds(target, args, plan, card).values())])
     case = ["target", "weights", "card"]

@@ -109,7 +109,7 @@ class StudyConfig(DraftOPDConfig):
         return replace(super().streams, whole_blocks=self.whole_blocks)
 
 
-def rows(temperature: float) -> dict[str, dict[str, Any]]:
+def variants(temperature: float) -> dict[str, dict[str, Any]]:
     """What each recipe changes of the default one."""
     own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
     table: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def rows(temperature: float) -> dict[str, dict[str, Any]]:
         "rejected stream at 0.3, first slot": {"rejected_weight": 0.3, "rejected_decay": 0.0},
         "earlier slots weigh more": {"accepted_decay": 0.8},
         "half of it SFT": {"lmbda": 0.5},
-        **{row: {} for row in ADAMW if row != PAPER},
+        **{recipe: {} for recipe in ADAMW if recipe != PAPER},
     }
 
 
@@ -162,13 +162,13 @@ def write_texts(args: StudyArguments, temperature: float) -> Path:
     return folder
 
 
-def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: int, steps: int, file: Path) -> None:
+def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed: int, steps: int, file: Path) -> None:
     """Train one recipe and measure it, in a process of its own. Candidates of a rate are measured on more prompts."""
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer, target = load_world()
     drafter, seconds = load_drafter(args.origin), 0.0
-    options = rows(temperature).get(row, rows(temperature)[SFT])
+    options = variants(temperature).get(recipe, variants(temperature)[SFT])
     if steps:
         config = StudyConfig(
             str(file.with_suffix("")),
@@ -185,7 +185,7 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
             disable_tqdm=True,
             **options,
         )
-        build = torch.optim.AdamW if row in ADAMW else MuonWithAdamW
+        build = torch.optim.AdamW if recipe in ADAMW else MuonWithAdamW
         optimizer = build(drafter.parameters(), lr=rate)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
         trainer = DraftOPDTrainer(
@@ -206,9 +206,9 @@ def run(args: StudyArguments, temperature: float, row: str, rate: float, seed: i
     ways = {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
     own = {name: how for name, how in ways.items() if how[0] == temperature}
     parts = {"tau": (prompts[: args.eval_prompts], ways)}
-    if len(args.rates) > 1 and row in TUNED and (seed, steps) == (args.seeds[0], args.steps):
+    if len(args.rates) > 1 and recipe in TUNED and (seed, steps) == (args.seeds[0], args.steps):
         parts["tau_choosing"] = (prompts[args.eval_prompts :], own)
-    result = {"row": row, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
+    result = {"recipe": recipe, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
     for part, (chosen, measured) in parts.items():
         result[part] = {name: measure(target, drafter, tokenizer, chosen, *how) for name, how in measured.items()}
     write_atomically(file, json.dumps(result))
@@ -234,9 +234,9 @@ class Study:
             raise SystemExit(f"{file} is of another study; choose another --output_dir, or the same settings.")
         write_atomically(file, json.dumps(settings, indent=2))
 
-    def file(self, temperature: float, row: str, rate: float, seed: int, steps: int) -> Path:
+    def file(self, temperature: float, recipe: str, rate: float, seed: int, steps: int) -> Path:
         """Where a run's result is kept."""
-        name = f"{row}, {rate:g}, {seed}, {steps}".replace(" ", "-")
+        name = f"{recipe}, {rate:g}, {seed}, {steps}".replace(" ", "-")
         return self.folder / f"t{temperature:g}" / f"{name}.json"
 
     def results(self, jobs: list[Job], label: str) -> list[dict[str, Any]]:
@@ -250,7 +250,7 @@ class Study:
                 future.result()
                 done = json.loads(pending[future].read_text())
                 taus = ", ".join(f"{tau:.2f}" for tau in done["tau"].values())
-                bar.set_postfix_str(f"{done['row']}: τ {taus}")
+                bar.set_postfix_str(f"{done['recipe']}: τ {taus}")
                 bar.update()
         return [json.loads(file.read_text()) for file in files]
 
@@ -261,8 +261,8 @@ class Study:
         return {temperature: [next(done) for _ in part] for temperature, part in jobs.items()}
 
 
-def of_row(results: list[dict[str, Any]], row: str) -> list[dict[str, Any]]:
-    return [one for one in results if one["row"] == row]
+def of_recipe(results: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
+    return [one for one in results if one["recipe"] == recipe]
 
 
 def own_tau(result: dict[str, Any], temperature: float, part: str = "tau") -> float:
@@ -283,27 +283,33 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
 
     def sweep_jobs(temperature: float) -> list[Job]:
         rates = args.rates if len(args.rates) > 1 else []
-        return [(temperature, row, rate, *first, args.steps) for row in TUNED for rate in rates]
+        return [(temperature, recipe, rate, *first, args.steps) for recipe in TUNED for rate in rates]
 
     sweep = study.everywhere("learning rates", sweep_jobs)
     rate = {temperature: chosen_rates(args, sweep[temperature], temperature) for temperature in args.temperatures}
 
     def jobs(temperature: float, names: Iterable[str], seeds: list[int], steps: int) -> list[Job]:
         chosen = rate[temperature]
-        return [(temperature, row, chosen.get(row, chosen[DEFAULT]), seed, steps) for row in names for seed in seeds]
+        return [
+            (temperature, recipe, chosen.get(recipe, chosen[DEFAULT]), seed, steps)
+            for recipe in names
+            for seed in seeds
+        ]
 
     def equal_jobs(temperature: float) -> list[Job]:
-        runs = [of_row(leading[temperature], row) for row in (DEFAULT, SFT)]
+        runs = [of_recipe(leading[temperature], recipe) for recipe in (DEFAULT, SFT)]
         ours, theirs = (statistics.median(one["seconds"] for one in part) for part in runs)
         return jobs(temperature, [EQUAL_TIME], args.seeds, round(args.long_steps * ours / theirs))
 
     start = study.everywhere("start", lambda t: jobs(t, [START], first, 0))
-    screened = study.everywhere("every recipe", lambda t: [] if args.quick else jobs(t, rows(t), first, args.steps))
+    screened = study.everywhere(
+        "every recipe", lambda t: [] if args.quick else jobs(t, variants(t), first, args.steps)
+    )
     leading = study.everywhere("leading recipes", lambda t: jobs(t, LEADING[t], args.seeds, args.long_steps))
     equal = study.everywhere("equal time", equal_jobs)
     found = {}
     for t in args.temperatures:
-        others = [one for one in sweep[t] if one["rate"] != rate[t][one["row"]]]
+        others = [one for one in sweep[t] if one["rate"] != rate[t][one["recipe"]]]
         found[t] = {"one seed": start[t] + screened[t] + others} if screened[t] else {}
         found[t]["every seed"] = start[t] + leading[t] + equal[t]
     return found
@@ -313,7 +319,7 @@ def chosen_rates(args: StudyArguments, sweep: list[dict[str, Any]], temperature:
     """Rates of recipes that do not take the default one's; of the tuned, the best on the prompts for choosing."""
     chosen = dict.fromkeys(TUNED, args.rates[0])
     for one in sorted(sweep, key=lambda one: own_tau(one, temperature, "tau_choosing")):
-        chosen[one["row"]] = one["rate"]
+        chosen[one["recipe"]] = one["rate"]
     return chosen | ADAMW | {SOFT: chosen[SFT], EQUAL_TIME: chosen[SFT], START: 0.0}
 
 
@@ -323,20 +329,20 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def paired(results: list[dict[str, Any]], row: str, temperature: float) -> list[float]:
+def paired(results: list[dict[str, Any]], recipe: str, temperature: float) -> list[float]:
     """Difference of own τ to SFT continued, seed by seed."""
-    control = {one["seed"]: own_tau(one, temperature) for one in of_row(results, SFT)}
-    return [own_tau(one, temperature) - control[one["seed"]] for one in of_row(results, row)]
+    control = {one["seed"]: own_tau(one, temperature) for one in of_recipe(results, SFT)}
+    return [own_tau(one, temperature) - control[one["seed"]] for one in of_recipe(results, recipe)]
 
 
-def by_row(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_recipe(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Runs of each recipe; runs of the sweep at other rates are recipes of their own."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, float] = {}
     for one in results:
-        rate = chosen.setdefault(one["row"], one["rate"])
-        name = one["row"] if one["rate"] == rate else f"{one['row']}, rate {one['rate']:g}"
-        grouped.setdefault(name, []).append({**one, "row": name})
+        rate = chosen.setdefault(one["recipe"], one["rate"])
+        name = one["recipe"] if one["rate"] == rate else f"{one['recipe']}, rate {one['rate']:g}"
+        grouped.setdefault(name, []).append({**one, "recipe": name})
     return grouped
 
 
@@ -347,15 +353,15 @@ def table(results: list[dict[str, Any]], temperature: float) -> str:
         f"| recipe | rate | steps | seconds | runs | τ, {' | τ, '.join(names)} | paired |",
         "|---" * (6 + len(names)) + "|",
     ]
-    grouped = by_row(results)
-    for row, runs in grouped.items():
-        cells = [row, f"{runs[0]['rate']:g}", str(runs[0]["steps"])]
+    grouped = by_recipe(results)
+    for recipe, runs in grouped.items():
+        cells = [recipe, f"{runs[0]['rate']:g}", str(runs[0]["steps"])]
         cells += [f"{statistics.median(one['seconds'] for one in runs):.0f}", str(len(runs))]
         cells += [
             spread([one["tau"][name] for one in runs], ".3f") if name in runs[0]["tau"] else "" for name in names
         ]
-        differences = paired([*grouped[SFT], *runs], row, temperature)
-        cells.append("" if row in (START, SFT) else spread(differences, "+.3f"))
+        differences = paired([*grouped[SFT], *runs], recipe, temperature)
+        cells.append("" if recipe in (START, SFT) else spread(differences, "+.3f"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -366,12 +372,12 @@ def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> No
     parts = [(temperature, label, worlds[temperature][label]) for label in labels for temperature in worlds]
     figure, axes = new_figure(len(labels), len(worlds), (7 * len(worlds), 6 * len(labels)))
     for axis, (temperature, label, results) in zip(axes, parts, strict=True):
-        grouped = by_row(results)
-        mean = {row: statistics.mean(own_tau(one, temperature) for one in runs) for row, runs in grouped.items()}
+        grouped = by_recipe(results)
+        mean = {recipe: statistics.mean(own_tau(one, temperature) for one in runs) for recipe, runs in grouped.items()}
         order = sorted(grouped, key=mean.get)
-        for place, row in enumerate(order):
-            color = COLORS[3] if row.startswith(DEFAULT) else COLORS[1] if row.startswith(SFT) else COLORS[0]
-            taus = [own_tau(one, temperature) for one in grouped[row]]
+        for place, recipe in enumerate(order):
+            color = COLORS[3] if recipe.startswith(DEFAULT) else COLORS[1] if recipe.startswith(SFT) else COLORS[0]
+            taus = [own_tau(one, temperature) for one in grouped[recipe]]
             axis.plot(taus, [place] * len(taus), "o", color=color, alpha=0.7)
         axis.axvline(mean[SFT], color=COLORS[1], linewidth=1, linestyle="--")
         title = f"Trained and verified at T = {temperature:g}, {label}"
@@ -379,10 +385,10 @@ def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> No
     save_figure(figure, file)
 
 
-def gain(results: list[dict[str, Any]], row: str, control: str, temperature: float) -> float:
+def gain(results: list[dict[str, Any]], recipe: str, control: str, temperature: float) -> float:
     """Mean over seeds of the relative paired gain in own τ."""
-    base = {one["seed"]: own_tau(one, temperature) for one in of_row(results, control)}
-    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_row(results, row))
+    base = {one["seed"]: own_tau(one, temperature) for one in of_recipe(results, control)}
+    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_recipe(results, recipe))
 
 
 def main(args: StudyArguments) -> None:

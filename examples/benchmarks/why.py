@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,8 @@ def divergences(
         states (`torch.Tensor` of shape `(N, K, H)`): The target's.
         tokens (`torch.LongTensor` of shape `(N, K)`): What it holds right, where it is a point mass.
     """
-    heads = Heads.of(drafter, drafter.target)
+    # Without a loss of the drafter's own, which is no divergence.
+    heads = replace(Heads.of(drafter, drafter.target), auxiliary=None, auxiliary_reads_target=False)
     hidden = drafter.draft(batch.features, batch.tokens, blocks)
     # Each slot as a block of its own: `stream_loss` sums over blocks.
     hidden, states, labels = (part.flatten(0, 1)[:, None] for part in (hidden, states, tokens))

@@ -94,10 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run=prompts)
 
     command = commands.add_parser("drafter", parents=[shared], help="train a drafter by SFT, to a plateau")
-    command.add_argument("--drafter", default="dflash", choices=["dflash", "eagle3"], help="architecture")
+    command.add_argument("--drafter", default="dflash", help="architecture")
     command.add_argument("--block-size", type=int, default=8, help="anchor and proposals")
     command.add_argument("--shape", type=json.loads, default={}, help="further config fields of it, as JSON")
-    command.add_argument("--origin", help="drafter folder whose weights to begin with, of any block size")
+    command.add_argument(
+        "--origin",
+        help="drafter folder to begin with, of any block size, or of another kind that this one starts from",
+    )
+    command.add_argument("--loss", default="ce", help="ce, or another one with the teacher at temperature 1")
     command.add_argument("--output", help="folder; drafter-<architecture> beside this file by default")
     command.add_argument("--work-dir", default="outputs/pocket", help="texts and checkpoints; a cut-off run resumes")
     command.add_argument("--texts", type=int, default=4000, help="prompts the target answers to train on")

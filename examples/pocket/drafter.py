@@ -30,6 +30,7 @@ from draft_opd_trl import (
     stop_token_ids,
 )
 from draft_opd_trl.core.files import atomic_folder
+from draft_opd_trl.drafters import Drafter
 from draft_opd_trl.texts.prompts import prompt_ids
 
 
@@ -38,12 +39,23 @@ MAX_NEW_TOKENS = 512
 
 def shape_of(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
     """What the architecture's `from_target` is given: one draft layer."""
-    if args.drafter == "dflash":
+    if args.drafter in ("dflash", "dspark"):
         mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
         own = {"block_size": args.block_size, "num_hidden_layers": 1, "mask_token_id": mask_token_id}
     else:
         own = {"num_draft_tokens": args.block_size - 1}
     return own | args.shape
+
+
+def new_drafter(args: Namespace, target: Target, tokenizer: PreTrainedTokenizerBase) -> Drafter:
+    """From the target, from an earlier run's drafter of any block size, or from one of another kind."""
+    origin = load_drafter(args.origin) if args.origin else None
+    if origin is not None and origin.kind != args.drafter:
+        return create_drafter(args.drafter, target, from_drafter=origin, **args.shape)
+    drafter = create_drafter(args.drafter, target, **shape_of(args, tokenizer))
+    if origin is not None:
+        drafter.load_state_dict(origin.state_dict())
+    return drafter
 
 
 def sft_prompts(tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> list[list[int]]:
@@ -82,13 +94,13 @@ def train_drafter(args: Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     target = Target(model)
     torch.manual_seed(args.seed)
-    drafter = create_drafter(args.drafter, target, **shape_of(args, tokenizer))
-    if args.origin:
-        drafter.load_state_dict(load_drafter(args.origin).state_dict())
+    drafter = new_drafter(args, target, tokenizer)
     config = DraftOPDConfig(
         output_dir=str(Path(args.work_dir) / Path(args.output).name),
         lmbda=0.0,
         rollout_source="dataset",
+        accepted_loss=args.loss,
+        teacher_temperature=float(args.loss != "ce"),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         num_anchors=args.num_anchors,

@@ -6,12 +6,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ANY_KIND, tiny_drafter, tiny_model, tiny_stopping_model, tiny_tokenizer
+from conftest import ANY_KIND, save_target, tiny_drafter, tiny_model, tiny_stopping_model
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.evaluation.measure import suites
-from draft_opd_trl.folders.target_folder import read_target_config
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +17,7 @@ def place(tmp_path_factory):
     """A target, its drafter, prompts, and what is wrong with copies of them."""
     place = tmp_path_factory.mktemp("place")
     model = tiny_stopping_model()
-    model.save_pretrained(place / "target")
-    tiny_tokenizer().save_pretrained(place / "target")
+    save_target(model, place / "target")
     tiny_drafter(ANY_KIND, Target(model)).save_pretrained(place / "drafter")
     (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"ab{'c' * i}"}) + "\n" for i in range(12)))
 
@@ -36,9 +33,7 @@ def place(tmp_path_factory):
     (copy("torn") / "config.json").write_text("{")
     other = copy("unknown") / "config.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "model_type": "zz"}))
-    small = tiny_model("qwen3", vocab_size=8)
-    small.save_pretrained(place / "small")
-    tiny_tokenizer().save_pretrained(place / "small")
+    save_target(tiny_model("qwen3", vocab_size=8), place / "small")
     narrow = copy("narrow") / "config.json"
     deeper = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
     narrow.write_text(json.dumps({**json.loads(narrow.read_text()), **deeper}))
@@ -207,27 +202,3 @@ def test_bitsandbytes_that_is_missing_is_told_before_loading(place, capsys, monk
 
     with pytest.raises(OSError, match="`load_in_4bit` is true, but bitsandbytes.*pip install bitsandbytes"):
         QuantizationArguments(load_in_4bit=True).quantization_config()
-
-
-def test_the_hub_is_asked_once(monkeypatch):
-    """Offline, `load_dataset` repeats itself for 23 seconds."""
-    asked = []
-
-    class Hub:
-        def repo_info(self, name, **options):
-            asked.append(name)
-            raise ConnectionError("no network")
-
-    monkeypatch.setattr("draft_opd_trl.folders.reach.constants.is_offline_mode", lambda: False)
-    monkeypatch.setattr("draft_opd_trl.folders.reach.HfApi", Hub)
-    monkeypatch.setattr("draft_opd_trl.texts.rows.load_dataset", lambda *args, **kwargs: pytest.fail("asked again"))
-    with pytest.raises(FileNotFoundError, match="'some/set' is no data set here.*no network.*give a local file"):
-        suites.load_suite("some/set")
-    assert asked == ["some/set"]
-    monkeypatch.setattr("draft_opd_trl.folders.target_folder.AutoConfig", None)
-    with pytest.raises(FileNotFoundError, match="target 'some/model' is no folder here.*no network"):
-        read_target_config("some/model")
-    assert asked.pop() == "some/model"
-    with pytest.raises(FileNotFoundError, match="There is no suite 'gms8k'"):
-        suites.load_suite("gms8k")
-    assert asked == ["some/set"]

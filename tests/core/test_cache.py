@@ -1,4 +1,4 @@
-"""The position-slotted cache: visibility by hand, ragged writes, scratch mode, errors."""
+"""The cache with a place for each position: visibility by hand, ragged writes, scratch mode, errors."""
 
 import gc
 import weakref

@@ -2,7 +2,6 @@
 
 import torch
 
-from draft_opd_trl.core.packing import pack_by_text
 from draft_opd_trl.core.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
 
 
@@ -27,17 +26,6 @@ def _rollout():
     )
     rollout.block_states = torch.arange(8.0).reshape(2, 2, 2)
     return rollout
-
-
-def test_pack_rows_keeps_the_order_within_a_row():
-    columns, width = pack_by_text(torch.tensor([2, 0, 2, 2, 0]), 4)
-    assert columns.tolist() == [0, 0, 1, 2, 1]
-    assert width == 3
-
-
-def test_pack_rows_of_nothing_has_no_columns():
-    columns, width = pack_by_text(torch.zeros(0, dtype=torch.long), 3)
-    assert columns.tolist() == [] and width == 0
 
 
 def test_num_valid_slots_ends_with_the_text():
@@ -114,7 +102,6 @@ def test_text_states_stand_before_their_slots_and_inside_the_text():
         lengths=torch.tensor([8]),
         features=torch.zeros(1, 8, 1),
         blocks=blocks,
-        labels=blocks.draft_tokens,
         states=torch.arange(8.0).reshape(1, 8, 1),
         draft_states=None,
         accepted_weights=weights,
@@ -122,3 +109,11 @@ def test_text_states_stand_before_their_slots_and_inside_the_text():
         denominator=weights.sum(),
     )
     assert batch.text_states[..., 0].tolist() == [[2, 3, 4, 5], [5, 6, 7, 7]]
+
+
+def test_labels_are_the_text_behind_the_anchor():
+    blocks = DraftBlocks(*(torch.tensor(value) for value in ([0, 0, 1], [1, 4, 2], [[0] * 3] * 3, [0] * 3, [0] * 3)))
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 0, 0, 0]])
+    batch = ReplayBatch(tokens, None, None, blocks, *[None] * 5)
+    # The second text is padded from its fifth position on; what stands outside the grid repeats its last column.
+    assert batch.labels.tolist() == [[3, 4, 5], [6, 7, 7], [7, 0, 0]]

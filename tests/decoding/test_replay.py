@@ -24,7 +24,6 @@ from draft_opd_trl.decoding.replay import (
     grid_of,
     read_text,
     replay_text,
-    slot_labels,
     text_blocks,
 )
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
@@ -35,12 +34,6 @@ CHAINS = (1, 2, 3, 8, 64)
 
 def _text():
     return Rollout.from_ids([[1], [4, 5]], [[2, 3, 4, 5, 6, 7], [6, 7]])
-
-
-def test_slot_labels_by_hand():
-    labels = slot_labels(_text().tokens, torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2]), 3)
-    # Row 1 is 4 5 6 7 and then padding.
-    assert labels.tolist() == [[3, 4, 5], [6, 7, 7], [7, 0, 0]]
 
 
 def test_text_blocks_propose_the_text_and_accept_all_of_it():

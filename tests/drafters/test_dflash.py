@@ -44,12 +44,17 @@ def _slow_block(drafter, target, features, tokens, anchor):
     return rms(hidden, weights["norm.weight"], eps)[1:]
 
 
-@torch.no_grad()
-def test_it_equals_a_slow_reference_block_by_block(target):
+def _read(target):
+    """A drafter, texts, their features, and blocks at all of their anchors."""
     drafter = tiny_drafter("dflash", target)
     rollout = sample_texts(seed=8)
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    blocks = every_anchor(rollout, drafter.num_draft_tokens)
+    return drafter, rollout, features, every_anchor(rollout, drafter.num_draft_tokens)
+
+
+@torch.no_grad()
+def test_it_equals_a_slow_reference_block_by_block(target):
+    drafter, rollout, features, blocks = _read(target)
     got = drafter.draft(features, rollout.tokens, blocks)
     for index, (text, anchor) in enumerate(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True)):
         expected = _slow_block(drafter, target, features[text], rollout.tokens[text], anchor)
@@ -62,10 +67,7 @@ def test_it_starts_from_the_targets_layers(target):
 
 @torch.no_grad()
 def test_packing_many_blocks_in_small_chunks_changes_nothing(qwen_target):
-    drafter = tiny_drafter("dflash", qwen_target)
-    rollout = sample_texts(seed=8)
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    blocks = every_anchor(rollout, drafter.num_draft_tokens)
+    drafter, rollout, features, blocks = _read(qwen_target)
     whole = drafter.draft(features, rollout.tokens, blocks)
     drafter.blocks_per_chunk = 3
     torch.testing.assert_close(drafter.draft(features, rollout.tokens, blocks), whole, rtol=1e-5, atol=1e-5)
@@ -77,9 +79,7 @@ def test_packing_many_blocks_in_small_chunks_changes_nothing(qwen_target):
 
 @torch.no_grad()
 def test_a_block_sees_neither_its_anchors_features_nor_the_future(qwen_target):
-    drafter = tiny_drafter("dflash", qwen_target)
-    rollout = sample_texts(seed=8)
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    drafter, rollout, features, _ = _read(qwen_target)
     block = DraftBlocks(*(torch.tensor(value) for value in ([0], [3], [[0] * 4], [0], [4])))
     before = drafter.draft(features, rollout.tokens, block)
     changed, tokens = features.clone(), rollout.tokens.clone()

@@ -37,10 +37,12 @@ from draft_opd_trl.drafters.block_backbone import BlockDrafter
 from draft_opd_trl.drafters.drafter_config import DrafterConfig
 from draft_opd_trl.drafters.parts import lay_out, plain_weight, shape_of
 from draft_opd_trl.evaluation.traces import trace_texts
-from draft_opd_trl.training.batching import StreamSettings, make_batch
-from draft_opd_trl.training.divergences import LossSettings
-from draft_opd_trl.training.losses import Heads, batch_loss
+from draft_opd_trl.training.batching import BatchMaker
+from draft_opd_trl.training.block_choice import OnPolicySettings
+from draft_opd_trl.training.divergences import LossSettings, StreamLosses
+from draft_opd_trl.training.losses import draft_loss
 from draft_opd_trl.training.planning import plan_memory
+from draft_opd_trl.training.streams import StreamSettings
 
 
 # -- a head that reads the token before, on the shared backbone ----------------------------------------------------
@@ -243,42 +245,35 @@ def test_drafting_with_gradients_is_proposing_and_packed_scoring_verifying(qwen_
 def test_every_parameter_gets_a_gradient_and_the_target_none(qwen_target, toy, prompts):
     drafter = tiny_drafter(toy, qwen_target)
     rollout = speculate(qwen_target, drafter, prompts, SpeculationSettings(20, []))
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     for part, moves in ((slice(None), True), (slice(0), False)):
         drafter.zero_grad()
-        loss = _loss(qwen_target, drafter, rollout, features, part)
+        loss = _loss(qwen_target, drafter, rollout, part)
         loss["loss"].backward()
         for name, parameter in drafter.named_parameters():
             assert parameter.grad is not None and (parameter.grad.abs().max() > 0) == moves, name
     assert qwen_target.head.weight.grad is None
 
 
-def _loss(target, drafter, rollout, features, part=slice(None), **options):
+def _loss(target, drafter, rollout, part=slice(None), **options):
     """Of a batch of replayed blocks; `part` are the blocks that are supervised."""
-    cache = target.new_cache(*rollout.tokens.shape)
-    _, states = target.forward_text(rollout.tokens, (), cache)
-    on_policy = torch.ones_like(rollout.blocks.texts, dtype=torch.bool)
-    streams = StreamSettings(rejected_weight=0.5)
-    batch = make_batch(target, rollout, rollout.blocks, on_policy, streams, features, states, cache)
+    make = BatchMaker(target, drafter, StreamSettings(rejected_weight=0.5), OnPolicySettings(), seed=0)
+    (batch,), _ = make([rollout], step=0, lmbda=1.0, fresh=True)
     for weights in (batch.accepted_weights, batch.rejected_weights):
         kept = weights[part].clone()
         weights.zero_()
         weights[part] = kept
-    hidden = drafter.draft(batch.features, batch.tokens, batch.blocks)
-    return batch_loss(
-        hidden, batch, Heads.of(drafter, target), LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0), **options
-    )
+    losses = StreamLosses(LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0), **options)
+    return draft_loss(drafter, target, batch, losses)
 
 
 def test_the_loss_of_ones_own_is_the_same_in_chunks(qwen_target, toy, prompts):
     """Values, metrics and gradients, the heads' own included."""
     drafter = tiny_drafter(toy, qwen_target)
     rollout = speculate(qwen_target, drafter, prompts, SpeculationSettings(20, []))
-    features, _ = qwen_target.forward_text(rollout.tokens, drafter.target_layer_ids)
     found = []
     for chunk_size in (10_000, 7):
         drafter.zero_grad()
-        parts = _loss(qwen_target, drafter, rollout, features, chunk_size=chunk_size)
+        parts = _loss(qwen_target, drafter, rollout, chunk_size=chunk_size)
         parts["loss"].backward()
         found.append((parts, [parameter.grad.clone() for parameter in drafter.parameters()]))
     assert sorted(found[0][0]["auxiliary"]) == (["confidence", "loss"] if toy == MarkovDrafter.kind else [])
@@ -394,7 +389,7 @@ def test_it_is_planned(model, toy, tmp_path):
     drafter = tiny_drafter(toy, Target(model))
     for options in ({}, {"rejected_weight": 0.5, "rollout_source": "speculation", "eval_strategy": "steps"}):
         args = DraftOPDConfig(str(tmp_path), max_completion_length=12, report_to="none", **options)
-        plan = plan_memory(model.config, drafter.config, args, 8)
+        plan = plan_memory(model.config, drafter.config, args, prompt_length=8)
         assert plan.peak > sum(tensor.nbytes for part in (model, drafter) for tensor in part.parameters())
 
 

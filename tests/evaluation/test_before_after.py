@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from by_hand import AFTER, BEFORE
-from conftest import tiny_tokenizer
+from conftest import save_target
 from datasets import Dataset
 from readers import checked
 from runs import make_trainer, spelled_prompts
@@ -140,8 +140,7 @@ def train(folder, *more):
 @pytest.fixture
 def folder(drafter_folder, model, prompts, tmp_path):
     shutil.copytree(drafter_folder, tmp_path / "drafter")
-    model.save_pretrained(tmp_path / "target")
-    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    save_target(model, tmp_path / "target")
     prompts.to_json(tmp_path / "prompts.jsonl")
     return tmp_path
 

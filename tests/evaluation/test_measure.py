@@ -11,6 +11,7 @@ from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.acceptance import bootstrap_interval
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
+from draft_opd_trl.evaluation import measure, results
 from draft_opd_trl.evaluation.measure import (
     changed_texts,
     evaluate_drafters,
@@ -190,8 +191,6 @@ def test_a_kill_loses_at_most_the_texts_in_flight(
     Killed while the drafter's fourth text is being kept; what was kept is not decoded again, and what was under way
     becomes the very text that it would have been.
     """
-    from draft_opd_trl.evaluation.measure import evaluation, results
-
     settings, drafters = _settings(temperature), {"trained": qwen_drafter}
     whole = evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "whole")
     kept = results.ResultsFile.append
@@ -209,13 +208,13 @@ def test_a_kill_loses_at_most_the_texts_in_flight(
         evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "run")
     monkeypatch.setattr(results.ResultsFile, "append", kept)
     decoded = []
-    measure = evaluation.measure_acceptance
+    measured = measure.measure_acceptance
 
     def counted(target, drafter, waiting, *rest, **options):
         decoded.append(len(waiting))
-        return measure(target, drafter, waiting, *rest, **options)
+        return measured(target, drafter, waiting, *rest, **options)
 
-    monkeypatch.setattr(evaluation, "measure_acceptance", counted)
+    monkeypatch.setattr(measure, "measure_acceptance", counted)
     again = evaluate_drafters(qwen_target, drafters, prompts, settings, results=tmp_path / "run")
     assert decoded == [len(prompts) - 3]
     assert again["plain"]["resumed"] == len(prompts) and again["drafters"]["trained"]["resumed"] == 3

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from draft_opd_trl.evaluation.measure import suites
+from draft_opd_trl.evaluation import suites
 from draft_opd_trl.evaluation.suites import POCKET_PROMPTS, SUITES, load_suite
 
 

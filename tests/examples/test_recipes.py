@@ -1,4 +1,4 @@
-"""The study of recipes: every row is a valid setting of its own, and figures are paired by seed."""
+"""The study of recipes: every recipe is a valid setting of its own, and figures are paired by seed."""
 
 import importlib
 import json
@@ -20,18 +20,18 @@ def recipes(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_every_row_is_valid_and_unlike_the_others(recipes, temperature):
+def test_every_recipe_is_valid_and_unlike_the_others(recipes, temperature):
     settings = {}
-    for row, options in recipes.rows(temperature).items():
+    for recipe, options in recipes.variants(temperature).items():
         config = recipes.StudyConfig("unused", temperature=temperature, report_to="none", **options)
-        settings[row] = json.dumps([asdict(config), recipes.ADAMW.get(row)], default=str)
-    same = {text: [row for row in settings if settings[row] == text] for text in settings.values()}
-    assert all(len(rows) == 1 for rows in same.values()), same.values()
+        settings[recipe] = json.dumps([asdict(config), recipes.ADAMW.get(recipe)], default=str)
+    same = {text: [recipe for recipe in settings if settings[recipe] == text] for text in settings.values()}
+    assert all(len(names) == 1 for names in same.values()), same.values()
 
 
-def test_the_papers_row_is_the_papers_preset(recipes):
-    """But for what all rows of the study share."""
-    ours = recipes.StudyConfig("unused", report_to="none", **recipes.rows(0.0)[recipes.PAPER])
+def test_the_papers_recipe_is_the_papers_preset(recipes):
+    """But for what all recipes of the study share."""
+    ours = recipes.StudyConfig("unused", report_to="none", **recipes.variants(0.0)[recipes.PAPER])
     theirs = DraftOPDConfig("unused", report_to="none", recipe="paper")
     names = set(recipes.THE_PAPERS) - recipes.SHARED
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
@@ -43,9 +43,9 @@ def test_what_only_the_study_turns_reaches_the_rooms(recipes):
     assert config.streams.whole_blocks and not DraftOPDConfig("unused", report_to="none").streams.whole_blocks
 
 
-def _result(row, seed, tau, rate=0.1, **more):
+def _result(recipe, seed, tau, rate=0.1, **more):
     ways = {"T = 0": tau, "T = 1, argmax": tau / 2, "T = 1, drawn": tau / 4}
-    return {"row": row, "rate": rate, "seed": seed, "steps": 5, "seconds": 2.0, "tau": ways | more}
+    return {"recipe": recipe, "rate": rate, "seed": seed, "steps": 5, "seconds": 2.0, "tau": ways | more}
 
 
 def test_gains_are_paired_by_seed(recipes):

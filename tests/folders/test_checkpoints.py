@@ -20,9 +20,9 @@ def folder(qwen_drafter, tmp_path):
 
 
 def _rewrite(folder, change):
-    """`change(tensors, name)`, of which `name` is a vector; returns it."""
+    """`change(tensors, name)`, of which `name` is a vector as wide as the target; returns it."""
     tensors = load_file(folder / "model.safetensors")
-    name = min(name for name, tensor in tensors.items() if tensor.ndim == 1 and tensor.is_floating_point())
+    name = min(name for name, tensor in tensors.items() if tensor.shape == (32,))
     change(tensors, name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return name

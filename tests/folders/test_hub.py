@@ -2,12 +2,11 @@
 
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANY_KIND, HUB_SOCKET, KINDS, TRAVELLING, random_prompts, tiny_drafter, tiny_tokenizer
+from conftest import ANY_KIND, HUB_SOCKET, KINDS, TRAVELLING, random_prompts, save_target, tiny_drafter
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -16,8 +15,7 @@ from runs import make_trainer
 from safetensors.torch import load
 from transformers import AutoModel
 
-from draft_opd_trl import DraftOPDConfig, MuonWithAdamW, SpeculationSettings, load_drafter, push_drafter, speculate
-from draft_opd_trl._trl_compat import _BaseConfig
+from draft_opd_trl import SpeculationSettings, load_drafter, push_drafter, speculate
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.folders.hub import merged
 from draft_opd_trl.training import hub_trainer
@@ -64,6 +62,16 @@ def build(drafter, model, texts, output_dir, **options):
     return make_trainer(drafter, model, texts, output_dir, eval_dataset=prompts, **options)
 
 
+@pytest.fixture
+def make(model, texts, tmp_path):
+    """`make(kind)`: a trainer in `tmp_path / "out"` of a new drafter, whose folder is `tmp_path / "start"`."""
+
+    def trainer(kind=ANY_KIND, **options):
+        return build(start(kind, model, tmp_path / "start"), model, texts, tmp_path / "out", **options)
+
+    return trainer
+
+
 def proposals(drafter, target):
     drafter.eval()
     blocks = speculate(target, drafter.bind(target), random_prompts(6, seed=11), SETTINGS).blocks
@@ -87,21 +95,9 @@ def assert_loads_as_trained(repo, trainer):
     assert torch.equal(proposals(loaded, trainer.target), proposals(trainer.drafter, trainer.target))
 
 
-def test_every_setting_is_in_the_card_or_left_out_on_purpose():
-    """The card takes settings by name, so that one that holds a path or a token is not published by accident."""
-    own = {field.name for field in fields(DraftOPDConfig)} - {field.name for field in fields(_BaseConfig)}
-    private = {"model_init_kwargs", "teacher_model_init_kwargs", "text_cache_dir"}
-    private |= {"server_url", "server_model", "server_token"}
-    changes_no_weight = {"rollout_batch_size", "num_chains", "loss_chunk_size"}
-    changes_no_weight |= {"log_completions", "num_completions_to_print", "num_texts_to_check"}
-    changes_no_weight |= {"server_timeout", "server_concurrency", "server_max_retries"}
-    assert own - set(hub_trainer.RECIPE) == private | changes_no_weight, "put a new setting into RECIPE, or here"
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_trainer_pushes_is_what_it_trained(hub, kind, model, texts, tmp_path):
-    drafter = start(kind, model, tmp_path / "start")
-    trainer = build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+def test_what_a_trainer_pushes_is_what_it_trained(hub, make, kind, tmp_path):
+    trainer = make(kind, push_to_hub=True)
     trainer.evaluate()
     trainer.train()
     trainer.save_model()
@@ -143,12 +139,8 @@ def test_transformers_loads_it_by_id(hub, kind, model, code_cache):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_pushes_during_training(hub, model, texts, tmp_path, strategy):
-    trainer = build(
-        start(ANY_KIND, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+def test_pushes_during_training(hub, make, tmp_path, strategy):
+    trainer = make(
         push_to_hub=True,
         hub_strategy=strategy,
         hub_always_push=True,
@@ -193,13 +185,10 @@ def test_a_checkpoint_from_the_hub_continues_the_run(hub, model, texts, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_path):
+def test_an_adapter_is_pushed_as_a_whole_drafter(hub, make, kind, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = build(
-        start(kind, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+    trainer = make(
+        kind,
         peft_config=config,
         push_to_hub=True,
         hub_strategy="checkpoint",
@@ -223,24 +212,8 @@ def test_an_adapter_is_pushed_as_a_whole_drafter(hub, kind, model, texts, tmp_pa
     assert before.keys() == trainer.model.state_dict().keys()
 
 
-def test_the_card_tells_the_optimizer_that_was_given(model, texts, tmp_path):
-    drafter = tiny_drafter(ANY_KIND, Target(model))
-    given = {"optimizers": (MuonWithAdamW(drafter.parameters(), lr=4e-3, adamw_lr=1e-3), None)}
-    for output_dir, options in ((tmp_path / "given", given), (tmp_path / "own", {"optim": "sgd"})):
-        build(drafter, model, texts, output_dir, **options).create_model_card()
-    told = (tmp_path / "given" / "README.md").read_text()
-    assert (
-        "| `optim` | MuonWithAdamW |\n| `learning_rate` | 0.001, 0.004 |\n| `lr_scheduler_type` | constant |" in told
-    )
-    assert "| `optim` | sgd |\n| `learning_rate` | 0.01 |" in (tmp_path / "own" / "README.md").read_text()
-
-
-def test_the_best_weights_are_pushed_with_their_own_figures(hub, model, texts, tmp_path):
-    trainer = build(
-        start(ANY_KIND, model, tmp_path / "start"),
-        model,
-        texts,
-        tmp_path / "out",
+def test_the_best_weights_are_pushed_with_their_own_figures(hub, make):
+    trainer = make(
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
@@ -273,8 +246,7 @@ def test_a_drafter_is_pushed_and_leaves_a_card_that_is_there(hub, model, tmp_pat
 
 def test_the_card_names_the_target_by_id_and_revision(hub, model, texts, tmp_path):
     """Drafter and target both come from the Hub."""
-    model.save_pretrained(tmp_path / "target")
-    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    save_target(model, tmp_path / "target")
     drafter = start(ANY_KIND, model, tmp_path / "start")
     for repo, folder in (("user/target", tmp_path / "target"), ("user/start", Path(drafter))):
         hub.repos[repo] = []
@@ -298,9 +270,8 @@ REMEDIES = {401: "hf auth login", 403: "The token may not write there", 409: "So
 
 
 @pytest.mark.parametrize("status", REMEDIES)
-def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_path, status):
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", save_strategy="no")
-    trainer.train()
+def test_a_push_that_is_refused_has_saved_the_drafter(hub, make, tmp_path, status):
+    trainer = make(save_strategy="no")
     hub.refuse = {"commit": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to user/out .*{REMEDIES[status]}.*is saved in {tmp_path}/out"):
         trainer.push_to_hub()
@@ -312,8 +283,8 @@ def test_a_push_that_is_refused_has_saved_the_drafter(hub, model, texts, tmp_pat
     assert_loads_as_trained("user/out", trainer)
 
 
-def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, monkeypatch):
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", max_steps=1)
+def test_a_network_that_goes_away_costs_nothing(hub, make, tmp_path, monkeypatch):
+    trainer = make(max_steps=1)
     trainer.train()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="OfflineModeIsEnabled.*Check the name and the network.*is saved in"):
@@ -325,10 +296,10 @@ def test_a_network_that_goes_away_costs_nothing(hub, model, texts, tmp_path, mon
     assert load_drafter(str(tmp_path / "out")).kind == ANY_KIND
 
 
-def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, model, texts, tmp_path, monkeypatch):
+def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, make, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(hub_trainer.logger, "warning", told.append)
-    trainer = build(start(ANY_KIND, model, tmp_path / "start"), model, texts, tmp_path / "out", push_to_hub=True)
+    trainer = make(push_to_hub=True)
     hub.refuse = {"commit": (403, "no")}
     trainer.train()
     assert trainer.state.global_step == 2
@@ -340,11 +311,10 @@ def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(hub, m
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_repository_that_cannot_be_made_stops_before_training(hub, model, texts, tmp_path, status):
-    drafter = start(ANY_KIND, model, tmp_path / "start")
+def test_a_repository_that_cannot_be_made_stops_before_training(hub, make, status):
     hub.refuse = {"create": (status, "no")}
     with pytest.raises(OSError, match=f"Could not push to out.*{REMEDIES[status]}.*Nothing was pushed"):
-        build(drafter, model, texts, tmp_path / "out", push_to_hub=True)
+        make(push_to_hub=True)
 
 
 def test_no_token_or_no_network_is_said_before_anything_is_loaded(hub, texts, tmp_path, monkeypatch):

@@ -270,15 +270,6 @@ def test_the_card_promises_the_engines_that_inspection_does(kind, family, tmp_pa
         assert f"Note: {fault['fault']}" in text
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", "$(touch x)", '"', "a;b", "a\nb", "`id`"])
-def test_commands_are_quoted(name, drafter):
-    commands = launch_commands(drafter, f"/{name}/target", f"/{name}/drafter")
-    vllm = shlex.split(commands["vLLM"].replace(" \\\n", ""))
-    assert vllm[2] == f"/{name}/target" and json.loads(vllm[4])["model"] == f"/{name}/drafter"
-    sglang = shlex.split(commands["SGLang"].replace(" \\\n", ""))
-    assert {f"/{name}/target", f"/{name}/drafter"} <= set(sglang)
-
-
 def test_the_card_shows_the_commands(card, drafter):
     text = card(ID).text
     for engine, command in launch_commands(drafter, ID, "user/mine").items():

@@ -11,7 +11,7 @@ from draft_opd_trl.core.sampling import probabilities
 from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
-from draft_opd_trl.texts import consistency
+from draft_opd_trl.texts import authorship
 from draft_opd_trl.texts.authorship import ShareWatch, TextFit, Watch, describe_misfit, likeliest_next, text_fit
 
 
@@ -31,7 +31,7 @@ def target():
 
 
 def test_numbers_by_hand(monkeypatch):
-    monkeypatch.setattr(consistency, "POWERS", (0.5, 2.0))
+    monkeypatch.setattr(authorship, "POWERS", (0.5, 2.0))
     # After any token: probabilities 1/2, 1/4, 1/4 of tokens 0, 1, 2, and next to none of the rest.
     law = torch.tensor([0.5, 0.25, 0.25, 1e-12]).log()
     rollout = Rollout.from_ids([[3, 3], [1]], [[0, 1], [2]])
@@ -40,7 +40,7 @@ def test_numbers_by_hand(monkeypatch):
     assert fit.num_tokens.tolist() == [2, 1]
     assert fit.num_greedy.tolist() == [1, 0]
     # q ∝ p²: 1/4, 1/16, 1/16 of 3/8.
-    powers = dict(zip(consistency.POWERS, fit.ratios.T, strict=True))
+    powers = dict(zip(authorship.POWERS, fit.ratios.T, strict=True))
     torch.testing.assert_close(powers[2.0], torch.tensor([4 / 3, 2 / 3]).log() + torch.tensor([math.log(2 / 3), 0.0]))
     torch.testing.assert_close(fit.log_prob, torch.tensor([-math.log(8), -math.log(4)]))
     torch.testing.assert_close(fit.entropy, torch.tensor([2 * entropy, entropy]))
@@ -104,7 +104,7 @@ def test_greedy_text_of_noisy_kernels_passes(size):
     """Near-ties everywhere, which noise of up to the size allowed for decides: no more texts fail than stated."""
     generator = torch.Generator().manual_seed(0)
     table = 20 + torch.rand((64, 64), generator=generator).sort(-1).values
-    kernels = size * consistency.KERNEL_NOISE * 21 / 2**0.5  # of each logit; of a difference it is √2 of that
+    kernels = size * authorship.KERNEL_NOISE * 21 / 2**0.5  # of each logit; of a difference it is √2 of that
     texts = []
     for _ in range(500):
         text = [0]
@@ -196,7 +196,7 @@ def test_a_temperature_a_tenth_off_is_noticed_and_the_right_one_is_not(target, s
 
 def test_false_alarms_are_as_rare_as_stated(monkeypatch):
     """With odds of 50 in place of a million, an alarm comes after 50 texts on average or later."""
-    monkeypatch.setattr(consistency, "ALARM_ODDS", 50.0)
+    monkeypatch.setattr(authorship, "ALARM_ODDS", 50.0)
     generator, waits = torch.Generator().manual_seed(0), []
     for _ in range(200):
         # Two other laws against a standard normal one, shifted by ±1.

@@ -1,6 +1,5 @@
 """Data-set rows to token ids: plain and conversational, thinking on and off, tools, limits, and every error."""
 
-import json
 import logging
 
 import pytest
@@ -41,13 +40,6 @@ def test_thinking_switch(tokenizer):
 def test_a_prompt_of_another_kind(tokenizer, prompt):
     with pytest.raises(TypeError, match="must be a string or a list of messages with 'role' and 'content'"):
         prompt_ids(prompt, tokenizer)
-
-
-def test_messages_without_a_template(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template. Set `tokenizer.chat_template`, or give plain"):
-        prompt_ids(USER, tokenizer)
-    assert prompt_ids("ab", tokenizer) == [5, 6]
 
 
 def test_completions(tokenizer):
@@ -194,59 +186,7 @@ def test_a_completion_in_messages_is_one_answer(tokenizer, completion):
         completion_ids("ab", ANSWER, tokenizer)
 
 
-def test_parts_of_text_are_text_and_others_are_refused(tokenizer):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert prompt_ids([{"role": "user", "content": parts}], tokenizer) == prompt_ids(USER, tokenizer)
-    for content in ([*parts, {"type": "image", "url": "x"}], None, 3, ["ab"], [{"type": "text", "text": None}]):
-        with pytest.raises(ValueError, match="of role 'user' has the content .* must be text, or a list of parts"):
-            prompt_ids([{"role": "user", "content": content}], tokenizer)
-
-
-def test_what_arrow_fills_in_is_not_said(tokenizer):
-    tokenizer.chat_template = (
-        "{% for message in messages %}{% if 'name' in message %}z{% endif %}{{ message['content'] }}{% endfor %}"
-    )
-    rows = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "a", "name": "b"}]]
-    assert tokenize_dataset(Dataset.from_dict({"prompt": rows}), tokenizer, None)["prompt_ids"][:] == [[5], [30, 5]]
-
-
-def test_roles_that_the_template_does_not_know(tokenizer):
-    """Written by none, or refused by the template itself: with the row, and in one line."""
-    rows = Dataset.from_dict({"prompt": [USER, [{"role": "tool", "content": "a"}]]})
-    tokenizer.chat_template = "{% for turn in messages if turn['role'] == 'user' %}{{ turn['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The chat template writes nothing of .* 'tool'"):
-        tokenize_dataset(rows, tokenizer, None)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="Row 0 of .*refuses a conversation of the roles user: roles must alternate"):
-        tokenize_dataset(rows, tokenizer, None)
-
-
-# -- tools and switches of single rows -----------------------------------------------------------------------------
-
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-WITH_TOOLS = (
-    "{% if tools %}{% for tool in tools %}<|system|>{{ tool['function']['name'] }}<|end|>{% endfor %}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["schemas", "json"])
-def test_tools_are_written(tokenizer, tools):
-    tokenizer.chat_template = WITH_TOOLS + tokenizer.chat_template
-    rows = Dataset.from_list([{"prompt": USER, "completion": ANSWER, "tools": tools}])
-    got = tokenize_dataset(rows, tokenizer, None, needs_completions=True)[0]
-    assert got == {"prompt_ids": [3, 5, 8, 8, 0, 1, 5, 6, 0, 2], "completion_ids": [7, 0]}
-
-
-def test_tools_that_would_be_lost_are_refused(tokenizer):
-    rows = Dataset.from_list([{"prompt": USER, "tools": [TOOL]}])
-    with pytest.raises(ValueError, match="Row 0 of .*writes nothing of `tools`.*or remove the column"):
-        tokenize_dataset(rows, tokenizer, None)
-    with pytest.raises(ValueError, match="`tools` stand beside a prompt of plain text"):
-        prompt_ids("ab", tokenizer, tools=[TOOL])
-    with pytest.raises(ValueError, match="`tools` is '.add', which is not JSON"):
-        prompt_ids(USER, tokenizer, tools="[add")
-    with pytest.raises(TypeError, match="must be a list of JSON schemas"):
-        prompt_ids(USER, tokenizer, tools=["add"])
+# -- switches of single rows ---------------------------------------------------------------------------------------
 
 
 def test_a_row_has_switches_of_its_own(tokenizer):
@@ -264,12 +204,6 @@ def test_plain_completions_end_with_a_stop_token(tokenizer, warnings):
     got = tokenize_dataset(rows, tokenizer, None, needs_completions=True)
     assert got["completion_ids"][:] == [[7, 0], [8, 0]]
     assert "2 completions are plain text, and each is ended with a stop token" in warnings()
-
-
-def test_plain_completions_after_messages_end_as_the_template_ends(tokenizer):
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|nothink|> <|end|>")
-    assert completion_ids(USER, "c", tokenizer) == [7, 4]
-    assert completion_ids("ab", "c", tokenizer) == [7, 0]
 
 
 def test_the_first_token_of_a_text_is_not_written_twice(tokenizer):
@@ -309,11 +243,6 @@ def test_ids_of_a_column_of_fractions(tokenizer, ids, taken):
             tokenize_dataset(Dataset.from_list([{"prompt_ids": ids}]), tokenizer, None)
     else:
         assert tokenize_dataset(Dataset.from_list([{"prompt_ids": ids}]), tokenizer, None)["prompt_ids"][0] == taken
-
-
-def test_roles_of_other_formats_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="role 'human'.*Call it 'user'"):
-        tokenize_dataset(Dataset.from_list([{"prompt": [{"role": "human", "content": "hi"}]}]), tokenizer, None)
 
 
 def test_what_does_not_fit_the_target():

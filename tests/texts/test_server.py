@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draft_opd_trl import SamplingParams, SpeculationSettings, Target, stop_token_ids
 from draft_opd_trl.core import endpoint
-from draft_opd_trl.core.errors import InputError
 from draft_opd_trl.texts import server
 from draft_opd_trl.texts.authorship import describe_misfit, text_fit
 from draft_opd_trl.texts.prompts import tokenize_dataset
@@ -170,27 +169,19 @@ def test_what_arrived_before_a_death_is_handed_on():
 
 
 def refusal(fault, timeout=0.3, max_retries=0, **options):
-    """What a server of this fault is refused with, how long that took, and the server."""
+    """What a server of this fault is refused with, and the server."""
     with CompletionsServer(echo, TOKENIZER, faults=[fault] * 100) as serving:
-        started = time.monotonic()
         with pytest.raises(ServerError) as raised:
             ask(
                 make_client(serving.url, timeout=timeout, max_retries=max_retries, concurrency=2, **options),
                 PROMPTS[:3],
             )
     assert "\n" not in str(raised.value)
-    return str(raised.value), time.monotonic() - started, serving
-
-
-def test_the_time_limit_is_one_for_the_whole_answer():
-    """Each byte comes well within it, and they never end."""
-    message, seconds, _ = refusal("drip")
-    assert "did not answer: timed out, no whole answer within 0.3 s" in message
-    assert seconds < 2
+    return str(raised.value), serving
 
 
 def test_an_answer_has_no_more_bytes_than_its_tokens_need():
-    message, _, serving = refusal("huge", timeout=5)
+    message, serving = refusal("huge", timeout=5)
     limit = server.FRAME_BYTES + 8 * server.TOKEN_BYTES + 2 * server.PROMPT_TOKEN_BYTES
     assert f"sent more than the {limit} bytes that an answer can need" in message
     # What was sent beyond is in the buffers of the two sockets.
@@ -204,26 +195,6 @@ def test_the_longest_honest_answer_is_read():
     with CompletionsServer(echo, TOKENIZER, faults=[answer]) as serving:
         answers = ask(make_client(serving.url), [[5] * 5000])
     assert answers[0].token_ids == [250_000] * 8
-
-
-def test_compressed_answers_are_refused():
-    assert "packed as gzip, which was not asked for" in refusal("packed")[0]
-
-
-def test_a_pause_is_asked_for_in_vain_beyond_the_time_limit():
-    with CompletionsServer(echo, TOKENIZER, faults=[{"Retry-After": "3600"}] * 3) as serving:
-        started = time.monotonic()
-        answers = ask(make_client(serving.url, timeout=0.3, max_retries=3))
-    assert len(answers) == 12 and 0.3 < time.monotonic() - started < 3
-
-
-def test_prompts_are_not_sent_on_to_another_place():
-    with CompletionsServer(echo, TOKENIZER) as elsewhere:
-        place = elsewhere.url.replace("//", "//name:secret@")
-        message, _, _ = refusal({"Location": place})
-    place = elsewhere.url.replace("//", "//***@")  # it came with a password
-    assert f"status 307 and sends prompts on to {place}. Redirects are not followed" in message
-    assert elsewhere.headers == []
 
 
 CHOICE = {"text": "a", "finish_reason": "stop"}
@@ -258,40 +229,13 @@ def test_what_is_no_completion_is_said_to_be_none(answer, message):
     assert re.search(message, refusal(answer)[0])
 
 
-def test_a_password_in_the_url_is_sent_and_never_shown():
+def test_a_password_that_a_server_echoes_is_not_shown():
     with CompletionsServer(echo, TOKENIZER, faults=[b'{"choices": "it was hunter2"}']) as serving:
         client = make_client(serving.url.replace("//", "//me:hunter2@"), max_retries=0)
         with pytest.raises(ServerError, match="choices is 'it was ...'") as raised:
             ask(client, PROMPTS[:1])
     assert serving.headers[0]["Authorization"] == "Basic " + base64.b64encode(b"me:hunter2").decode()
     assert client.url == f"{serving.url}/v1/completions" and "hunter2" not in str(raised.value)
-    with pytest.raises(
-        InputError, match="both a password in the URL of http://host/v1/completions and a `server_token`"
-    ):
-        make_client("http://me:hunter2@host", token="x")
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["localhost:8000", "ftp://host", "http://", "http://host:port", "http://host:99999", "http://[::1", "http://a b",
-     "http://host/?key=1", "http://host/#x", "http://hö.st", "http://host\n/", "me:hunter2@host", ""],
-)  # fmt: skip
-def test_what_is_no_address(url):
-    with pytest.raises(InputError, match="`server_url` is .*it must be such as http://localhost:8000") as raised:
-        make_client(url.replace("//", "//me:hunter2@") if "//" in url else url)
-    assert "hunter2" not in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_a_host_that_is_no_name():
-    with pytest.raises(ServerError, match="did not answer"):
-        ask(make_client("http://" + "a" * 70 + ".invalid", max_retries=0))
-
-
-@pytest.mark.parametrize("token", ["new\nline", "ö"])
-def test_a_token_that_no_header_carries(token):
-    with pytest.raises(InputError, match="`server_token` holds characters") as raised:
-        make_client("http://host", token=token)
-    assert token not in str(raised.value)
 
 
 def test_who_stops_asking_does_not_wait():

@@ -176,8 +176,9 @@ def test_killed_at_random_it_loses_nothing(tmp_path):
     draws, said, count = random.Random(0), [], 200
     for _ in range(2):
         writer = start_writer(tmp_path, 0, count)
-        writer.stdout.readline()
-        time.sleep(draws.uniform(0.02, 0.25))
+        assert writer.stdout.readline() == "ready\n"
+        said += [int(writer.stdout.readline()) for _ in range(draws.randint(1, 60))]
+        time.sleep(draws.uniform(0, 0.005))
         writer.send_signal(signal.SIGKILL)
         said += [int(number) for number in writer.communicate()[0].split()]
         texts = TextCache(tmp_path, SETTINGS).find([[number] for number in said])
@@ -193,7 +194,7 @@ def test_killed_at_random_it_loses_nothing(tmp_path):
 CRASHES = """
 import os, signal, sys
 from pyarrow import parquet
-from draft_opd_trl import text_cache
+from draft_opd_trl.texts import text_cache
 
 SETTINGS = {"target": "t", "temperature": 0.0}
 

@@ -8,11 +8,11 @@ from draft_opd_trl.core.records import Rollout
 from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.decoding.replay import draft_at, grid_of, read_text, replay_text, text_blocks
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
-from draft_opd_trl.training.batching import BatchMaker, make_batch
+from draft_opd_trl.training.batching import BatchMaker
 from draft_opd_trl.training.block_choice import OnPolicySettings
-from draft_opd_trl.training.divergences import LossSettings
+from draft_opd_trl.training.divergences import LossSettings, StreamLosses
 from draft_opd_trl.training.error_buffer import ErrorBuffer
-from draft_opd_trl.training.losses import Heads, batch_loss
+from draft_opd_trl.training.losses import draft_loss
 from draft_opd_trl.training.streams import StreamSettings
 
 
@@ -33,12 +33,10 @@ def _maker(target, drafter, **on_policy):
 
 def _losses(target, drafter, batches):
     total = sum(batch.denominator for batch in batches)
-    heads = Heads.of(drafter, target)
     sums = 0.0
     for batch in batches:
         batch.denominator = total
-        hidden = drafter.draft(batch.features, batch.tokens, batch.blocks)
-        sums = sums + batch_loss(hidden, batch, heads, HARD, SOFT)["loss"]
+        sums = sums + draft_loss(drafter, target, batch, StreamLosses(HARD, SOFT))["loss"]
     return sums
 
 
@@ -188,13 +186,8 @@ def test_draft_states_by_slow_scoring(qwen_target, qwen_drafter, rollout):
     assert checked > 8
 
 
-def test_make_batch_denominator_is_its_own_weight(qwen_target, qwen_drafter, rollout):
-    features, states = qwen_target.forward_text(rollout.tokens, qwen_drafter.target_layer_ids)
-    blocks = replay_text(qwen_drafter, rollout, features)
-    on_policy = torch.ones(len(blocks), dtype=torch.bool)
-    batch = make_batch(
-        qwen_target, rollout, blocks, on_policy, STREAMS, features, states, block_states=rollout.block_states
-    )
+def test_the_denominator_is_the_batchs_own_weight(qwen_target, qwen_drafter, rollout):
+    (batch,), _ = _maker(qwen_target, qwen_drafter)([rollout], step=0, lmbda=0.5)
     assert batch.denominator == batch.accepted_weights.sum() + batch.rejected_weights.sum()
 
 

@@ -1,6 +1,7 @@
-"""Defaults that belong together, and each contradiction with its value, reason and remedy."""
+"""Defaults that belong together, values that cannot be, and the settings that rooms are given."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -80,9 +81,6 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
             "`label_smoothing_factor` is 0.1; it cannot be used here: the losses here take the target's distribution",
         ),
         ({"lmbda_end": 2.0}, "`lmbda_end` is 2.0; it must lie in"),
-        ({"rejected_weight": 1.0, "rejected_loss": "accepted_length"}, "Use it for the accepted stream only"),
-        ({"rollout_source": "server"}, "rollout_source='server' and server_url=None do not go together.*Set both"),
-        ({"server_url": "http://x"}, "rollout_source='speculation' and server_url='http://x' do not go together"),
         ({"server_timeout": 0.0}, r"`server_timeout` is 0.0; it must lie in \(0, "),
         ({"server_concurrency": 0}, r"`server_concurrency` is 0; it must lie in \["),
         ({"server_max_retries": -1}, "`server_max_retries` is -1; it must "),
@@ -107,35 +105,27 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
         ({"top_p": 0.0}, r"`top_p` is 0.0; it must lie in \(0, 1\]"),
         ({"top_k": -1}, "`top_k` is -1; .*0 keeps all tokens"),
         ({"beta": 2.0}, r"`beta` is 2.0; it must lie in \[0, 1\]"),
+        ({"logging_steps": 1.5}, "`logging_steps` is 1.5; it must be a whole number where it is above 1"),
+        ({"optim": "adam"}, "`optim` is 'adam'; it must be one of"),
+        ({"lr_scheduler_type": "cosin"}, r"Did you mean cosine\?"),
         (
-            {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
-            "steps_per_generation=6 is not a multiple of gradient_accumulation_steps=4, so a text.*Make it one",
+            {"lr_scheduler_kwargs": {"num_cycles": math.nan}},
+            "`lr_scheduler_kwargs` is {'num_cycles': nan}; it must hold plain",
         ),
-        ({"accepted_weight": 0.0}, "accepted_weight and rejected_weight are both 0.*Set one above 0"),
+        ({"debug": "underflow_overflow"}, "`debug` is 'underflow_overflow'; it cannot be used here"),
         (
-            {"accepted_loss": "forward_kl"},
-            "accepted_loss='forward_kl' compares distributions, but teacher_temperature=0.*Use one of ce, tv, lk",
+            {"metric_for_best_model": "loss", "load_best_model_at_end": True, "save_strategy": "best"},
+            "acceptance_length",
         ),
-        (
-            {"rejected_loss": "k3", "rejected_weight": 0.5},
-            "rejected_loss='k3' compares distributions, but teacher_temperature=0.*Use one of ce, tv, lk",
-        ),
-        ({"replay_ratio": 0.5}, "replay_ratio=0.5 draws from a buffer of size 0. Set replay_buffer_size above 0"),
-        (
-            {"lmbda": 0.0, "replay_ratio": 0.5, "replay_buffer_size": 8},
-            r"lmbda=0 \(SFT\) exposes no error positions for replay_ratio > 0",
-        ),
-        ({"sample_proposals": True}, "sample_proposals=True needs temperature > 0"),
+        ({"model_init_kwargs": {"dtype": "fp16"}}, "'dtype' = 'fp16', which must be one of auto, float32"),
+        ({"chat_template_kwargs": {"enable_thinking": "false"}}, "write true or false without quotes"),
+        ({"server_url": "http://me:secret@host:99999999"}, r"http://\*\*\*@host:99999999"),
     ],
 )
-def test_settings_that_contradict(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_value_that_cannot_be_is_told_with_its_range(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as raised:
         _config(tmp_path, **settings)
-
-
-def test_an_unused_stream_may_keep_any_loss(tmp_path):
-    config = _config(tmp_path, rejected_loss="k3", rejected_weight=0.0)
-    assert config.rejected_loss == "k3" and config.losses.rejected.kind == "ce"
+    assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
 
 
 def test_rooms_get_what_was_set(tmp_path):
@@ -171,3 +161,8 @@ def test_lmbda_moves_linearly(tmp_path):
     falling = _config(tmp_path, lmbda=1.0, lmbda_end=0.0)
     assert [falling.lmbda_at(step, 5) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
     assert _config(tmp_path, lmbda_end=0.5).lmbda_at(0, 1) == 1.0
+
+
+def test_the_best_checkpoint_is_that_of_the_longest_acceptance_length():
+    config = DraftOPDConfig("out", report_to=[], load_best_model_at_end=True, eval_strategy="steps", eval_steps=500)
+    assert config.metric_for_best_model == "acceptance_length" and config.greater_is_better

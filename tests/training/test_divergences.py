@@ -45,6 +45,12 @@ def test_log_acceptance():
     assert _one("log_acceptance") == pytest.approx(-math.log(0.75))
 
 
+def test_the_mixture_that_dspark_was_published_with():
+    # 0.1 (−ln 1/4) + 0.9 Σ|p − q|; the teacher's token is that of the text, or at temperature 0 all there is
+    assert _one("ce_tv", token=2) == pytest.approx(0.1 * math.log(4) + 0.9 * 0.5)
+    assert _one("ce_tv", temperature=0.0) == pytest.approx(0.1 * math.log(2) + 0.9 * 2 * 0.5)
+
+
 def test_lk_blends_by_how_much_is_accepted():
     share = math.exp(-3 * 0.75)
     assert _one("lk") == pytest.approx(share * kl(P, Q) + (1 - share) * 0.25)

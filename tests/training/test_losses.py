@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from draft_opd_trl.core.records import DraftBlocks, ReplayBatch
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.training.divergences import HARD_LOSSES, LOSSES, LossSettings, divergence
+from draft_opd_trl.training.divergences import HARD_LOSSES, LOSSES, LossSettings, StreamLosses, divergence
 from draft_opd_trl.training.losses import (
     Heads,
     batch_loss,
@@ -242,11 +242,10 @@ def test_slots_whose_target_argmax_lies_outside_the_draft_vocabulary_carry_no_lo
 def _batch(draft_states=True):
     blocks = DraftBlocks(*(torch.tensor(value) for value in ([0], [1], [[0, 1]], [0], [2])))
     return ReplayBatch(
-        tokens=torch.zeros((1, 4), dtype=torch.long),
+        tokens=torch.tensor([[0, 0, 2, 2]]),
         lengths=torch.tensor([4]),
         features=torch.zeros(1, 4, 1),
         blocks=blocks,
-        labels=torch.tensor([[2, 2]]),
         states=torch.tensor([[P, P, P, P]]).log(),
         draft_states=torch.tensor([[P, Q]]).log() if draft_states else None,
         accepted_weights=torch.tensor([[1.0, 0.0]]),
@@ -257,7 +256,9 @@ def _batch(draft_states=True):
 
 def test_batch_loss_divides_by_the_global_denominator():
     hidden = torch.tensor([[Q, P]]).log()
-    parts = batch_loss(hidden, _batch(), _identity_heads(), LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
+    parts = batch_loss(
+        hidden, _batch(), _identity_heads(), StreamLosses(LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
+    )
     accepted = math.log(4)
     rejected = 0.5 * kl(Q, P) + 0.25 * kl(P, Q)
     assert parts["accepted_loss"].item() == pytest.approx(accepted)
@@ -269,14 +270,18 @@ def test_batch_loss_divides_by_the_global_denominator():
 
 def test_batch_loss_without_a_rejected_stream():
     hidden = torch.tensor([[Q, P]]).log()
-    parts = batch_loss(hidden, _batch(False), _identity_heads(), LossSettings("ce", 0.0), LossSettings("ce", 0.0))
+    parts = batch_loss(
+        hidden, _batch(False), _identity_heads(), StreamLosses(LossSettings("ce", 0.0), LossSettings("ce", 0.0))
+    )
     assert parts["rejected_loss"].item() == 0
     assert parts["loss"].item() == pytest.approx(math.log(4) / 7)
 
 
 def test_rejected_cross_entropy_reads_the_targets_argmax():
     hidden = torch.tensor([[Q, P]]).log()
-    parts = batch_loss(hidden, _batch(), _identity_heads(), LossSettings("ce", 0.0), LossSettings("ce", 0.0))
+    parts = batch_loss(
+        hidden, _batch(), _identity_heads(), StreamLosses(LossSettings("ce", 0.0), LossSettings("ce", 0.0))
+    )
     # Given the drafted prefix the target's tokens are 2 (from P) and 0 (from Q), not the drafted 0 and 1.
     assert parts["rejected_loss"].item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(4), rel=1e-5)
 
@@ -366,7 +371,7 @@ def test_the_target_is_read_for_ones_own_loss_only_where_that_asks_for_it():
     for reads_target in (False, True):
         heads = replace(_identity_heads(), auxiliary=auxiliary, auxiliary_reads_target=reads_target)
         hidden = torch.tensor([[Q, P]]).log()
-        batch_loss(hidden, _batch(), heads, LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
+        batch_loss(hidden, _batch(), heads, StreamLosses(LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0)))
     assert seen == [False, True, True, True]
     frozen = replace(heads, draft_weight=torch.eye(3), target_weight=torch.eye(3))
     assert not uses_kernel(torch.device("cuda"), frozen, LossSettings("forward_kl", 1.0))
@@ -377,9 +382,12 @@ def test_ones_own_loss_is_summed_over_both_streams_and_divided_as_they_are():
     def auxiliary(states, draft_logps, target_logps):
         return {"loss": torch.full_like(draft_logps[:, 0], 2.0), "rank": torch.ones_like(draft_logps[:, 0])}
 
-    hidden, settings = torch.tensor([[Q, P]]).log(), (LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0))
-    plain = batch_loss(hidden, _batch(), _identity_heads(), *settings)
-    parts = batch_loss(hidden, _batch(), replace(_identity_heads(), auxiliary=auxiliary), *settings)
+    hidden, settings = (
+        torch.tensor([[Q, P]]).log(),
+        StreamLosses(LossSettings("ce", 0.0), LossSettings("reverse_kl", 1.0)),
+    )
+    plain = batch_loss(hidden, _batch(), _identity_heads(), settings)
+    parts = batch_loss(hidden, _batch(), replace(_identity_heads(), auxiliary=auxiliary), settings)
     # Weights are 1 in the accepted stream, 0.5 and 0.25 in the rejected one; the denominator is 7.
     assert parts["auxiliary"] == {"loss": pytest.approx(3.5), "rank": pytest.approx(1.75)}
     assert parts["accepted_loss"].item() == pytest.approx(plain["accepted_loss"].item() + 2)

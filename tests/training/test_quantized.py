@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import KINDS, ROOT, STOPS, tiny_drafter, tiny_options, tiny_stopping_model, tiny_tokenizer
+from conftest import KINDS, ROOT, STOPS, save_target, tiny_drafter, tiny_options, tiny_stopping_model
 from datasets import Dataset
 from ranks import run_case
 from runs import spelled_prompts
@@ -35,8 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.15}
     model = tiny_stopping_model(**shape)
-    model.save_pretrained(folder / "target")
-    tiny_tokenizer().save_pretrained(folder / "target")
+    save_target(model, folder / "target")
     for kind in KINDS:
         tiny_drafter(kind, Target(model)).save_pretrained(folder / kind)
     return folder

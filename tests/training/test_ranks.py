@@ -9,7 +9,7 @@ from itertools import cycle
 
 import pytest
 import torch
-from conftest import ANY_KIND, KINDS, ROOT, STOPS, tiny_drafter, tiny_stopping_model, tiny_tokenizer
+from conftest import ANY_KIND, KINDS, ROOT, STOPS, save_target, tiny_drafter, tiny_stopping_model
 from datasets import Dataset
 from ranks import run_case
 
@@ -26,8 +26,7 @@ def world(tmp_path_factory):
     """Folders of a tiny target and its drafters; texts as written, and with nothing to learn for the last rank."""
     folder = tmp_path_factory.mktemp("world")
     model = tiny_stopping_model()
-    model.save_pretrained(folder / "target")
-    tiny_tokenizer().save_pretrained(folder / "target")
+    save_target(model, folder / "target")
     target = Target(model)
     for kind in KINDS:
         tiny_drafter(kind, target).save_pretrained(folder / kind)

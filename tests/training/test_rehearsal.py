@@ -1,117 +1,15 @@
-"""Code run for its sizes, and the phases of a rehearsed step: what holds values, what has none, and what each asks of
-the run's own code. Whether the sizes are a run's is in test_planning.py."""
-
-import copy
+"""The phases of a rehearsed step, and what each asks of the run's own code. Whether their sizes are a run's is in
+test_planning.py."""
 
 import pytest
-import torch
 from conftest import tiny_drafter, tiny_model
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional
 
 from draft_opd_trl import DraftOPDConfig
-from draft_opd_trl.core.shapes import SMALL, LiveBytes, Shapes, tensor_bytes
+from draft_opd_trl.core.shapes import tensor_bytes
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.training import rehearsal
 from draft_opd_trl.training.rehearsal import Rehearsal
-
-
-def is_fake(tensor):
-    return isinstance(tensor, FakeTensor)
-
-
-# -- counting -------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_are_counted_while_they_live_and_views_count_nothing():
-    given = torch.zeros(100)
-    with LiveBytes([given]) as live:
-        first = given + 1
-        view = first[:50]
-        assert (live.live, live.peak) == (400, 400)
-        second = view * 2
-        assert (live.live, live.peak) == (600, 600)
-        del first, second
-        assert (live.live, live.peak) == (400, 600)  # the view keeps its base
-        given.mul_(2)
-        assert live.live == 400
-        assert live.begin() == live.peak == 400
-
-
-def test_memory_that_tensors_share_counts_once():
-    whole = torch.zeros(10)
-    assert tensor_bytes([whole, whole[:5], torch.zeros(3)]) == 52
-
-
-def test_without_data_the_same_bytes_are_counted():
-    def run():
-        weight = torch.ones(40, 30, requires_grad=True)
-        hidden = torch.zeros(7, 40) @ weight
-        chosen = hidden[torch.arange(7) % 2 == 0]
-        functional.cross_entropy(chosen, torch.zeros(4, dtype=torch.long)).backward()
-
-    counts = []
-    for mode in (LiveBytes(), Shapes()):
-        with mode as live:
-            run()
-        counts.append(live.peak)
-    assert counts[0] == counts[1] > 0
-
-
-# -- what has values ------------------------------------------------------------------------------------------------
-
-
-def test_a_copied_module_stays_under_its_mode():
-    """PEFT copies the modules that it saves whole. PyTorch would copy the mode too, and crash some time later."""
-    with Shapes() as shapes:
-        copied = copy.deepcopy(nn.Linear(4, 4))
-        assert copied.weight.fake_mode is shapes.fake
-        assert copied(torch.ones(2, 4)).shape == (2, 4)
-
-
-def test_whole_numbers_lead_the_code_and_weights_have_no_data():
-    with Shapes():
-        states = torch.zeros(4, 6)
-        lengths = torch.tensor([2, 5, 0, 3])
-        mask = torch.arange(6) < lengths[:, None]
-        assert is_fake(states) and not is_fake(mask)
-        assert mask.sum(1).tolist() == [2, 5, 0, 3]
-        assert states[mask].shape == (10,)  # the very cells, not all
-        states[mask] = 1.0
-        assert [len(part) for part in states[mask].split(lengths.tolist())] == [2, 5, 0, 3]
-        assert mask.nonzero().shape == (10, 2)
-        weights = 0.5 ** torch.arange(3)
-        assert weights.tolist() == [1.0, 0.5, 0.25]  # computed from whole numbers
-        drawn = torch.rand(5, generator=torch.Generator().manual_seed(0))
-        assert drawn.tolist() == torch.rand(5, generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def test_what_is_asked_of_numbers_without_data_has_one_answer():
-    with Shapes():
-        logits = nn.Linear(8, 20)(torch.zeros(3, 8))
-        assert logits.argmax(-1).tolist() == [0, 0, 0]
-        assert bool((logits > 0).all()) and bool((logits < 0).all())
-        assert float(logits.detach().sum()) == 1.0
-        assert torch.allclose(logits, logits + 1) and torch.equal(logits, logits + 1)
-        assert not torch.equal(torch.arange(3), torch.arange(3) + 1)
-        tokens = torch.full((3,), 7)
-        tokens[torch.arange(2)] = logits.argmax(-1)[:2]
-        assert tokens.tolist() == [0, 0, 7]
-        kept = torch.tensor([1.0])
-        kept += logits[0, :1].detach()
-        assert kept.tolist() == [1.0]  # what was there stays
-
-
-def test_masks_of_attention_cost_no_memory():
-    with Shapes() as live:
-        places = torch.arange(SMALL // 1024)
-        mask = places[:, None] <= torch.arange(2048)
-        assert is_fake(mask) and live.live >= mask.numel()
-        assert torch.zeros(mask.shape)[mask].shape == (mask.numel(),)  # of what nobody knows, all
-
-
-# -- the step -------------------------------------------------------------------------------------------------------
 
 
 def settings(**options):
@@ -141,7 +39,7 @@ def test_a_batch_has_the_most_blocks_that_a_text_can_have(make, options, accepta
     step = make(settings(**options), acceptance_length=acceptance_length)
     (batch,), _ = step.prepare()
     assert len(batch.blocks) == 2 * blocks
-    assert batch.tokens.shape == (2, 26) and is_fake(batch.features)
+    assert batch.tokens.shape == (2, 26) and isinstance(batch.features, FakeTensor)
 
 
 def test_slots_teach_as_they_do_in_a_run(make):
@@ -184,7 +82,7 @@ def test_the_phases_call_what_a_run_calls(make, monkeypatch):
             rehearsal, name, lambda *args, **kwargs: (called.append(name), function(*args, **kwargs))[1]
         )
 
-    for name in ("prefill", "propose", "verify", "commit", "batch_loss"):
+    for name in ("prefill", "propose", "verify", "commit", "draft_loss"):
         listen(name)
     made = rehearsal.BatchMaker.__call__
     monkeypatch.setattr(
@@ -194,7 +92,7 @@ def test_the_phases_call_what_a_run_calls(make, monkeypatch):
     step.rollout()
     batches, _ = step.prepare()
     step.train(batches)
-    assert called == ["prefill", "propose", "verify", "commit", "batch", "batch_loss"]
+    assert called == ["prefill", "propose", "verify", "commit", "batch", "draft_loss"]
 
 
 def test_texts_that_are_not_fresh_are_replayed_and_rejected_slots_scored(make):

@@ -55,7 +55,7 @@ def test_completion_tokens_outside_a_vocabulary():
 
 def test_what_is_taught():
     weights = torch.tensor([[1.0, 0.5], [0, 0], [0.1, 0]])
-    batch = ReplayBatch(*[None] * 3, BLOCKS, *[None] * 3, weights, weights.flip(1), None)
+    batch = ReplayBatch(*[None] * 3, BLOCKS, None, None, weights, weights.flip(1), None)
     assert count_taught(batch) == {"replay/blocks": (3, None), "replay/supervised_tokens": (4, None)}
 
 

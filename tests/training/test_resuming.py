@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -332,20 +331,6 @@ def test_a_second_signal_stops_at_once(world, tmp_path):
         trainer.train()
     assert not isinstance(stopped.value, Interrupted) and not checkpoints_in(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_other_threads_leave_signals_alone(world, tmp_path):
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    trainer = build(world, tmp_path, [Look()], max_steps=1)
-    thread = threading.Thread(target=trainer.train)
-    thread.start()
-    thread.join()
-    assert seen == [signal.SIG_DFL] and len(checkpoints_in(tmp_path)) == 1
 
 
 # -- disks ------------------------------------------------------------------------------------------------------------

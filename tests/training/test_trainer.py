@@ -18,7 +18,6 @@ from draft_opd_trl import (
     DraftOPDTrainer,
     SpeculationSettings,
     load_drafter,
-    measure_acceptance,
     speculate,
 )
 
@@ -133,48 +132,6 @@ def test_logs_carry_trl_names_and_ours(drafter_folder, model, texts, tmp_path):
     assert 1 <= log["acceptance/length"] <= trainer.drafter.num_draft_tokens + 1
 
 
-def test_evaluate_is_real_speculative_decoding(drafter_folder, model, texts, tmp_path):
-    held_out = texts.select_columns(["prompt_ids"])
-    trainer = make_trainer(drafter_folder, model, texts, tmp_path, eval_dataset=held_out)
-    metrics = trainer.evaluate()
-    settings = SpeculationSettings(20, STOPS, batch_size=1)
-    rollout = speculate(trainer.target, trainer.drafter, texts["prompt_ids"], settings)
-    expected = float((rollout.completion_lengths - 1).sum()) / len(rollout.blocks)
-    assert metrics["eval_acceptance_length"] == pytest.approx(expected)
-    first = rollout.blocks.num_accepted[rollout.blocks.num_valid >= 1] >= 1
-    assert metrics["eval_acceptance_slot_1"] == pytest.approx(float(first.float().mean()))
-    assert metrics["eval_prompts"] == 16
-    assert metrics["eval_tokens_per_second"] > 0
-    # All of it is what measuring outside of training says, but for the time it took.
-    report = measure_acceptance(trainer.target, trainer.drafter, texts["prompt_ids"], trainer.speculation_settings())
-    timed = {f"eval_{name}" for name in ("runtime", "tokens_per_second", "draft_seconds", "verify_seconds")}
-    for name, value in report.metrics().items():
-        assert name in timed or metrics[name] == value, name
-    both = trainer.evaluate({"a": held_out, "b": held_out.select(range(4))})
-    assert both["eval_a_acceptance_length"] == pytest.approx(expected)
-    assert both["eval_b_prompts"] == 4
-
-
-def test_evaluation_during_training_leaves_the_run_as_it_was(drafter_folder, model, texts, tmp_path):
-    plain = make_trainer(drafter_folder, model, texts, tmp_path, max_steps=3, rollout_source="speculation")
-    watched = make_trainer(
-        drafter_folder,
-        model,
-        texts,
-        tmp_path,
-        max_steps=3,
-        rollout_source="speculation",
-        eval_dataset=texts.select_columns(["prompt_ids"]),
-        eval_strategy="steps",
-        eval_steps=1,
-    )
-    for trainer in (plain, watched):
-        trainer.train()
-    assert sum("eval_acceptance_length" in log for log in watched.state.log_history) == 3
-    for name, value in parameters_of(plain).items():
-        assert torch.equal(value, parameters_of(watched)[name]), name
-
-
 def test_conversational_prompts_with_template_switches(drafter_folder, model, tmp_path):
     dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "abc"}]] * 8})
     thinking = make_trainer(drafter_folder, model, dataset, tmp_path, rollout_source="generate")
@@ -233,6 +190,8 @@ def test_in_the_kernel_a_run_is_what_it_is_in_chunks(drafter_folder, model, text
     """Both streams through TRL's kernel, which is chosen on CUDA alone but runs anywhere."""
     options = {"teacher_temperature": 1.0, "rejected_weight": 0.5, "optim": "sgd", "loss_chunk_size": 32}
     chunks = make_trainer(drafter_folder, model, texts, tmp_path, **options)
+    if chunks.drafter.linear_head is None:
+        pytest.skip("its head is no plain product, which is all that the kernel takes")
     chunks.train()
     monkeypatch.setattr("draft_opd_trl.training.losses.uses_kernel", lambda *_: True)
     monkeypatch.delattr("draft_opd_trl.training.losses._chunk_losses")

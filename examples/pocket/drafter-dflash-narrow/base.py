@@ -108,7 +108,7 @@ class Drafter(PreTrainedModel, ABC):
         """K, proposals a block."""
 
     @abstractmethod
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         """Raise `ValueError` naming every way in which this drafter does not fit `target`."""
 
     @abstractmethod
@@ -217,6 +217,23 @@ class Drafter(PreTrainedModel, ABC):
         drafter = cls(cls.config_class.from_target(target.config, **options)).to(target.device).bind(target)
         return drafter.init_from_target(target) if init_from_target else drafter
 
+    @classmethod
+    def from_drafter(cls, drafter: Drafter, **options: Any) -> Drafter:
+        """
+        A drafter of this kind that starts where one of another kind stands, not yet bound to a target.
+
+        Args:
+            drafter ([`Drafter`]): Where to start; it stays as it is.
+            options: Config fields that are not to be as there.
+
+        Raises:
+            `TypeError`: There is no such field.
+            `ValueError`: The kinds share nothing to start from, or an option changes the shape of what they share.
+        """
+        raise InputError(
+            f"A {cls.kind} drafter cannot start from one of kind {drafter.kind}. Leave out `from_drafter`."
+        )
+
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
     @classmethod
@@ -313,7 +330,7 @@ class Drafter(PreTrainedModel, ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def refuse_misfit(self, faults: list[str], target: Target | TargetShape) -> None:
+    def refuse_misfit(self, faults: list[str], target: TargetShape) -> None:
         """
         Raises:
             `ValueError`: There are faults; it names all of them.
@@ -324,7 +341,7 @@ class Drafter(PreTrainedModel, ABC):
                 "drafter made for this target, or make one with `create_drafter`."
             )
 
-    def fit(self, target: Target | TargetShape) -> None:
+    def fit(self, target: TargetShape) -> None:
         """
         Settle what the config leaves to the target. Positions reach at least as far as the target's: engines size
         their RoPE tables by the drafter's own `max_position_embeddings`.

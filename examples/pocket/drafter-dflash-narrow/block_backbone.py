@@ -94,9 +94,9 @@ class BlockDrafter(Drafter):
             `target_layer_ids` and, where it is known, `num_target_layers`.
     """
 
-    base_model_prefix = ""
     _supports_sdpa = True
-    # Slot 0 is the anchor. Those from here on propose.
+    # Slot 0 is the anchor. Those from here on propose: slot k the token at its own position, or, where the anchor's
+    # proposes too, the one after.
     first_slot = 1
     # Blocks of a text attend to themselves and the context; packing more of them in one call wastes attention
     # quadratically, fewer waste launches. With gradient checkpointing one such chunk is recomputed at a time.
@@ -119,7 +119,7 @@ class BlockDrafter(Drafter):
     def num_draft_tokens(self) -> int:
         return self.config.block_size - self.first_slot
 
-    def check_target(self, target: Target | TargetShape) -> None:
+    def check_target(self, target: TargetShape) -> None:
         config, faults = self.config, []
         if config.hidden_size != target.hidden_size:
             faults.append(f"drafter hidden_size {config.hidden_size} is not the target's {target.hidden_size}")
@@ -139,8 +139,9 @@ class BlockDrafter(Drafter):
         mask = config.mask_token_id
         if mask is None or not 0 <= mask < target.vocab_size:
             faults.append(f"mask_token_id {mask} is not a token of the target's vocabulary of {target.vocab_size}")
-        if config.block_size < 2:
-            faults.append(f"block_size {config.block_size} leaves no slot to propose; it must be at least 2")
+        if self.num_draft_tokens < 1:
+            least = f"it must be at least {self.first_slot + 1}"
+            faults.append(f"block_size {config.block_size} leaves no slot to propose; {least}")
         self.refuse_misfit(faults, target)
 
     # -- context ------------------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ KNOWN_TARGETS = frozenset(
     "apertus cohere2 deepseek_v3 gemma gemma2 gemma3_text glm4 glm4_moe gpt_oss granite llama ministral3 mistral "
     "mixtral phi3 qwen2 qwen2_moe qwen3 qwen3_moe".split()
 )
+# Types of targets whose class in SGLang has `set_dflash_layers_to_capture`, through which drafters of blocks get their
+# hidden states. One without it refuses to start.
+BLOCKS_IN_SGLANG = frozenset("deepseek_v3 gpt_oss llama ministral3 mistral phi3 qwen3 qwen3_moe".split())
 # Types of targets whose class in vLLM has the interface `SupportsEagle3`, through which every kind gets its hidden
 # states there. One without it refuses to start.
 TAPPED_BY_VLLM = frozenset(
@@ -67,6 +70,26 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
 
 
+def uncomputed_block(config: Any, draft_vocab_size: int | None) -> dict[str, Any]:
+    """What of a config the block backbone does not compute, by name; empty if there is none."""
+    asked = {}
+    if set(config.layer_types) != {"full_attention"}:
+        asked["layer_types"] = config.layer_types
+    if getattr(config, "is_causal", None):
+        asked["is_causal"] = True
+    if draft_vocab_size not in (None, config.vocab_size):
+        asked["draft_vocab_size"] = draft_vocab_size
+    return asked | uncomputed_rope(config.rope_parameters)
+
+
+def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
+    """z-lab's taps: the middle layer for one draft layer (never the last), else evenly from 1 to n − 3."""
+    if num_draft_layers == 1:
+        return [min(num_target_layers // 2, num_target_layers - 2)]
+    span = (num_target_layers - 4) / (num_draft_layers - 1)
+    return [int(round(1 + index * span)) for index in range(num_draft_layers)]
+
+
 def layer_faults(written: dict[str, Any]) -> list[tuple[str, set[str]]]:
     """Where engines read a draft layer's fields otherwise, in a flat `config.json` or one of `speculators`."""
     fields = written.get("transformer_layer_config") or {} if "speculators_model_type" in written else written
@@ -94,6 +117,21 @@ def speculators_layer(config: dict[str, Any], *needed: str) -> dict[str, Any]:
     return {name: value for name, value in config["transformer_layer_config"].items() if name != "architectures"}
 
 
+def speculators_block(config: Any, *own: str) -> dict[str, Any]:
+    """What `speculators` says of a drafter of blocks, whose fields `own` do not stand in its layer's config."""
+    layer = config.to_dict()
+    for name in ("_name_or_path", "architectures", "auto_map", "block_size", *own):
+        layer.pop(name, None)
+    return {
+        "transformer_layer_config": layer,
+        "draft_vocab_size": config.vocab_size,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": [index + 1 for index in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "sliding_window_non_causal": True,
+    }
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -103,7 +141,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 @dataclass
 class BlockGrid:
     """
-    Packed blocks as a grid, a row a text. Cells without a block draft at position 1.
+    Packed blocks as a grid, a line a text. Cells without a block draft at position 1.
 
     Args:
         anchors, tokens (`torch.LongTensor` of shape `(B, M)`): Anchors and the text's tokens there.

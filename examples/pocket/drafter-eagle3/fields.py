@@ -29,16 +29,27 @@ _SIZES = {
     "num_target_layers": 2**12,
     "vocab_size": 2**22,
     "draft_vocab_size": 2**22,
+    "markov_rank": 2**16,
+    "num_anchors": 2**22,
     "max_position_embeddings": 2**31,
 }
 _FLAGS = set(
-    "attention_bias embed_requires_grad fc_norm is_causal mlp_bias norm_before_fc norm_before_residual norm_output "
-    "own_embeddings sample_from_anchor tie_word_embeddings use_aux_hidden_state use_sliding_window".split()
+    "attention_bias confidence_head_with_markov embed_requires_grad enable_confidence_head fc_norm is_causal mlp_bias "
+    "norm_before_fc norm_before_residual norm_output own_embeddings sample_from_anchor tie_word_embeddings "
+    "use_aux_hidden_state use_sliding_window".split()
 )
 # From and up to, neither included.
 _NUMBERS = {"rms_norm_eps": (0, 1), "rope_theta": (0, math.inf), "factor": (0, math.inf)}
 _TAPS = {"aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids", "target_layer_ids"}
-_NAMES = {"hidden_act", "model_type", "name_or_path", "rope_type", "speculators_model_type", "type"}
+_NAMES = {
+    "hidden_act",
+    "markov_head_type",
+    "model_type",
+    "name_or_path",
+    "rope_type",
+    "speculators_model_type",
+    "type",
+}
 _LISTS_OF_NAMES = {"architectures", "layer_types"}
 _OBJECTS = {"auto_map", "dflash_config", "eagle_config", "rope_parameters", "rope_scaling", "speculators_config"}
 _OBJECTS |= {"transformer_layer_config", "verifier"}

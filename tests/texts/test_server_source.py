@@ -1,107 +1,22 @@
-"""Texts from every source are the target's; what is on disk is not written again; a server is believed only so far."""
+"""A server that serves the target, or something like it, is believed only so far."""
 
 import pytest
 import torch
 from completions_server import CompletionsServer
-from conftest import (
-    ANY_KIND,
-    HELD_OUT,
-    POCKET,
-    STOPS,
-    ScriptedDrafter,
-    counting_target,
-    scripted_target,
-    tiny_drafter,
-    tiny_model,
-    tiny_tokenizer,
-)
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import STOPS, tiny_model, tiny_tokenizer
 
-from draft_opd_trl import DraftOPDConfig, SamplingParams, SpeculationSettings, Target, speculate, stop_token_ids
+from draft_opd_trl import SamplingParams, SpeculationSettings, Target, speculate
 from draft_opd_trl.core import endpoint
 from draft_opd_trl.core.seeding import seed_of
 from draft_opd_trl.texts import server
-from draft_opd_trl.texts.prompts import tokenize_dataset
 from draft_opd_trl.texts.server import Answer, CompletionsClient, ServerError
 from draft_opd_trl.texts.server_source import ServerSource
-from draft_opd_trl.texts.sources import CachedSource, DatasetSource, DecodingSource, until_stop
+from draft_opd_trl.texts.sources import CachedSource, DecodingSource
 from draft_opd_trl.texts.text_cache import TextCache
-from draft_opd_trl.training.rollout import _faithful_text, build_source
+from draft_opd_trl.training.rollout import _faithful_text
 
 
-SETTINGS = SpeculationSettings(4, [7], keep_states=True, pad_token_id=9)
-ROWS = [{"prompt_ids": [1, 2], "completion_ids": [3, 4, 5, 6, 7]}, {"prompt_ids": [5], "completion_ids": [6, 7, 8]}]
-
-
-def sources():
-    drafter = ScriptedDrafter([[token + 1, 0] for token in range(12)])
-    return {
-        "speculation": DecodingSource(counting_target(), drafter, SETTINGS, 0),
-        "generate": DecodingSource(counting_target(), None, SETTINGS, 0),
-        "dataset": DatasetSource(counting_target(), SETTINGS),
-    }
-
-
-@pytest.mark.parametrize("name", sorted(sources()))
-def test_every_source_gives_the_same_text(name):
-    rollout = sources()[name].write(ROWS)
-    # Texts of the data set end where generated ones do: at `max_new_tokens`, or with the first stop token.
-    assert rollout.tokens.tolist() == [[1, 2, 3, 4, 5, 6], [5, 6, 7, 9, 9, 9]]
-    assert rollout.prompt_lengths.tolist() == [2, 1] and rollout.lengths.tolist() == [6, 3]
-    assert (rollout.blocks is not None) == (name == "speculation")
-    assert (rollout.block_states is not None) == (name == "speculation")
-
-
-def test_until_stop():
-    assert until_stop([1, 2, 3], [7, 8]) == [1, 2, 3]
-    assert until_stop([1, 8, 2, 7], [7, 8]) == [1, 8]
-    assert until_stop([], [7]) == []
-
-
-def test_draws_depend_on_seed_draw_and_prompts_alone():
-    settings = SpeculationSettings(12, [], SamplingParams(1.0))
-    target = scripted_target(torch.zeros(8, 8))  # every token is as likely as any, whatever the prompt
-
-    def texts(seed=0, draw=0, prompt=1):
-        return DecodingSource(target, None, settings, seed).write([{"prompt_ids": [prompt]}], draw).completions()
-
-    assert texts() == texts()
-    assert texts() not in (texts(draw=1), texts(seed=1), texts(prompt=2))
-
-
-class Counting:
-    """A source that remembers what it was asked for."""
-
-    def __init__(self, source):
-        self.source, self.asked = source, []
-
-    def write(self, rows, draw=0):
-        self.asked.append(([row["prompt_ids"] for row in rows], draw))
-        return self.source.write(rows, draw)
-
-
-def cached(folder, source, log=lambda *logged: None):
-    return CachedSource(source, TextCache(folder, {}), log, 9, torch.device("cpu"))
-
-
-def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
-    inner, logged = Counting(sources()["speculation"]), []
-    source = cached(tmp_path, inner, lambda *counts: logged.append(counts))
-    first = source.write(ROWS[:1])
-    assert first.blocks is not None and first.block_states is not None  # untouched on the way
-    both = source.write(ROWS)
-    # Texts from disk have no blocks, and replay finds them.
-    assert both.blocks is None and both.tokens.tolist() == sources()["generate"].write(ROWS).tokens.tolist()
-    assert both.lengths.tolist() == [6, 3]
-    assert source.write(ROWS[::-1]).completions() == both.completions()[::-1]
-    source.write(ROWS[:1], draw=1)
-    assert inner.asked == [([[1, 2]], 0), ([[5]], 0), ([[1, 2]], 1)]
-    assert logged == [("rollout/cached", *counts) for counts in ((0, 1), (1, 2), (2, 2), (0, 1))]
-
-
-# A server that serves the target, or something like it.
-
+GREEDY = SamplingParams()
 TOKENIZER = tiny_tokenizer()
 LETTERS = [[5 + number % 26, 6 + number // 26, 8] for number in range(20)]
 
@@ -118,7 +33,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
 
 
-def serving(target, change=lambda prompt, ids: ids, sampling=SETTINGS.sampling, **options):
+def serving(target, change=lambda prompt, ids: ids, sampling=GREEDY, **options):
     """A server of the target's own text, `change`d on the way."""
     settings = SpeculationSettings(20, STOPS, sampling)
 
@@ -130,7 +45,7 @@ def serving(target, change=lambda prompt, ids: ids, sampling=SETTINGS.sampling, 
     return CompletionsServer(answer, TOKENIZER, **options)
 
 
-def source_of(url, target, keep=lambda *kept: None, log=lambda *logged: None, sampling=SETTINGS.sampling):
+def source_of(url, target, keep=lambda *kept: None, log=lambda *logged: None, sampling=GREEDY):
     settings = SpeculationSettings(20, STOPS, sampling)
     client = CompletionsClient(
         url, sampling, 20, STOPS, lambda ids: _faithful_text(TOKENIZER, ids), max_retries=1, concurrency=2
@@ -309,77 +224,3 @@ def test_what_a_dying_server_sent_is_not_asked_for_again(target, tmp_path, dies_
     with serving(target) as server:
         assert write(server.url).completions() == own_texts(target, LETTERS)
     assert len(server.requests) == 20 - dies_after
-
-
-def test_faithful_text():
-    assert _faithful_text(TOKENIZER, [5, 6, 0, 2]) == "ab<|end|><|assistant|>"
-    # A token no text gives: the tokenizer has 32.
-    assert _faithful_text(TOKENIZER, [5, 40]) is None
-
-
-# What a config names.
-
-
-def build(tmp_path, target, **options):
-    settings = SpeculationSettings(20, STOPS, SamplingParams(options.get("temperature", 0.0)))
-    args = DraftOPDConfig(str(tmp_path), report_to="none", **options)
-    drafter = tiny_drafter(ANY_KIND, target)
-    return build_source(args, target, drafter, TOKENIZER, settings, lambda name, value: None)
-
-
-def test_each_name_builds_its_source(tmp_path, target):
-    assert isinstance(build(tmp_path, target, rollout_source="dataset"), DatasetSource)
-    assert not (tmp_path / "_text_cache").exists()
-    assert build(tmp_path, target, rollout_source="speculation").source.drafter is not None
-    assert build(tmp_path, target, rollout_source="generate").source.drafter is None
-    source = build(tmp_path, target, rollout_source="server", server_url="http://nowhere", server_timeout=3)
-    assert isinstance(source.source, ServerSource) and source.source.client.url == "http://nowhere/v1/completions"
-    assert source.cache.folder.parent == tmp_path / "_text_cache"
-    elsewhere = build(tmp_path, target, rollout_source="generate", text_cache_dir=str(tmp_path / "shared"))
-    assert elsewhere.cache.folder.parent == tmp_path / "shared"
-
-
-def test_what_decides_a_text_decides_the_folder(tmp_path, target):
-    """Any source may write a text; another law, target, template or length makes it another text."""
-
-    def folder(of=target, **options):
-        return build(tmp_path, of, rollout_source="generate", **options).cache.folder
-
-    same = folder()
-    assert same == folder(seed=5) == folder(lmbda=0.0)
-    assert same == build(tmp_path, target, rollout_source="speculation").cache.folder
-    changed = torch.clone(target.model.lm_head.weight)
-    others = [
-        folder(of=Target(tiny_model("qwen3", vocab_size=32, seed=1))),
-        folder(chat_template_kwargs={"enable_thinking": False}),
-        folder(temperature=1.0),
-        folder(temperature=1.0, seed=5),
-        folder(temperature=1.0, top_k=5),
-    ]
-    with torch.no_grad():
-        target.model.lm_head.weight += 1e-3
-        others.append(folder())
-        target.model.lm_head.weight.copy_(changed)
-    assert folder() == same and len({same, *others}) == 7
-
-
-def test_a_fingerprint_sees_the_config_too():
-    plain, scaled = tiny_model("qwen3"), tiny_model("qwen3", rms_norm_eps=1e-3)
-    assert Target(plain).fingerprint() == Target(tiny_model("qwen3")).fingerprint()
-    assert Target(plain).fingerprint() != Target(scaled).fingerprint()
-    assert Target(plain).fingerprint() != Target(plain.to(torch.bfloat16)).fingerprint()
-
-
-def test_conversational_rows_are_the_texts_they_came_from():
-    """What the template writes behind the stop token is not the target's, and is cut."""
-    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
-    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
-    prompts = load_dataset("json", data_files=HELD_OUT, split="train[:6]")
-    settings = SpeculationSettings(300, stop_token_ids(model, tokenizer))
-    rows = list(tokenize_dataset(prompts, tokenizer, None))
-    written = DecodingSource(Target(model), None, settings, 0).write(rows).completions()
-    answers = [[{"role": "assistant", "content": tokenizer.decode(ids[:-1])}] for ids in written]
-    chats = prompts.select_columns("prompt").add_column("completion", answers)
-    rows = list(tokenize_dataset(chats, tokenizer, None, needs_completions=True))
-    assert rows[0]["completion_ids"] == [*written[0], *tokenizer("\n")["input_ids"]]
-    assert DatasetSource(Target(model), settings).write(rows).completions() == written

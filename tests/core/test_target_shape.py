@@ -1,0 +1,73 @@
+"""What a target's config tells: what speculation cannot be exact over is refused; how far the rest reaches."""
+
+import pytest
+import torch
+from conftest import random_prompts, tiny_drafter, tiny_model
+
+from draft_opd_trl.core.target import Target
+from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+LONGROPE |= {"original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_rope_that_depends_on_the_batch_is_refused(rope):
+    model = tiny_model("llama", rope_parameters={**rope, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match=f"RoPE is of type {rope['rope_type']}, whose frequencies.*linear, llama3 or"):
+        Target(model)
+
+
+def test_rope_of_one_layer_type_is_looked_at_too():
+    parts = {"sliding_attention": {"rope_type": "default"}, "full_attention": DYNAMIC}
+    model = tiny_model("gemma3", rope_parameters={kind: {**part, "rope_theta": 1e4} for kind, part in parts.items()})
+    with pytest.raises(ValueError, match="RoPE is of type dynamic"):
+        Target(model)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, 512),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            256,
+        ),
+    ],
+    ids=["default", "linear", "yarn", "llama3"],
+)
+def test_other_rope_is_exact_and_says_how_far_it_reaches(rope, length, kind):
+    """Ragged speculation far past the length that was stretched writes the target's own texts."""
+    target = Target(tiny_model("llama", rope_parameters={**rope, "rope_theta": 1e4}))
+    assert target.context_length == length
+    prompts = random_prompts(3, longest=70, seed=4)
+    settings = SpeculationSettings(40, [], batch_size=2)
+    rollout = speculate(target, tiny_drafter(kind, target), prompts, settings)
+    for prompt, text in zip(prompts, rollout.completions(), strict=True):
+        ids = torch.tensor([prompt])
+        greedy = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert text == greedy[0, len(prompt) :].tolist()
+
+
+def test_flash_attention_is_refused():
+    model = tiny_model("qwen3")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'.*Load it with .*'sdpa'"):
+        Target(model)
+
+
+def test_unknown_layer_types_are_refused():
+    model = tiny_model("qwen3")
+    model.config.layer_types = ["chunked_attention", "full_attention"] * 2
+    with pytest.raises(ValueError, match=r"layers of type \['chunked_attention'\].*Use a target of those"):
+        Target(model)
