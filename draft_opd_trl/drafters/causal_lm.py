@@ -178,7 +178,9 @@ class CausalLMDrafter(Drafter):
             text = torch.cat([tokens, proposed[:, :-1]], dim=1)
             expected = self.plain()(input_ids=text, use_cache=False).logits[:, 2:].float()
         got = torch.cat(seen, dim=1)
-        if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+        # Rounded to 16 bits, both paths drift apart from layer to layer.
+        tolerance = max(1e-2, 32 * torch.finfo(self.dtype).eps)
+        if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()):
             raise InputError(
                 f"A {self.config.model_type} model computes more than attention over earlier positions and a head: "
                 f"read token by token, its logits are off by {(got - expected).abs().max().item():.3g}. Take another "

@@ -116,6 +116,13 @@ def test_what_cannot_be_drafted_with_is_refused(config, words):
         CausalLMConfig(**config)
 
 
+def test_rounding_alone_is_no_reason_to_refuse():
+    """Of 16 bits and many layers: two orders of the same sums differ by some per cent of the largest logit."""
+    target = Target(tiny_model("llama", num_hidden_layers=24))
+    drafter = create_drafter("causal_lm", target, num_hidden_layers=24, num_draft_tokens=8)
+    assert drafter.to(torch.bfloat16).bind(target).dtype == torch.bfloat16
+
+
 def test_a_head_that_does_more_is_refused_where_it_is_bound(qwen_target, tmp_path):
     shape = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
