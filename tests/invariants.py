@@ -245,6 +245,10 @@ def assert_kept_states_are_those_of_packed_scoring(target, drafter, sampling):
 # -- 5: who learns --------------------------------------------------------------------------------------------------
 
 
+# What the engines take from the target, so that training must leave it alone.
+FROZEN = {"lm_head.weight"}
+
+
 def assert_every_parameter_gets_a_gradient(target, drafter):
     rollout = sample_texts()
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
@@ -257,6 +261,9 @@ def assert_every_parameter_gets_a_gradient(target, drafter):
         loss = loss + drafter.auxiliary_loss(states, logps, logps.detach())["loss"].sum()
     loss.backward()
     for name, parameter in drafter.named_parameters():
+        assert parameter.requires_grad or name in FROZEN, name
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert target.head.weight.grad is None
 

@@ -38,6 +38,7 @@ VARIANTS = {
     "rnn": {"markov_head_type": "rnn", "confidence_head_with_markov": False},
     "no-confidence": {"enable_confidence_head": False},
     "anchor-silent": {"sample_from_anchor": False, "block_size": 5},
+    "own-vocabulary": {"draft_token_ids": [token for token in range(48) if token % 10 != 7]},
 }
 
 
@@ -112,12 +113,26 @@ def test_the_variants_keep_the_invariants(qwen_target, prompts, variant, tmp_pat
     assert_saves_and_loads(qwen_target, drafter, tmp_path)
 
 
-def test_a_head_with_a_memory_draws_from_the_law_that_it_tells():
+@pytest.mark.parametrize("options", [{"markov_head_type": "rnn"}, {"draft_token_ids": [0, 1, 2, 3, 5, 6]}])
+def test_a_head_of_its_own_draws_from_the_law_that_it_tells(options):
     target = Target(tiny_model("qwen3", vocab_size=8, seed=3, initializer_range=0.2))
-    drafter = tiny_drafter("dspark", target, markov_head_type="rnn")
+    drafter = tiny_drafter("dspark", target, **options)
     train_drafter(target, drafter, [[3, 1], *random_prompts(5, vocab_size=8)], steps=40)
     assert_texts_follow_the_targets_law(target, drafter, SamplingParams(1.3), sample_proposals=True)
     assert_replay_has_the_law_of_speculation(target, drafter, SamplingParams(1.3))
+
+
+def test_a_draft_vocabulary_is_headed_by_the_targets_rows(qwen_target):
+    ids = [2, 3, 5, 47]
+    for init in (True, False):
+        options = {"mask_token_id": 1, "block_size": 4, "num_hidden_layers": 1, "init_from_target": init}
+        drafter = create_drafter("dspark", qwen_target, draft_token_ids=ids, **options)
+        assert torch.equal(drafter.lm_head.weight, qwen_target.head.weight[ids]) and drafter.vocab_map.tolist() == ids
+        assert not drafter.lm_head.weight.requires_grad
+    heads = drafter.markov_head
+    assert (len(heads.markov_w1.weight), len(heads.markov_w2.weight)) == (48, 4)
+    with pytest.raises(ValueError, match="draft_vocab_size=4 says how many tokens, not which"):
+        tiny_drafter("dspark", qwen_target, draft_vocab_size=4)
 
 
 def test_it_starts_from_the_targets_layers(target):
@@ -179,18 +194,25 @@ def test_training_moves_every_parameter_and_logs_the_confidence(model, texts, tm
     assert abs(log["auxiliary/confidence_bias"]) <= log["auxiliary/confidence_error"] < 1
 
 
-def test_an_adapter_saves_what_it_trained(model, texts, tmp_path):
+ADAPTERS = {
+    "lora": {"target_modules": ["markov_w1", "markov_w2", "proj", "fc"]},
+    "whole": {"target_modules": ["fc"], "modules_to_save": ["markov_w1", "markov_w2", "confidence_head"]},
+}
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_saves_what_it_trained(model, texts, tmp_path, fields):
     """On both tables of the Markov head and on the confidence head; merged, the drafter proposes what training did."""
     target = Target(model)
     tiny_drafter("dspark", target).save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["markov_w1", "markov_w2", "proj", "fc"])
-    options = {"peft_config": config, "rollout_source": "speculation", "learning_rate": 1e-2}
+    options = {"peft_config": LoraConfig(r=2, **fields), "rollout_source": "speculation", "learning_rate": 1e-2}
     trainer = make_trainer(str(tmp_path / "base"), model, texts, tmp_path / "run", **options)
-    adapters = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if "lora_" in name}
+    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    before = {name: value.detach().clone() for name, value in trained.items()}
     trainer.train()
-    assert len(adapters) == 8
-    after = dict(trainer.model.named_parameters())
-    assert [name for name, value in adapters.items() if torch.equal(value, after[name])] == []
+    # Two of each pair, or the module itself: the confidence head has a bias.
+    assert len(trained) == (6 if "modules_to_save" in fields else 8)
+    assert [name for name, value in trained.items() if torch.equal(value, before[name])] == []
     trainer.save_model(tmp_path / "adapter")
     whole = export_drafter(str(tmp_path / "adapter"), str(tmp_path / "whole"), "dspark")
     for name, value in hub.merged(trainer.model).state_dict().items():
@@ -203,7 +225,9 @@ def test_an_adapter_saves_what_it_trained(model, texts, tmp_path):
 def test_it_starts_where_a_drafter_on_its_backbone_stands(qwen_target, prompts):
     """Block for block what DFlash proposes, until the bias learns."""
     dflash = train_drafter(qwen_target, tiny_drafter("dflash", qwen_target), prompts, steps=60)
+    dflash.config._name_or_path = "a folder that adapters of the new one must not name"
     drafter = create_drafter("dspark", qwen_target, from_drafter=dflash, markov_rank=6).eval()
+    assert drafter.name_or_path == drafter.config._name_or_path == ""
     assert (drafter.num_draft_tokens, drafter.config.block_size, drafter.config.markov_rank) == (4, 5, 6)
     assert drafter.target_layer_ids == [1, 2] and drafter.config.architectures == ["Qwen3DSparkModel"]
     settings = SpeculationSettings(24, [], batch_size=4)
@@ -226,6 +250,11 @@ def test_what_it_cannot_start_from(qwen_target):
     assert anchor.num_draft_tokens == 5
     with pytest.raises(ValueError, match="the dflash drafter to start from are not this drafter's.*layers.2"):
         create_drafter("dspark", qwen_target, from_drafter=dflash, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="the dflash drafter to start from are not this drafter's.*'lm_head.weight'"):
+        create_drafter("dspark", qwen_target, from_drafter=dflash, draft_token_ids=[1, 2])
+    own = tiny_drafter("dspark", qwen_target, draft_token_ids=[1, 2])
+    again = create_drafter("dspark", qwen_target, from_drafter=own)
+    assert again.vocab_map.tolist() == [1, 2] and torch.equal(again.lm_head.weight, own.lm_head.weight)
     with pytest.raises(TypeError, match="no option 'markov_ranks'"):
         create_drafter("dspark", qwen_target, from_drafter=dflash, markov_ranks=3)
     for kind, source in (("dspark", "eagle3"), ("dflash", "dspark"), ("eagle3", "dflash")):

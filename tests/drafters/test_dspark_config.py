@@ -129,11 +129,35 @@ def test_a_speculators_folder(qwen_target, target_folder, tmp_path):
     assert [config[name] for name in HEADS] == [6, "vanilla", True, True]
     assert not {*HEADS, "target_layer_ids", "sample_from_anchor"} & config["transformer_layer_config"].keys()
     assert load_file(tmp_path / "spec" / "model.safetensors").keys() == BACKBONE | MARKOV | CONFIDENCE
-    # Where it is not said, the library that writes such folders samples from the anchor.
+    # Folders from before there was that field have the anchor's slot silent.
     del config["sample_from_anchor"]
     (tmp_path / "spec" / "config.json").write_text(json.dumps(config))
-    assert load_drafter(str(tmp_path / "spec")).config.sample_from_anchor is True
-    assert_config_fault(str(tmp_path / "spec"), "no sample_from_anchor, which vLLM then takes for false", {"vLLM"})
+    loaded = load_drafter(str(tmp_path / "spec"))
+    assert (loaded.config.sample_from_anchor, loaded.num_draft_tokens) == (False, 3)
+    assert_config_fault(str(tmp_path / "spec"), "no sample_from_anchor: vLLM takes it for false", set())
+
+
+def test_a_draft_vocabulary_in_both_layouts(qwen_target, target_folder, tmp_path):
+    ids = [token for token in range(48) if token % 10 != 7]
+    drafter = tiny_drafter("dspark", qwen_target, draft_token_ids=ids)
+    drafter.save_pretrained(tmp_path / "flat")
+    export_drafter(str(tmp_path / "flat"), str(tmp_path / "spec"), "speculators", target=str(target_folder))
+    for folder in (tmp_path / "flat", tmp_path / "spec"):
+        config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+        assert config["draft_vocab_size"] == 43 and "draft_token_ids" not in config
+        assert "draft_vocab_size" not in config.get("transformer_layer_config", {})
+        assert tensors.keys() == BACKBONE | MARKOV | CONFIDENCE | {"lm_head.weight", "d2t", "t2d"}
+        assert (tensors["d2t"] + torch.arange(43)).tolist() == tensors["t2d"].nonzero()[:, 0].tolist() == ids
+        assert_same_drafter(qwen_target, drafter, load_drafter(str(folder)))
+        assert_config_fault(str(folder), "a draft vocabulary, which SGLang does not read for this kind", {"SGLang"})
+        # A copy of the target's embeddings says nothing.
+        tensors["embed_tokens.weight"] = torch.ones(48, 32)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert torch.equal(load_drafter(str(folder)).lm_head.weight, drafter.lm_head.weight)
+    tensors["t2d"] = ~tensors["t2d"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="d2t and t2d do not hold the same tokens"):
+        load_drafter(str(folder)).bind(qwen_target)
 
 
 @pytest.mark.parametrize("name", ["transformer_layer_config", "mask_token_id", "markov_rank"])
@@ -158,7 +182,7 @@ def test_a_speculators_config_that_lacks_a_field(name):
         ({"dspark_markov_rank": 64}, "'dspark_markov_rank': 64"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "'layer_types'"),
         ({"is_causal": True}, "'is_causal': True"),
-        ({"draft_vocab_size": 100}, "'draft_vocab_size': 100"),
+        ({"draft_vocab_size": 200_000}, "'draft_vocab_size': 200000"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "'rope_scaling'"),
     ],
 )
