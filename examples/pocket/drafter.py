@@ -160,14 +160,14 @@ def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, fl
         "texts": args.texts,
         "temperatures": args.temperatures,
         "shape": args.shape,
-        "origin": Path(args.origin).name if args.origin else None,
+        "origin": args.origin,
         "loss": args.loss,
         "batch_size": args.batch_size * trainer.accelerator.num_processes,
         "num_anchors": args.num_anchors,
         "learning_rate": args.learning_rate,
         "eval_prompts": args.eval_prompts,
         "parameters": sum(parameter.numel() for parameter in trainer.drafter.parameters()),
-        "block_size": trainer.drafter.num_draft_tokens + 1,
+        "block_size": args.block_size,
         "seconds": seconds,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2))
@@ -191,7 +191,7 @@ tags: [speculative-decoding, draft-opd, {report["drafter"]}]
 # Pocket drafter ({report["drafter"]})
 
 A {report["drafter"]} drafter of {report["parameters"]:,} parameters and blocks of {report["block_size"]}
-for the pocket target beside it (`../target`), trained by SFT until its acceptance length stood still.
+for the pocket target beside it (`../target`), trained by SFT.
 
 - Acceptance length τ at temperature 0: **{final:.3f}** on {report["eval_prompts"]} prompts it was not trained on; it
   moved by {report["change_over_last_quarter"]:+.2%} over the last quarter of the steps.
