@@ -65,8 +65,13 @@ class KindsArguments(StudyArguments):
         }
         return own.get(recipe) or super().options(temperature, recipe)
 
-    def measures(self, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
-        return MEASURES
+    def measures(self, temperature: float, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+        return ways_of(temperature)
+
+
+def ways_of(temperature: float) -> dict[str, tuple[float, bool]]:
+    """Both ways of proposing, where there are two, under the world's own verification."""
+    return {name: how for name, how in MEASURES.items() if how[0] == temperature}
 
 
 def run_kind(args: KindsArguments, name: str) -> dict[float, list[dict[str, Any]]]:
@@ -86,14 +91,15 @@ def run_kind(args: KindsArguments, name: str) -> dict[float, list[dict[str, Any]
 
 def table(runs: dict[str, list[dict[str, Any]]], temperature: float) -> str:
     """Mean and spread of every recipe of every kind in one world, and its gain over SFT continued, in Markdown."""
+    ways = ways_of(temperature)
     lines = [
-        f"| drafter | recipe | steps | seconds | τ, {' | τ, '.join(MEASURES)} | gain |",
-        "|---" * (5 + len(MEASURES)) + "|",
+        f"| drafter | recipe | steps | seconds | τ, {' | τ, '.join(ways)} | gain |",
+        "|---" * (5 + len(ways)) + "|",
     ]
     for name, results in runs.items():
         for recipe, some in by_recipe(results).items():
             seconds = statistics.median(one["seconds"] for one in some)
-            taus = [spread([one["tau"][way] for one in some], ".3f") for way in MEASURES]
+            taus = [spread([one["tau"][way] for one in some], ".3f") for way in ways]
             gained = "" if recipe in (START, SFT) else interval(gains(results, recipe, SFT, temperature))
             cells = [name, recipe, str(some[0]["steps"]), f"{seconds:.0f}", *taus, gained]
             lines.append("| " + " | ".join(cells) + " |")

@@ -96,7 +96,7 @@ class StudyArguments:
         """Config fields of a recipe."""
         return variants(temperature).get(recipe, variants(temperature)[SFT])
 
-    def measures(self, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+    def measures(self, temperature: float, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
         """How a recipe's drafter is judged. Proposals are served as they were trained: drawn, or the argmax."""
         return {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
 
@@ -210,7 +210,7 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
         trainer.save_model()
     drafter.bind(target).eval()
     prompts = read_prompts(tokenizer, "heldout.jsonl", 2 * args.eval_prompts)
-    ways = args.measures(options)
+    ways = args.measures(temperature, options)
     own = {name: how for name, how in ways.items() if how[0] == temperature}
     parts = {"tau": (prompts[: args.eval_prompts], ways)}
     if len(args.rates) > 1 and recipe in TUNED and (seed, steps) == (args.seeds[0], args.steps):

@@ -23,14 +23,14 @@ def test_its_recipes_are_settings_of_their_own(kinds):
         losses = [one.losses.accepted for one in made]
         told = {(one.lmbda, loss.kind, one.sample_proposals) for one, loss in zip(made, losses, strict=True)}
         assert len(told) == len(recipes)
-    assert args.measures({}) == importlib.import_module("recipes").MEASURES
+        assert {how[0] for how in args.measures(temperature, {}).values()} == {temperature}
 
 
 def _runs(kinds, recipes, first):
     """Seed 1 is one tenth better than seed 0, and each recipe one fifth than the one before."""
     return [
         {"recipe": recipe, "rate": 0.1, "seed": seed, "steps": 5, "seconds": 2.0}
-        | {"tau": dict.fromkeys(kinds.MEASURES, first * 1.2**place * (1 + seed / 10))}
+        | {"tau": dict.fromkeys(kinds.ways_of(0.0), first * 1.2**place * (1 + seed / 10))}
         for place, recipe in enumerate(recipes)
         for seed in (0, 1)
     ]
@@ -45,4 +45,7 @@ def test_what_is_told_of_two_kinds(kinds):
     assert summary["one_t0"] == pytest.approx(gained)
     assert summary["other_t0"] == pytest.approx(gained | {"sft_over_first": 0.25, "opd_over_first": 0.25})
     assert summary["block_ms"] == pytest.approx({"one": 2.0, "other": 3.0})
-    assert "| other | default recipe | 5 | 2 | 6.300 ± 0.424 |" in tables[0] and "| 8 | 3.00 | 4.00 |" in tables[-1]
+    assert (
+        "| other | default recipe | 5 | 2 | 6.300 ± 0.424 | +20.0% [" in tables[0]
+        and "| 8 | 3.00 | 4.00 |" in tables[-1]
+    )
