@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pocket import POCKET, read_prompts
 from recipes import (
     DEFAULT,
     EQUAL_TIME,
     MEASURES,
+    POCKET,
     SFT,
     START,
     Job,
