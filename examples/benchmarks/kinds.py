@@ -33,6 +33,7 @@ from recipes import (
     equal_time_steps,
     gains,
     load_world,
+    read_prompts,
     spread,
     write_texts,
 )
