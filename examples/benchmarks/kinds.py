@@ -59,6 +59,10 @@ class KindsArguments(StudyArguments):
     )
     timed_prompts: int = field(default=16, metadata={"help": "Texts over which a block is timed, three times over."})
 
+    @property
+    def texts_dir(self) -> Path:
+        return Path(self.output_dir).parent
+
     def options(self, temperature: float, recipe: str) -> dict[str, Any]:
         own = {
             PUBLISHED: {"lmbda": 0.0, "accepted_loss": "ce_tv", "teacher_temperature": 1.0},

@@ -92,6 +92,11 @@ class StudyArguments:
     quick: bool = field(default=False, metadata={"help": "Leading recipes, one seed, one rate, half of all numbers."})
     quick_rate: float = field(default=2e-3, metadata={"help": "That rate."})
 
+    @property
+    def texts_dir(self) -> Path:
+        """Where the target's texts are kept."""
+        return Path(self.output_dir)
+
     def options(self, temperature: float, recipe: str) -> dict[str, Any]:
         """Config fields of a recipe."""
         return variants(temperature).get(recipe, variants(temperature)[SFT])
@@ -158,7 +163,7 @@ def load_world() -> tuple[Any, Target]:
 
 def write_texts(args: StudyArguments, temperature: float) -> Path:
     """What every recipe of a world trains on: written once, by the target alone."""
-    folder = Path(args.output_dir) / f"texts-{args.texts}-t{temperature:g}"
+    folder = args.texts_dir / f"texts-{args.texts}-t{temperature:g}"
     if not folder.is_dir():
         tokenizer, target = load_world()
         prompts = read_prompts(tokenizer, "quickstart.jsonl", args.texts)
