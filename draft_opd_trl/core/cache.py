@@ -122,3 +122,18 @@ class PositionCache(Cache):
         self.positions, self.limit, self.keep = positions, limit, keep
         self.partial = lanes is not None
         self.lane_index = torch.arange(self.num_lanes, device=positions.device) if lanes is None else lanes
+
+    def branch(self, limit: int, room: int) -> PositionCache:
+        """
+        A copy to go on from, which leaves this one as it is.
+
+        Args:
+            limit (`int`): Positions to copy.
+            room (`int`): Places behind them, for whatever comes next.
+        """
+        copy = PositionCache(len(self.layers), self.num_lanes, limit + room)
+        for mine, theirs in zip(self.layers, copy.layers, strict=True):
+            if mine.is_initialized:
+                theirs.lazy_initialization(mine.keys.transpose(1, 2), mine.values.transpose(1, 2))
+                theirs.keys[:, :limit], theirs.values[:, :limit] = mine.keys[:, :limit], mine.values[:, :limit]
+        return copy

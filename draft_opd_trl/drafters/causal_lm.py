@@ -164,12 +164,20 @@ class CausalLMDrafter(Drafter):
         Raises:
             `ValueError`: What is read and computed here, piece by piece, is not what the model says itself.
         """
-        tokens = torch.arange(3, device=self.device)[None]
+        tokens, anchor = torch.arange(3, device=self.device)[None], torch.tensor([[2]], device=self.device)
+        seen = []
+
+        def choose(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            seen.append(logits.float())
+            return logits.argmax(-1), None
+
         with in_eval_mode(self):
-            expected = self.plain()(input_ids=tokens, use_cache=False).logits[:, -1:].float()
             state = self.start(1, 3)
-            self.extend(state, tokens, tokens[:, :2], tokens)
-            got = self.logits(self._read_on(state, tokens[:, 2:, None], tokens[:, 2:], 3)).float()
+            self.extend(state, None, tokens[:, :2], tokens)
+            proposed = self.propose(state, tokens[:, 2:], anchor, 3, choose).tokens[:, 0]
+            text = torch.cat([tokens, proposed[:, :-1]], dim=1)
+            expected = self.plain()(input_ids=text, use_cache=False).logits[:, 2:].float()
+        got = torch.cat(seen, dim=1)
         if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
             raise InputError(
                 f"A {self.config.model_type} model computes more than attention over earlier positions and a head: "
@@ -225,30 +233,26 @@ class CausalLMDrafter(Drafter):
         read = tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1))
         self._read(read, positions, lambda window: visible(positions, keys, window), state)
 
-    def _read_on(self, state: PositionCache, tokens: torch.Tensor, anchors: torch.Tensor, limit: int) -> torch.Tensor:
-        """States `(B, M, H)` after chains `(B, M, Q)` that go on from the texts before `anchors` `(B, M)`."""
-        size = tokens.shape[2]
-        positions = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)
-        text = torch.arange(limit, device=anchors.device)
-        chain = torch.arange(anchors.shape[1], device=anchors.device).repeat_interleave(size)
-        before, same = text < anchors.repeat_interleave(size, dim=1)[:, None, :, None], chain[:, None] == chain
-
-        def sees(window: int | None) -> torch.Tensor:
-            own = visible(positions, positions, window) & same
-            return torch.cat([visible(positions, text, window) & before, own], dim=-1)
-
-        state.place(positions, limit, keep=False)
-        return self._read(tokens.flatten(1), positions, sees, state).unflatten(1, (-1, size))[:, :, -1]
-
     # -- drafting -----------------------------------------------------------------------------------------------------
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
-        # A chain is read from its anchor on for each of its tokens: a few more beside weights that are read anyway,
-        # and the state stays as it is.
-        read, steps = tokens[..., None], []
-        for _ in range(self.num_draft_tokens):
-            steps.append(choose(self.logits(self._read_on(state, read, anchors, limit))))
-            read = torch.cat([read, steps[-1][0][..., None]], dim=-1)
+        (batch, chains), device = anchors.shape, anchors.device
+        # The state stays as it is: the chains' keys stand behind a copy of the texts', a row of cells a step.
+        branch, text = state.branch(limit, chains * self.num_draft_tokens), torch.arange(limit, device=device)
+        chain, before, steps = torch.arange(chains, device=device), (text < anchors[..., None])[:, None], []
+        read = anchors[:, :0]  # where what the chains have read stands
+        for step in range(self.num_draft_tokens):
+            positions, cells = anchors + step, limit + step * chains + chain
+            read = torch.cat([read, positions], dim=1)
+            same = chain[:, None] == chain.repeat(step + 1)
+
+            def sees(window: int | None, positions=positions, read=read, same=same) -> torch.Tensor:
+                own = visible(positions, read, window) & same
+                return torch.cat([visible(positions, text, window) & before, own], dim=-1)
+
+            branch.place(cells.expand(batch, -1), limit + read.shape[1])
+            steps.append(choose(self.logits(self._read(tokens, positions, sees, branch))))
+            tokens = steps[-1][0]
         return self.join_steps(steps)
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:

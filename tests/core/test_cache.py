@@ -62,6 +62,18 @@ def test_scratch_mode_appends_and_leaves_the_cache_unchanged():
     assert cache.get_mask_sizes(2, 0) == (4, 0)
 
 
+def test_a_branch_goes_on_alone():
+    cache = PositionCache(1, 2, 6)
+    _write(cache, [[1, 2, 3], [4, 5, 6]], [[0, 1, 2], [0, 1, 2]], 3)
+    before = cache.layers[0].keys.clone()
+    branch = cache.branch(2, room=2)
+    assert _write(branch, [[7], [8]], [[2], [2]], 3) == [[1, 2, 7], [4, 5, 8]]
+    assert _write(branch, [[9], [9]], [[3], [3]], 4) == [[1, 2, 7, 9], [4, 5, 8, 9]]
+    assert torch.equal(cache.layers[0].keys, before) and cache.limit == 3
+    with pytest.raises(ValueError, match="holds 4 positions, but 5 are asked for"):
+        branch.place(torch.tensor([[4], [4]]), 5)
+
+
 def test_over_capacity_is_refused():
     with pytest.raises(ValueError, match="holds 4 positions, but 5 are asked for"):
         PositionCache(1, 1, 4).place(torch.tensor([[4]]), 5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_prompts, tiny_drafter, tiny_model, tiny_tokenizer, train_drafter
 from invariants import (
+    assert_a_grid_proposes_what_single_anchors_do,
     assert_draft_is_propose,
     assert_every_parameter_gets_a_gradient,
     assert_lossless,
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, GraniteForCausalLM
 
 from draft_opd_trl import create_drafter, load_drafter
+from draft_opd_trl.core.sampling import Chooser
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.decoding.replay import text_blocks
+from draft_opd_trl.decoding.replay import read_text, text_blocks
 from draft_opd_trl.decoding.speculation import SpeculationSettings
 from draft_opd_trl.drafters.causal_lm_config import CausalLMConfig
 from draft_opd_trl.folders.inspection import inspect_drafter
@@ -56,6 +58,7 @@ def drafter(qwen_target, plain, prompts):
 
 def test_a_model_of_another_family_keeps_the_invariants(qwen_target, drafter, prompts):
     assert_draft_is_propose(qwen_target, drafter)
+    assert_a_grid_proposes_what_single_anchors_do(qwen_target, drafter)
     rollout = assert_lossless(qwen_target, drafter, prompts, SpeculationSettings(24, [], batch_size=3))
     assert len(set(rollout.blocks.num_accepted.tolist())) >= 3, "the case must hold early and late errors"
     assert_replay_is_speculation(qwen_target, drafter, rollout)
@@ -63,11 +66,30 @@ def test_a_model_of_another_family_keeps_the_invariants(qwen_target, drafter, pr
     assert_every_parameter_gets_a_gradient(qwen_target, drafter)
 
 
-def test_a_block_that_is_the_text_costs_the_text_alone(qwen_target):
-    drafter, widths = tiny_drafter("causal_lm", qwen_target), []
+def _widths(drafter):
+    """Tokens a text that each pass of the decoder will have read."""
+    widths = []
     drafter.get_decoder().register_forward_pre_hook(
         lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
+    return widths
+
+
+@torch.no_grad()
+def test_proposing_reads_each_token_once_and_leaves_the_state(qwen_target):
+    drafter, rollout = tiny_drafter("causal_lm", qwen_target), sample_texts()
+    state = read_text(drafter, rollout, None)
+    before = [part.clone() for layer in state.layers for part in (layer.keys, layer.values)]
+    widths, anchors = _widths(drafter), torch.tensor([[1, 3, 5]]).expand(3, -1)
+    drafter.propose(state, rollout.tokens.gather(1, anchors), anchors, 6, Chooser())
+    assert widths == [3] * 4
+    after = [part for layer in state.layers for part in (layer.keys, layer.values)]
+    assert all(map(torch.equal, before, after))
+
+
+def test_a_block_that_is_the_text_costs_the_text_alone(qwen_target):
+    drafter = tiny_drafter("causal_lm", qwen_target)
+    widths = _widths(drafter)
     rollout = sample_texts()
     blocks = every_anchor(rollout, 4)
     inside = (blocks.num_valid == 4).nonzero()[:, 0]
