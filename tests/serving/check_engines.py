@@ -272,6 +272,9 @@ def test_the_engine_drafts_what_we_draft(engine, jobs, name):
         assert torch.equal(result["logits"].argmax(-1), job["draft_tokens"])
         if (ours := job["confidence"]) is not None:
             assert torch.allclose(result["confidence"], ours, rtol=1e-4, atol=1e-4)
+        elif engine == "sglang" and job["kind"] == "dspark":
+            # Where verification is cut short by confidence, SGLang wants the head, whatever the config says.
+            assert "the checkpoint is missing ['confidence_head.proj" in result["confidence"]
     if engine == "sglang":
         assert result["verified"] == len(job["draft_tokens"]) + 1
 
@@ -283,7 +286,9 @@ def test_inspection_says_what_the_engine_does(engine, jobs, name):
     told = inspect_drafter(job["folder"], job["target"])
     error = None if "error" in result else _error(job, result)
     print(f"{engine}: {name}: relative error {error}")
-    works = error is not None and error <= TOLERANCE["float32"] and result["unset"] == LENT[engine, job["kind"]]
+    works = (
+        error is not None and error <= TOLERANCE["float32"] and set(result["unset"]) <= set(LENT[engine, job["kind"]])
+    )
     assert told["loads"]["draft_opd_trl"]
     assert told["loads"][{"sglang": "SGLang", "vllm": "vLLM"}[engine]] == works, (told["faults"], result.get("error"))
 
@@ -303,19 +308,23 @@ def test_vllm_serves_a_speculators_folder_by_itself(engine, jobs, name):
 
 @pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in NAMES for fault in _faults(_kind(name))])
 def test_a_wrong_folder_is_seen(engine, jobs, name, fault):
-    """The comparison above can fail."""
+    """The comparison above can fail, in each dtype in which it is made."""
     _, results = engine
-    assert _error(jobs[f"{name}, {fault}"], results[f"{name}, {fault}"]) > TOLERANCE["bfloat16"]
+    bound = TOLERANCE["bfloat16"] if name in SHIPPED else 100 * TOLERANCE["float32"]
+    assert _error(jobs[f"{name}, {fault}"], results[f"{name}, {fault}"]) > bound
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_tensor_is_silent_there_and_an_error_here(engine, jobs, name):
     engine, results = engine
     job, result = jobs[f"{name}, missing tensor"], results[f"{name}, missing tensor"]
-    assert "error" not in result, result["error"]
-    lent = LENT[engine, job["kind"]]
-    assert [parameter.removeprefix("model.") for parameter in result["unset"] if parameter not in lent] == [
-        "norm.weight"
-    ]
+    if engine == "vllm" and not DRAFTERS[job["kind"]].code_travels:
+        # Of a whole language model vLLM misses what is not there.
+        assert "not initialized from checkpoint: {'model.norm.weight'}" in result["error"]
+    else:
+        assert "error" not in result, result["error"]
+        lent = LENT[engine, job["kind"]]
+        unset = [parameter.removeprefix("model.") for parameter in result["unset"] if parameter not in lent]
+        assert unset == ["norm.weight"]
     with pytest.raises(ValueError, match=rf"Missing: \['{_norm(name)}'\]"):
         load_drafter(job["folder"])
