@@ -112,9 +112,9 @@ def _dspark(job, model, draft_config, states):
     head = ParallelLMHead(*job["head"].shape)
     head.weight.data.copy_(job["head"])
     model.attach_shared_modules(embed_tokens=embedding, lm_head=head)
-    skipped = 0 if model.sample_from_anchor else 1
-    ids = masked(job["tokens"][-1], runtime.mask_token_id, runtime.gamma + skipped)
-    hidden = _block(model, states, ids, model.embed_tokens.weight)[skipped:]
+    first_slot = 0 if model.sample_from_anchor else 1
+    ids = masked(job["tokens"][-1], runtime.mask_token_id, runtime.gamma + first_slot)
+    hidden = _block(model, states, ids, model.embed_tokens.weight)[first_slot:]
     base, features = model.compute_base_logits(hidden)
     state, previous, logits = model.markov_head.init_state(hidden[:1]), job["tokens"][-1:], []
     for slot in range(runtime.gamma):
@@ -134,8 +134,8 @@ def _dspark(job, model, draft_config, states):
     return {**drafted, "confidence": logits[0], "unset": unset}
 
 
-def _chain(job, model, draft_config, states):
-    """EAGLE-3: from the states of the target, then from its own."""
+def _eagle3(job, model, draft_config, states):
+    """From the states of the target, then from its own."""
     tokens, length, proposals = job["tokens"], len(job["tokens"]), len(job["draft_tokens"])
     # What SGLang lends of the target.
     if not model.model.embed_tokens.weight.isfinite().all():
@@ -166,7 +166,7 @@ def _plain(job, model, draft_config, states):
     return {"logits": torch.cat(logits)}
 
 
-DRAFTS = {"DFLASH": _dflash, "DSPARK": _dspark, "EAGLE3": _chain, "STANDALONE": _plain}
+DRAFTS = {"DFLASH": _dflash, "DSPARK": _dspark, "EAGLE3": _eagle3, "STANDALONE": _plain}
 
 
 def draft(job):

@@ -49,24 +49,23 @@ llama.Attention = qwen3.Attention = qwen3_dflash.Attention = CachedAttention
 registry._run_in_subprocess = lambda function: function()
 
 
-def _block(job, model, states, anchor_is_known):
-    """The draft model's states of a block behind `states`, with one more slot if the anchor's proposes nothing."""
-    hf_config, length = model.config, len(states)
+def _block(job, model, states, first_slot):
+    """The draft model's states of a block behind `states`, from the first slot that proposes."""
+    length, size = len(states), first_slot + len(job["draft_tokens"])
     for layer, causal in zip(model.model.layers, model.get_draft_attn_causal(), strict=True):
         layer.self_attn.attn.causal = causal
     model.precompute_and_store_context_kv(states, torch.arange(length), torch.arange(length))
-    size = len(job["draft_tokens"]) + anchor_is_known
-    ids = masked(job["tokens"][-1], get_parallel_drafting_token_id(hf_config), size)
-    return model(ids, length + torch.arange(size))[int(anchor_is_known) :]
+    ids = masked(job["tokens"][-1], get_parallel_drafting_token_id(model.config), size)
+    return model(ids, length + torch.arange(size))[first_slot:]
 
 
 def _dflash(job, model, states):
-    return {"logits": model.compute_logits(_block(job, model, states, anchor_is_known=True))}
+    return {"logits": model.compute_logits(_block(job, model, states, 1))}
 
 
 def _dspark(job, model, states):
     """As `DSparkSpeculator` does."""
-    hidden = _block(job, model, states, not getattr(model.config, "sample_from_anchor", True))
+    hidden = _block(job, model, states, 0 if getattr(model.config, "sample_from_anchor", True) else 1)
     before = torch.cat([job["tokens"][-1:], job["draft_tokens"][:-1]])
     embedded = model.markov_embed(before)
     drafted = {"logits": model.compute_draft_logits(hidden) + model.markov_bias(embedded)}
