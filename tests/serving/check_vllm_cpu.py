@@ -28,7 +28,7 @@ from draft_opd_trl.drafters import Drafter
 from draft_opd_trl.texts.prompts import tokenize_dataset
 
 
-pytestmark = pytest.mark.timeout(3600)  # Building the environment downloads some 600 MB.
+pytestmark = pytest.mark.timeout(3600)  # Building the environment downloads some GB.
 POCKET = Path(__file__).resolve().parents[2] / "examples" / "pocket"
 SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "config.json").is_file())
 # What vLLM says where it has no way for a kind on a CPU, and what that is.
