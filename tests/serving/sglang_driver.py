@@ -19,7 +19,7 @@ from sglang.srt.distributed.parallel_state import (  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.radix_attention import AttentionType  # noqa: E402
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
-from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
 from sglang.srt.model_executor.model_runner_components import spec_aux_hidden_state  # noqa: E402
 from sglang.srt.model_loader.loader import DefaultModelLoader  # noqa: E402
 from sglang.srt.model_loader.utils import get_model_architecture  # noqa: E402
@@ -160,7 +160,9 @@ def _plain(job, model, draft_config, states):
     """A whole language model, which reads the text."""
     ids, positions, logits = job["tokens"], torch.arange(len(job["tokens"])), []
     for slot in range(len(job["draft_tokens"])):
-        hidden = model.model(ids, positions, SimpleNamespace(forward_mode=ForwardMode.EXTEND))
+        empty = positions[:0]  # Places in SGLang's cache, which is replaced.
+        batch = ForwardBatch(ForwardMode.EXTEND, 1, ids, empty, positions[-1:] + 1, empty, int(positions[-1]) + 1)
+        hidden = model.model(ids, positions, batch)
         logits.append(hidden[-1:] @ model.lm_head.weight.T)
         ids, positions = job["draft_tokens"][slot : slot + 1], positions[-1:] + 1
     return {"logits": torch.cat(logits)}
