@@ -25,7 +25,7 @@ DRAFTER ?= dflash
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
 	@echo "make test         run the tests"
-	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, on a CPU (downloads some 600 MB once)"
+	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, and serve by vLLM, on a CPU (downloads some 2 GB once)"
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
@@ -70,7 +70,7 @@ constraints: test-newest
 
 # Not part of the tests: each engine gets an environment of its own in ~/.cache/draft_opd_trl/serving.
 test-serving: .venv/installed
-	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 .venv/bin/python -m pytest -q -rs -s tests/serving/check_engines.py
+	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 .venv/bin/python -m pytest -q -rs -s tests/serving/check_*.py
 
 # One thread a process, as it starts one for each core. Its last line is JSON.
 soak: .venv/installed

@@ -81,7 +81,8 @@ def ways_of(temperature: float) -> dict[str, tuple[float, bool]]:
 
 def run_kind(args: KindsArguments, name: str) -> dict[float, list[dict[str, Any]]]:
     """All runs that start from one drafter, by the temperature of their world."""
-    study = Study(replace(args, origin=str(POCKET / f"drafter-{name}"), output_dir=f"{args.output_dir}/{name}"))
+    own = {"origin": str(POCKET / f"drafter-{name}"), "output_dir": f"{args.output_dir}/{name}", "drafters": [name]}
+    study = Study(replace(args, **own))
     for temperature in args.temperatures:
         write_texts(study.args, temperature)
 

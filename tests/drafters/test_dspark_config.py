@@ -96,6 +96,11 @@ def _as_specforge(config):
     drop_fields("auto_map", "sample_from_anchor", "num_anchors")(config)
 
 
+def _with_nested_slots(config):
+    drop_fields("sample_from_anchor")(config)
+    config["dflash_config"] = {"sample_from_anchor": False}
+
+
 def _as_deepspec(config):
     """Made from a copy of the target's config, some of which says nothing of a drafter."""
     config |= {"max_window_layers": 28, "attention_dropout": 0.0, "eos_token_id": 3, "num_anchors": 256}
@@ -214,13 +219,23 @@ def test_a_drafter_that_does_not_fit_is_refused(qwen_target, options, message):
         (set_field("mask_token_id", 48), "mask_token_id 48 is not a token", set(LOADERS)),
         (set_field("markov_head_type", "rnn"), "Missing: ['markov_head.joint_proj.bias'", set(LOADERS)),
         (set_field("markov_head_type", "rnn"), "its Markov head is not vanilla", {"vLLM"}),
-        (_as_specforge, "its heads stand in dflash_config alone", {"SGLang", "vLLM"}),
+        (_as_specforge, "['markov_rank'] stand in dflash_config alone", {"SGLang", "vLLM"}),
+        (_with_nested_slots, "['sample_from_anchor'] stand in dflash_config alone", {"SGLang", "vLLM"}),
+        (drop_fields("markov_head_type"), "there is no markov_head_type, without which SGLang stops", {"SGLang"}),
+        (drop_fields("confidence_head_with_markov"), "which vLLM then takes for false", {"vLLM"}),
         (set_field("model_type", "dspark"), "model_type is 'dspark'", {"SGLang", "vLLM"}),
         (drop_fields("enable_confidence_head"), "there is no enable_confidence_head", set()),
     ],
 )
 def test_a_config_that_an_engine_reads_otherwise(make_folder, change, words, breaks):
     assert_config_fault(make_folder("dspark", change), words, breaks)
+
+
+def test_a_folder_without_a_rank_has_no_heads_in_engines():
+    """Here it is 256, as published."""
+    assert ("there is no markov_rank, and engines assume none", {"SGLang", "vLLM"}) in DSparkConfig.engine_faults(
+        {"markov_head_type": "vanilla"}, set()
+    )
 
 
 def test_lent_tensors_are_told(make_folder):
@@ -245,5 +260,5 @@ def test_the_engines_are_told_what_it_is(make_folder, options):
         "--model-path": "TARGET",
         "--speculative-draft-model-path": folder,
         "--speculative-algorithm": "DSPARK",
-        "--speculative-num-draft-tokens": "5",
+        "--speculative-dspark-block-size": "4",
     }

@@ -105,7 +105,13 @@ def left_unset(model):
 
 def features(job, taps):
     """Tapped states `(T, F)`; `hidden_states[i]` is what both engines capture before they run layer i."""
-    return torch.cat([job["hidden_states"][tap] for tap in taps], dim=-1)
+    empty = job["hidden_states"][0][:, :0]
+    return torch.cat([empty, *(job["hidden_states"][tap] for tap in taps)], dim=-1)
+
+
+def masked(anchor, mask, size):
+    """The tokens of a block before it is filled."""
+    return torch.cat([anchor[None], anchor.new_full((size - 1,), mask)])
 
 
 def main(draft):

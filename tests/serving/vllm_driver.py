@@ -3,7 +3,7 @@
 import tempfile
 
 import torch
-from shared import CachedAttention, features, fill_with_nan, left_unset, main, stub
+from shared import CachedAttention, features, fill_with_nan, left_unset, main, masked, stub
 
 
 _library = stub("uvloop", "xgrammar", "llguidance")
@@ -22,9 +22,10 @@ from vllm.config import (  # noqa: E402
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment  # noqa: E402
 from vllm.model_executor.model_loader import DefaultModelLoader  # noqa: E402
 from vllm.model_executor.model_loader.utils import get_model_architecture  # noqa: E402
-from vllm.model_executor.models import llama, qwen3_dflash, registry  # noqa: E402
+from vllm.model_executor.models import llama, qwen3, qwen3_dflash, registry  # noqa: E402
 from vllm.transformers_utils.config import maybe_override_with_speculators  # noqa: E402
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config  # noqa: E402
+from vllm.v1.worker.gpu.spec_decode.utils import get_parallel_drafting_token_id  # noqa: E402
 
 
 def _rms_norm(out, states, weight, eps):
@@ -44,12 +45,59 @@ def _rotary_embedding(positions, states, _, head_size, cos_sin, is_neox):
 
 # Kernels and subprocesses; everything that reads the folder stays vLLM's.
 ops.rms_norm, ops.rotary_embedding = _rms_norm, _rotary_embedding
-llama.Attention = qwen3_dflash.Attention = CachedAttention
+llama.Attention = qwen3.Attention = qwen3_dflash.Attention = CachedAttention
 registry._run_in_subprocess = lambda function: function()
 
 
+def _block(job, model, states, first_slot):
+    """The draft model's states of a block behind `states`, from the first slot that proposes."""
+    length, size = len(states), first_slot + len(job["draft_tokens"])
+    for layer, causal in zip(model.model.layers, model.get_draft_attn_causal(), strict=True):
+        layer.self_attn.attn.causal = causal
+    model.precompute_and_store_context_kv(states, torch.arange(length), torch.arange(length))
+    ids = masked(job["tokens"][-1], get_parallel_drafting_token_id(model.config), size)
+    return model(ids, length + torch.arange(size))[first_slot:]
+
+
+def _dflash(job, model, states):
+    return {"logits": model.compute_logits(_block(job, model, states, 1))}
+
+
+def _dspark(job, model, states):
+    """As `DSparkSpeculator` does."""
+    hidden = _block(job, model, states, 0 if getattr(model.config, "sample_from_anchor", True) else 1)
+    before = torch.cat([job["tokens"][-1:], job["draft_tokens"][:-1]])
+    embedded = model.markov_embed(before)
+    drafted = {"logits": model.compute_draft_logits(hidden) + model.markov_bias(embedded)}
+    if model.model.confidence_head is not None:
+        drafted["confidence"] = model.compute_confidence(hidden, embedded).logit()
+    return drafted
+
+
+def _eagle3(job, model, states):
+    tokens, length = job["tokens"], len(job["tokens"])
+    hidden, fed_back = model(tokens[1:], torch.arange(length - 1), states)
+    logits = [model.compute_logits(hidden[-1:])]
+    for slot in range(1, len(job["draft_tokens"])):
+        token = job["draft_tokens"][slot - 1 : slot]
+        hidden, fed_back = model(token, torch.tensor([length - 2 + slot]), fed_back[-1:])
+        logits.append(model.compute_logits(hidden))
+    return {"logits": torch.cat(logits)}
+
+
+def _plain(job, model, states):
+    """A whole language model, which reads the text."""
+    ids, positions, logits = job["tokens"], torch.arange(len(job["tokens"])), []
+    for slot in range(len(job["draft_tokens"])):
+        logits.append(model.compute_logits(model(ids, positions)[-1:]))
+        ids, positions = job["draft_tokens"][slot : slot + 1], positions[-1:] + 1
+    return {"logits": torch.cat(logits)}
+
+
+DRAFTS = {"dflash": _dflash, "dspark": _dspark, "eagle3": _eagle3, "draft_model": _plain}
+
+
 def draft(job):
-    dflash, length = job["kind"] == "dflash", len(job["tokens"])
     trust = job["trust_remote_code"]
     # What `vllm serve FOLDER` makes of the folder: of a flat one nothing.
     served = maybe_override_with_speculators(job["folder"], job["folder"], trust, None, None)
@@ -58,11 +106,10 @@ def draft(job):
     )
     parallel = ParallelConfig()
     speculative = SpeculativeConfig(
-        method=job["kind"],
         model=job["folder"],
-        num_speculative_tokens=len(job["draft_tokens"]),
         target_model_config=target_config,
         target_parallel_config=parallel,
+        **job["launch"]["vllm"],
     )
     config = VllmConfig(
         model_config=target_config,
@@ -72,6 +119,8 @@ def draft(job):
         compilation_config=CompilationConfig(mode=0, custom_ops=["none"]),
     )
     draft_config = speculative.draft_model_config
+    if speculative.uses_draft_model():
+        config.model_config = draft_config
     with set_current_vllm_config(config), tempfile.NamedTemporaryFile() as store:
         init_distributed_environment(1, 0, f"file://{store.name}", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
@@ -85,25 +134,12 @@ def draft(job):
             model.model.embed_tokens.weight.data.copy_(job["embedding"])
         if "lm_head.weight" in unset:
             model.lm_head.weight.data.copy_(job["head"])
-        taps = get_eagle3_aux_layers_from_config(speculative)
-        states = model.combine_hidden_states(features(job, taps)[: length - 1])
-        tokens, block = job["tokens"], len(job["draft_tokens"]) + 1
-        if dflash:
-            for layer, causal in zip(model.model.layers, model.get_draft_attn_causal(), strict=True):
-                layer.self_attn.attn.causal = causal
-            model.precompute_and_store_context_kv(states, torch.arange(length - 1), torch.arange(length - 1))
-            ids = torch.full((block,), draft_config.hf_config.dflash_config["mask_token_id"])
-            ids[0] = tokens[-1]
-            logits = model.compute_logits(model(ids, length - 1 + torch.arange(block))[1:])
-        else:
-            hidden, fed_back = model(tokens[1:], torch.arange(length - 1), states)
-            logits = [model.compute_logits(hidden[-1:])]
-            for slot in range(1, len(job["draft_tokens"])):
-                token = job["draft_tokens"][slot - 1 : slot]
-                hidden, fed_back = model(token, torch.tensor([length - 2 + slot]), fed_back[-1:])
-                logits.append(model.compute_logits(hidden))
-            logits = torch.cat(logits)
-    return {"unset": unset, "taps": list(taps), "logits": logits, "served": served}
+        taps = get_eagle3_aux_layers_from_config(speculative) or ()
+        states = features(job, taps)[: len(job["tokens"]) - 1]
+        if taps:
+            states = model.combine_hidden_states(states)
+        drafted = DRAFTS[speculative.method](job, model, states)
+    return {"unset": unset, "taps": list(taps), "served": served, **drafted}
 
 
 if __name__ == "__main__":

