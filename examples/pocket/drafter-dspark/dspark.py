@@ -18,6 +18,7 @@ from torch.nn import functional
 from .base import Drafter, Proposal, check_tensors
 from .block_backbone import BlockDrafter
 from .dspark_config import DSparkConfig
+from .own_vocabulary import OwnVocabulary
 
 
 
@@ -34,7 +35,7 @@ class MarkovHead(nn.Module):
         super().__init__()
         rank, width, self.head_type = config.markov_rank, config.hidden_size, config.markov_head_type
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, config.draft_vocab_size, bias=False)
         if self.head_type == "gated":
             self.gate_proj = nn.Linear(width + rank, rank)
         elif self.head_type == "rnn":
@@ -80,10 +81,10 @@ class ConfidenceHead(nn.Module):
         return self.proj(states[..., : self.width])[..., 0]
 
 
-class Qwen3DSparkModel(BlockDrafter):
+class Qwen3DSparkModel(OwnVocabulary, BlockDrafter):
     """
     The DSpark draft model. It has no embedding and no head: both are the target's (see [`Drafter.bind`]), as engines
-    take them whatever the folder holds.
+    take them whatever the folder holds. With a draft vocabulary it has the target's rows for it, frozen, in `lm_head`.
 
     Args:
         config ([`DSparkConfig`]): Shape, taps, block size, mask token and heads.
@@ -99,7 +100,19 @@ class Qwen3DSparkModel(BlockDrafter):
         self.markov_head = MarkovHead(config)
         if config.enable_confidence_head:
             self.confidence_head = ConfidenceHead(config)
+        if config.draft_vocab_size != config.vocab_size:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.lm_head.weight.requires_grad_(False)
+        self.add_tables(config)
         self.post_init()
+
+    @classmethod
+    def made_for(cls, target: Target, init_from_target: bool = True, **options: Any) -> Drafter:
+        drafter = super().made_for(target, init_from_target, **options)
+        if drafter.vocab_map is not None:
+            with torch.no_grad():
+                drafter.lm_head.weight.copy_(target.head.weight[drafter.vocab_map])
+        return drafter
 
     @classmethod
     def recognises(cls, config: dict[str, Any]) -> bool:
@@ -108,7 +121,8 @@ class Qwen3DSparkModel(BlockDrafter):
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: DSparkConfig) -> dict[str, torch.Tensor]:
         # DeepSpec keeps copies of the target's, frozen; a drafter that borrows them drafts the same.
-        return {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in _LENT}
+        lent = _LENT if config.draft_vocab_size == config.vocab_size else _LENT[:1]
+        return {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in lent}
 
     @classmethod
     def from_drafter(cls, drafter: Drafter, markov_rank: int = 256, **overrides: Any) -> Drafter:
@@ -125,7 +139,8 @@ class Qwen3DSparkModel(BlockDrafter):
         if not isinstance(drafter, BlockDrafter):
             return super().from_drafter(drafter)
         cls.config_class.check_options(overrides)
-        theirs, left = drafter.config, ("architectures", "auto_map", "dflash_config", "layer_types")
+        # Not its path either: an adapter would take the other's folder for its base.
+        theirs, left = drafter.config, ("_name_or_path", "architectures", "auto_map", "dflash_config", "layer_types")
         fields = {name: value for name, value in theirs.to_dict().items() if name not in left}
         fields |= {"mask_token_id": theirs.mask_token_id, "target_layer_ids": theirs.target_layer_ids}
         fields |= {"sample_from_anchor": drafter.first_slot == 0, "markov_rank": markov_rank}
@@ -142,9 +157,12 @@ class Qwen3DSparkModel(BlockDrafter):
         return 0 if self.config.sample_from_anchor else 1
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        head, width, rank = self.target.head.weight, self.config.hidden_size, self.config.markov_rank
+        hidden, rank = states[..., : self.config.hidden_size], self.config.markov_rank
         bias = self.markov_head.markov_w2(states[..., -rank:])
-        return functional.linear(states[..., :width].to(head.dtype), head) + bias
+        if hasattr(self, "lm_head"):
+            return self.lm_head(hidden) + bias
+        head = self.target.head.weight
+        return functional.linear(hidden.to(head.dtype), head) + bias
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
         hidden = self.block_states(state.up_to(limit), tokens, anchors)
@@ -152,7 +170,7 @@ class Qwen3DSparkModel(BlockDrafter):
         for slot in range(self.num_draft_tokens):
             states, memory = self.markov_head(hidden[:, :, slot : slot + 1], tokens[..., None], memory)
             steps.append(choose(self.logits(states[:, :, 0])))
-            tokens = steps[-1][0]
+            tokens = self.to_target_ids(steps[-1][0])
         return self.join_steps(steps)
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:

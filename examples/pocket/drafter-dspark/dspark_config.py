@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 from .errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
+from .own_vocabulary import check_tokens_are_named, draft_vocab_size_of
 from .parts import (
     BLOCKS_IN_SGLANG,
     TAPPED_BY_VLLM,
@@ -31,6 +32,7 @@ _OWN = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", 
 _OWN += ("enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor")
 # Of those, what `speculators` keeps beside the layer's config under the same name.
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+_BESIDE = ("mask_token_id", "sample_from_anchor", "draft_vocab_size")
 # What engines take for granted where one of these does not stand at the top level.
 _ASSUMED = {"markov_rank": None, "markov_head_type": "vanilla", "sample_from_anchor": True}
 # Fields of `dflash_config` that change nothing of what is computed.
@@ -62,6 +64,10 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         sample_from_anchor (`bool`, *optional*, defaults to `True`):
             Whether the anchor's slot proposes, each slot the token after its position. If not, each slot but the
             anchor's proposes the token at its position.
+        draft_vocab_size (`int`, *optional*):
+            Tokens that can be proposed; the target's whole vocabulary by default.
+        draft_token_ids (`list[int]`, *optional*):
+            Target ids of the draft vocabulary, ascending. Not written: the buffers `d2t` and `t2d` hold them.
         dflash_config (`dict`, *optional*):
             Holds the same fields in folders of SpecForge.
         kwargs:
@@ -85,12 +91,14 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         enable_confidence_head: bool | None = None,
         confidence_head_with_markov: bool | None = None,
         sample_from_anchor: bool | None = None,
+        draft_vocab_size: int | None = None,
+        draft_token_ids: list[int] | None = None,
         dflash_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         given = locals()
         own = {name: given[name] for name in _OWN}
-        check_fields({**own, "dflash_config": dflash_config, **kwargs})
+        check_fields({**own, "draft_vocab_size": draft_vocab_size, "dflash_config": dflash_config, **kwargs})
         inner = dflash_config or {}
         own |= {name: inner[name] for name in _OWN if inner.get(name) is not None}
         kwargs.setdefault("architectures", ["Qwen3DSparkModel"])
@@ -98,9 +106,10 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         kwargs.setdefault("num_anchors", 512)
         kwargs["tie_word_embeddings"] = False  # A copied target's may be; there is nothing to tie.
         kwargs["model_type"] = "qwen3"
-        draft_vocab_size = kwargs.pop("draft_vocab_size", None)
         super().__init__(**kwargs)
         check_heads(self)
+        self.draft_token_ids = draft_token_ids
+        self.draft_vocab_size = draft_vocab_size_of(draft_token_ids, draft_vocab_size, self.vocab_size)
 
         def settled(name: str, default: Any) -> Any:
             return default if own[name] is None else own[name]
@@ -116,9 +125,9 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         self.enable_confidence_head = settled("enable_confidence_head", True)
         self.confidence_head_with_markov = settled("confidence_head_with_markov", True)
         self.sample_from_anchor = settled("sample_from_anchor", True)
-        self._check_features(inner, kwargs, draft_vocab_size)
+        self._check_features(inner, kwargs)
 
-    def _check_features(self, inner: dict[str, Any], kwargs: dict[str, Any], draft_vocab_size: int | None) -> None:
+    def _check_features(self, inner: dict[str, Any], kwargs: dict[str, Any]) -> None:
         asked = {f"dflash_config.{name}": inner[name] for name in inner if inner[name] and name not in {*_OWN, *_IDLE}}
         if inner.get("use_aux_hidden_state") is False:
             asked["dflash_config.use_aux_hidden_state"] = False
@@ -126,7 +135,7 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
             asked["markov_head_type"] = self.markov_head_type
         # A drafter that lies in its target's checkpoint has a prefix, and another backbone.
         asked |= {name: value for name, value in kwargs.items() if name.startswith("dspark_") and value}
-        asked |= uncomputed_block(self, draft_vocab_size)
+        asked |= uncomputed_block(self, max(self.draft_vocab_size, self.vocab_size))
         if asked:
             raise InputError(
                 f"This DSpark config asks for what is not computed here: {asked}. Take a drafter without it; if a "
@@ -134,24 +143,29 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return with_rope_fields(super().to_dict())
+        output = super().to_dict()
+        output.pop("draft_token_ids", None)
+        if self.draft_vocab_size == self.vocab_size:
+            output.pop("draft_vocab_size", None)
+        return with_rope_fields(output)
 
     @classmethod
     def from_speculators(cls, config: dict[str, Any]) -> DSparkConfig:
         """From the `config.json` of a `speculators` folder, whose taps count `hidden_states`."""
         layer = speculators_layer(config, "block_size", "aux_hidden_state_layer_ids", "mask_token_id", *_HEADS[:2])
-        fields = {name: config.get(name) for name in ("block_size", "mask_token_id", "sample_from_anchor", *_HEADS)}
+        fields = {name: config.get(name) for name in ("block_size", *_BESIDE, *_HEADS)}
         taps = [index - 1 for index in config["aux_hidden_state_layer_ids"]]
-        return cls(**{**layer, **fields}, target_layer_ids=taps, draft_vocab_size=config.get("draft_vocab_size"))
+        # Folders without the field are older than it, of when the anchor's slot was silent; vLLM reads them so too.
+        fields["sample_from_anchor"] = fields["sample_from_anchor"] or False
+        return cls(**{**layer, **fields}, target_layer_ids=taps)
 
     def to_speculators(self) -> dict[str, Any]:
         """What the `config.json` of a `speculators` folder says of this drafter."""
         return {
             "architectures": ["DSparkDraftModel"],
             "speculators_model_type": "dspark",
-            **speculators_block(self, "mask_token_id", "target_layer_ids", "sample_from_anchor", *_HEADS),
-            "sample_from_anchor": self.sample_from_anchor,
-            **{name: getattr(self, name) for name in _HEADS},
+            **speculators_block(self, *_BESIDE, "target_layer_ids", *_HEADS),
+            **{name: getattr(self, name) for name in (*_BESIDE, *_HEADS)},
         }
 
     @classmethod
@@ -182,7 +196,12 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         elif head != "vanilla":
             faults.append(("its Markov head is not vanilla, the only one that vLLM computes", {"vLLM"}))
         if "sample_from_anchor" not in written and "speculators_model_type" in written:
-            faults.append(("there is no sample_from_anchor, which vLLM then takes for false", {"vLLM"}))
+            told = "there is no sample_from_anchor: vLLM takes it for false, the speculators library for true"
+            faults.append((told, set()))
+        vocabulary = (written.get("transformer_layer_config") or written).get("vocab_size")
+        own_vocabulary = written.get("draft_vocab_size") not in (None, vocabulary)
+        if own_vocabulary:
+            faults.append(("it has a draft vocabulary, which SGLang does not read for this kind", {"SGLang"}))
         if written.get("model_type") == "dspark":
             faults.append(("model_type is 'dspark', of which engines know no config: they want 'qwen3'", both))
         if written.get("enable_confidence_head") is None:
@@ -190,7 +209,7 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         elif written["enable_confidence_head"] and written.get("confidence_head_with_markov") is None:
             told = "there is no confidence_head_with_markov, which vLLM then takes for false"
             faults.append((told, set() if inner.get("confidence_head_with_markov") is False else {"vLLM"}))
-        if {"embed_tokens.weight", "lm_head.weight"} & names:
+        if ({"embed_tokens.weight"} if own_vocabulary else {"embed_tokens.weight", "lm_head.weight"}) & names:
             faults.append(("there are embeddings or a head, in place of which SGLang takes the target's", set()))
         return faults
 
@@ -203,6 +222,7 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
         num_hidden_layers: int = 5,
         target_layer_ids: list[int] | None = None,
         markov_rank: int = 256,
+        draft_token_ids: list[int] | None = None,
         **overrides: Any,
     ) -> DSparkConfig:
         """
@@ -215,12 +235,16 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
             num_hidden_layers (`int`, *optional*, defaults to `5`): Draft layers.
             target_layer_ids (`list[int]`, *optional*): Taps; evenly spaced by default.
             markov_rank (`int`, *optional*, defaults to `256`): Rank of the bias by the token before.
+            draft_token_ids (`list[int]`, *optional*): See [`draft_vocabulary`]; the whole vocabulary by default.
             overrides: Further config fields.
 
         Raises:
             `TypeError`: There is no such field.
+            `ValueError`: The size of a draft vocabulary without its tokens.
         """
         cls.check_options(overrides)
+        check_tokens_are_named(draft_token_ids, overrides.get("draft_vocab_size"), target_config.vocab_size)
         own = {"mask_token_id": mask_token_id, "block_size": block_size, "markov_rank": markov_rank}
+        own["draft_token_ids"] = draft_token_ids
         own |= {"target_layer_ids": target_layer_ids, "num_target_layers": target_config.num_hidden_layers}
         return cls(**{**shape_of(target_config), "num_hidden_layers": num_hidden_layers, **own, **overrides})

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
+from .own_vocabulary import OwnVocabulary
 from .parts import copy_norm, draft_in_parts, init_layer, lay_out, plain_weight, rotate
 
 
@@ -109,7 +110,7 @@ class Eagle3State:
     values: torch.Tensor
 
 
-class LlamaForCausalLMEagle3(Drafter):
+class LlamaForCausalLMEagle3(OwnVocabulary, Drafter):
     """
     The EAGLE-3 draft model.
 
@@ -138,11 +139,7 @@ class LlamaForCausalLMEagle3(Drafter):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        # A whole vocabulary has no tables, not even trivial ones: vLLM refuses them there.
-        if config.draft_vocab_size != config.vocab_size:
-            ids = torch.tensor(config.draft_token_ids or range(config.draft_vocab_size), dtype=torch.long)
-            self.register_buffer("d2t", ids - torch.arange(len(ids)))
-            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True))
+        self.add_tables(config)
         self.post_init()
 
     @classmethod
@@ -189,12 +186,6 @@ class LlamaForCausalLMEagle3(Drafter):
     def num_draft_tokens(self) -> int:
         return self.config.num_draft_tokens
 
-    @property
-    def vocab_map(self) -> torch.Tensor | None:
-        if self.config.draft_vocab_size == self.config.vocab_size:
-            return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-
     def fit(self, target: TargetShape) -> None:
         if self.config.eagle_aux_hidden_state_layer_ids is None:
             taps = default_layer_ids(target.num_layers)
@@ -216,8 +207,6 @@ class LlamaForCausalLMEagle3(Drafter):
                 f"target_layer_ids {ids} must name {NUM_TAPS} of the layers 0 … {target.num_layers - 2} in ascending "
                 "order (the last layer's output is normed in some engines and not in others)"
             )
-        if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):
-            faults.append("d2t and t2d do not hold the same tokens in ascending order")
         self.refuse_misfit(faults, target)
 
     def get_output_embeddings(self) -> nn.Module:

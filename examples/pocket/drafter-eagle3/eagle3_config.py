@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 from .errors import InputError
 from .drafter_config import DrafterConfig
 from .fields import check_fields, check_heads
+from .own_vocabulary import check_tokens_are_named, draft_vocab_size_of
 from .parts import TAPPED_BY_VLLM, layer_faults, shape_of, speculators_layer, uncomputed_rope, with_rope_fields
 
 
@@ -95,13 +96,8 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
         _check_features(kwargs, eagle_config or {})
         super().__init__(**kwargs)
         check_heads(self)
-        if draft_token_ids and not 0 <= draft_token_ids[0] <= draft_token_ids[-1] < self.vocab_size:
-            raise InputError(
-                f"draft_token_ids from {draft_token_ids[0]} to {draft_token_ids[-1]} must lie in the target's "
-                f"vocabulary of {self.vocab_size}, in ascending order. Make them with `draft_vocabulary`."
-            )
         self.draft_token_ids = draft_token_ids
-        self.draft_vocab_size = len(draft_token_ids) if draft_token_ids else draft_vocab_size or self.vocab_size
+        self.draft_vocab_size = draft_vocab_size_of(draft_token_ids, draft_vocab_size, self.vocab_size)
         self.target_hidden_size = target_hidden_size or self.hidden_size
         self.num_draft_tokens = num_draft_tokens or 7
         self.norm_output, self.norm_before_residual, self.fc_norm = norm_output, norm_before_residual, fc_norm
@@ -233,11 +229,7 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
             `ValueError`: The size of a draft vocabulary without its tokens.
         """
         cls.check_options(overrides)
-        if draft_token_ids is None and overrides.get("draft_vocab_size") not in (None, target_config.vocab_size):
-            raise InputError(
-                f"draft_vocab_size={overrides['draft_vocab_size']} says how many tokens, not which. Pass "
-                "`draft_token_ids` (see `draft_vocabulary`), or neither for the target's whole vocabulary."
-            )
+        check_tokens_are_named(draft_token_ids, overrides.get("draft_vocab_size"), target_config.vocab_size)
         taps = target_layer_ids or default_layer_ids(target_config.num_hidden_layers)
         shape = {
             **shape_of(target_config),
