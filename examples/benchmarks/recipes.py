@@ -92,6 +92,14 @@ class StudyArguments:
     quick: bool = field(default=False, metadata={"help": "Leading recipes, one seed, one rate, half of all numbers."})
     quick_rate: float = field(default=2e-3, metadata={"help": "That rate."})
 
+    def options(self, temperature: float, recipe: str) -> dict[str, Any]:
+        """Config fields of a recipe."""
+        return variants(temperature).get(recipe, variants(temperature)[SFT])
+
+    def measures(self, temperature: float, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+        """How a recipe's drafter is judged. Proposals are served as they were trained: drawn, or the argmax."""
+        return {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
+
 
 @dataclass
 class StudyConfig(DraftOPDConfig):
@@ -168,7 +176,7 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer, target = load_world()
     drafter, seconds = load_drafter(args.origin), 0.0
-    options = variants(temperature).get(recipe, variants(temperature)[SFT])
+    options = args.options(temperature, recipe)
     if steps:
         config = StudyConfig(
             str(file.with_suffix("")),
@@ -202,8 +210,7 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
         trainer.save_model()
     drafter.bind(target).eval()
     prompts = read_prompts(tokenizer, "heldout.jsonl", 2 * args.eval_prompts)
-    # Proposals are served as they were trained: drawn, or the argmax.
-    ways = {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
+    ways = args.measures(temperature, options)
     own = {name: how for name, how in ways.items() if how[0] == temperature}
     parts = {"tau": (prompts[: args.eval_prompts], ways)}
     if len(args.rates) > 1 and recipe in TUNED and (seed, steps) == (args.seeds[0], args.steps):
@@ -297,9 +304,7 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
         ]
 
     def equal_jobs(temperature: float) -> list[Job]:
-        runs = [of_recipe(leading[temperature], recipe) for recipe in (DEFAULT, SFT)]
-        ours, theirs = (statistics.median(one["seconds"] for one in part) for part in runs)
-        return jobs(temperature, [EQUAL_TIME], args.seeds, round(args.long_steps * ours / theirs))
+        return jobs(temperature, [EQUAL_TIME], args.seeds, equal_time_steps(leading[temperature]))
 
     start = study.everywhere("start", lambda t: jobs(t, [START], first, 0))
     screened = study.everywhere(
@@ -327,6 +332,13 @@ def spread(values: list[float], form: str) -> str:
     """Mean and, from two values on, standard deviation."""
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def equal_time_steps(results: list[dict[str, Any]]) -> int:
+    """As many steps of SFT as take the time of the default recipe's runs."""
+    runs = [of_recipe(results, recipe) for recipe in (DEFAULT, SFT)]
+    ours, theirs = (statistics.median(one["seconds"] for one in part) for part in runs)
+    return round(runs[0][0]["steps"] * ours / theirs)
 
 
 def paired(results: list[dict[str, Any]], recipe: str, temperature: float) -> list[float]:
@@ -385,10 +397,21 @@ def plot(worlds: dict[float, dict[str, list[dict[str, Any]]]], file: Path) -> No
     save_figure(figure, file)
 
 
+def gains(
+    results: list[dict[str, Any]],
+    recipe: str,
+    control: str,
+    temperature: float,
+    others: list[dict[str, Any]] | None = None,
+) -> list[float]:
+    """Relative gains in own τ over a control among the same results, or among `others`; seed by seed."""
+    base = {one["seed"]: own_tau(one, temperature) for one in of_recipe(others or results, control)}
+    return [own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_recipe(results, recipe)]
+
+
 def gain(results: list[dict[str, Any]], recipe: str, control: str, temperature: float) -> float:
-    """Mean over seeds of the relative paired gain in own τ."""
-    base = {one["seed"]: own_tau(one, temperature) for one in of_recipe(results, control)}
-    return statistics.mean(own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_recipe(results, recipe))
+    """The mean of [`gains`] over seeds."""
+    return statistics.mean(gains(results, recipe, control, temperature))
 
 
 def main(args: StudyArguments) -> None:

@@ -160,13 +160,14 @@ def write_drafter(args: Namespace, trainer: DraftOPDTrainer, curve: dict[int, fl
         "texts": args.texts,
         "temperatures": args.temperatures,
         "shape": args.shape,
-        "continued": bool(args.origin),
+        "origin": args.origin,
+        "loss": args.loss,
         "batch_size": args.batch_size * trainer.accelerator.num_processes,
         "num_anchors": args.num_anchors,
         "learning_rate": args.learning_rate,
         "eval_prompts": args.eval_prompts,
         "parameters": sum(parameter.numel() for parameter in trainer.drafter.parameters()),
-        "block_size": trainer.drafter.num_draft_tokens + 1,
+        "block_size": args.block_size,
         "seconds": seconds,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2))
@@ -178,7 +179,9 @@ def card(report: dict) -> str:
     """The model card of a pocket drafter, from its report."""
     curve = "\n".join(f"| {step} | {tau:.3f} |" for step, tau in report["acceptance_length_by_step"].items())
     temperatures = " and ".join(f"{temperature:g}" for temperature in report["temperatures"])
-    continued = " This run went on from the drafter of an earlier one (`--origin`)." if report["continued"] else ""
+    continued = f" This run went on from {report['origin']} (`--origin`)." if report["origin"] else ""
+    loss = "hard cross-entropy" if report["loss"] == "ce" else f"the loss `{report['loss']}`, teacher at temperature 1"
+    origin = f" --origin {report['origin']}" if report["origin"] else ""
     final = list(report["acceptance_length_by_step"].values())[-1]
     return f"""---
 license: apache-2.0
@@ -188,13 +191,13 @@ tags: [speculative-decoding, draft-opd, {report["drafter"]}]
 # Pocket drafter ({report["drafter"]})
 
 A {report["drafter"]} drafter of {report["parameters"]:,} parameters and blocks of {report["block_size"]}
-for the pocket target beside it (`../target`), trained by SFT until its acceptance length stood still.
+for the pocket target beside it (`../target`), trained by SFT.
 
 - Acceptance length τ at temperature 0: **{final:.3f}** on {report["eval_prompts"]} prompts it was not trained on; it
   moved by {report["change_over_last_quarter"]:+.2%} over the last quarter of the steps.
 - Trained on what the target answered to {report["texts"]:,} prompts at temperature {temperatures},
   {report["steps"]:,} steps of {report["batch_size"]} texts with
-  {report["num_anchors"]} random anchors each, hard cross-entropy with the architecture's slot weights, Muon at
+  {report["num_anchors"]} random anchors each, {loss}, with the architecture's slot weights, Muon at
   {report["learning_rate"]} on matrices and AdamW on the rest; the learning rate falls to a tenth in the third
   quarter.{continued}
 - It took {report["seconds"]:.0f} s, judging included.
@@ -205,7 +208,7 @@ Rebuild it from the shipped target on 4 CPU cores with
 OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node 4 \\
     examples/pocket/build.py drafter --drafter {report["drafter"]} \\
     --block-size {report["block_size"]} --shape '{json.dumps(report["shape"])}' \\
-    --temperatures {temperatures.replace(" and ", " ")} \\
+    --temperatures {temperatures.replace(" and ", " ")} --loss {report["loss"]}{origin} \\
     --texts {report["texts"]} --steps {report["steps"]} --batch-size {report["batch_size"] // 4} \\
     --num-anchors {report["num_anchors"]}
 ```

@@ -1,0 +1,51 @@
+"""The comparison of kinds: its recipes are settings of their own, and gains are told seed by seed."""
+
+import importlib
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    return importlib.import_module("kinds")
+
+
+def test_its_recipes_are_settings_of_their_own(kinds):
+    args, build = kinds.KindsArguments(), importlib.import_module("recipes").StudyConfig
+    for temperature, recipes in kinds.ROWS.items():
+        made = [
+            build("unused", temperature=temperature, report_to="none", **args.options(temperature, recipe))
+            for recipe in recipes
+        ]
+        losses = [one.losses.accepted for one in made]
+        told = {(one.lmbda, loss.kind, one.sample_proposals) for one, loss in zip(made, losses, strict=True)}
+        assert len(told) == len(recipes)
+        assert {how[0] for how in args.measures(temperature, {}).values()} == {temperature}
+
+
+def _runs(kinds, recipes, first):
+    """Seed 1 is one tenth better than seed 0, and each recipe one fifth than the one before."""
+    return [
+        {"recipe": recipe, "rate": 0.1, "seed": seed, "steps": 5, "seconds": 2.0}
+        | {"tau": dict.fromkeys(kinds.ways_of(0.0), first * 1.2**place * (1 + seed / 10))}
+        for place, recipe in enumerate(recipes)
+        for seed in (0, 1)
+    ]
+
+
+def test_what_is_told_of_two_kinds(kinds):
+    recipes = (kinds.SFT, kinds.DEFAULT, kinds.EQUAL_TIME)
+    found = {name: {0.0: _runs(kinds, recipes, first)} for name, first in (("one", 4.0), ("other", 5.0))}
+    times = {"one": {"draft": 0.002, "verify": 0.004, "K": 7}, "other": {"draft": 0.003, "verify": 0.004, "K": 8}}
+    tables, summary = kinds.told(found, times)
+    gained = {"opd": 0.2, "opd_equal_time": 1 / 1.2 - 1}
+    assert summary["one_t0"] == pytest.approx(gained)
+    assert summary["other_t0"] == pytest.approx(gained | {"sft_over_first": 0.25, "opd_over_first": 0.25})
+    assert summary["block_ms"] == pytest.approx({"one": 2.0, "other": 3.0})
+    assert (
+        "| other | default recipe | 5 | 2 | 6.300 ± 0.424 | +20.0% [" in tables[0]
+        and "| 8 | 3.00 | 4.00 |" in tables[-1]
+    )
