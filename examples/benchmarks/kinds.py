@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pocket import POCKET, read_prompts
 from recipes import (
     DEFAULT,
     EQUAL_TIME,
     MEASURES,
+    POCKET,
     SFT,
     START,
     Job,
@@ -33,6 +33,7 @@ from recipes import (
     equal_time_steps,
     gains,
     load_world,
+    read_prompts,
     spread,
     write_texts,
 )
