@@ -31,6 +31,7 @@ TESTED_WITH = {
     "commands/train.py": "commands/test_commands.py",
     "core/errors.py": "test_cli.py",
     "drafters/block_backbone.py": "drafters/test_dflash.py",
+    "drafters/causal_lm_config.py": "drafters/test_causal_lm.py",
     "metrics/acceptance_length/acceptance_length.py": "metrics/test_metrics.py",
 }
 
