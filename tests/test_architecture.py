@@ -32,6 +32,7 @@ TESTED_WITH = {
     "core/errors.py": "test_cli.py",
     "drafters/block_backbone.py": "drafters/test_dflash.py",
     "drafters/own_vocabulary.py": "drafters/test_eagle3_config.py",
+    "drafters/causal_lm_config.py": "drafters/test_causal_lm.py",
     "metrics/acceptance_length/acceptance_length.py": "metrics/test_metrics.py",
 }
 

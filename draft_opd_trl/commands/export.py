@@ -1,4 +1,7 @@
-"""Write a drafter in another layout: the flat folder of its kind, which engines load, or vLLM's speculators."""
+"""Write a drafter in another layout: the folder of its kind, which engines load, or vLLM's speculators.
+
+A plain language model, too: of the target's tokens, as a drafter of the kind that --format names.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from ..core.limits import LIMITS
 class ExportArguments:
     """What to write."""
 
-    path: str = field(metadata={"help": "Drafter: path or id, in any layout.", "positional": True})
+    path: str = field(metadata={"help": "Drafter: path or id, in any layout; or a plain model.", "positional": True})
     output_dir: str = field(metadata={"help": "New folder."})
     format: str = field(metadata={"help": "The drafter's own kind (the folder it is published in), or speculators."})
     target: str | None = field(
         default=None,
         metadata={
             "help": "Its target: path or id, of which the config is read; a speculators folder names it, "
-            "and of a kind that borrows its embedding holds that."
+            "and of a kind that borrows its embedding holds that; a plain model gets its vocabulary."
         },
     )
     target_name: str | None = field(

@@ -102,12 +102,38 @@ class CausalLMDrafter(Drafter):
             return super().made_for(target, init_from_target, **options)
         if other := sorted(options.keys() - {"num_draft_tokens"}):
             raise InputTypeError(f"With a path the model is as it is there, but {other} were given. Leave them out.")
-        lm = _read_model(path)
+        return cls.adopt(path, target, **options).to(target.device).bind(target)
+
+    @classmethod
+    def _is_plain(cls, config: dict[str, Any]) -> bool:
+        """Whether a folder with this `config.json` holds a causal LM of transformers, drafter or not."""
+        plain = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+        return plain is not None and config.get("architectures") == [plain]
+
+    @classmethod
+    def can_adopt(cls, config: dict[str, Any]) -> bool:
+        return cls._is_plain(config) and not cls.recognises(config)
+
+    @classmethod
+    def adopt(
+        cls, path: str, target: TargetShape, dtype: torch.dtype | str = torch.float32, **options: Any
+    ) -> CausalLMDrafter:
+        """
+        A drafter that is a plain model, not yet bound.
+
+        Args:
+            path, options: As in [`made_for`].
+            target ([`TargetShape`]): What it will draft for.
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): Of its weights; `"auto"` keeps the
+                stored one.
+        """
+        lm = _read_model(path, dtype)
         _fit_vocabulary(lm, path, target)
         with torch.device("meta"):
             drafter = cls(CausalLMConfig(**options, **{**lm.config.to_dict(), "dtype": None}))
         drafter._take(lm)
-        return drafter.to(target.device).bind(target).eval()
+        drafter._check_reading()
+        return drafter.eval()
 
     @torch.no_grad()
     def init_from_target(self, target: Target) -> CausalLMDrafter:
@@ -127,8 +153,7 @@ class CausalLMDrafter(Drafter):
 
     @classmethod
     def recognises(cls, config: dict[str, Any]) -> bool:
-        plain = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-        return "num_draft_tokens" in config and config.get("architectures") == [plain]
+        return "num_draft_tokens" in config and cls._is_plain(config)
 
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: CausalLMConfig) -> dict[str, torch.Tensor]:
@@ -302,14 +327,14 @@ class CausalLMDrafter(Drafter):
             )
 
 
-def _read_model(path: str) -> PreTrainedModel:
+def _read_model(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
     """
     Raises:
         `ValueError`: No such model, or its folder is not whole.
     """
     try:
         lm, told = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise InputError(
@@ -332,7 +357,7 @@ def _tokens_of(path: str) -> dict[str, int] | None:
     return tokens if tokens.keys() - set(tokenizer.all_special_tokens) else None
 
 
-def _fit_vocabulary(lm: PreTrainedModel, path: str, target: Target) -> None:
+def _fit_vocabulary(lm: PreTrainedModel, path: str, target: TargetShape) -> None:
     """
     Give a model the target's vocabulary size, as engines want it, where the difference is padding.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def drafter_class_of(config: dict[str, Any], folder: Path) -> type[Drafter]:
     for drafter_class in DRAFTERS.values():
         if drafter_class.recognises(config):
             return drafter_class
+    if adopting := [kind for kind, drafter_class in DRAFTERS.items() if drafter_class.can_adopt(config)]:
+        raise InputError(
+            f"{folder} holds a plain {architectures[0]} and no drafter. If it is the small model to draft with, "
+            f"`draft-opd export {shlex.quote(str(folder))} --format {' or '.join(adopting)} --target TARGET "
+            "--output_dir DIR` makes a drafter of it, in DIR. If it is the target, give its drafter here."
+        )
     known = ", ".join(f"{drafter_class.__name__} ({kind})" for kind, drafter_class in DRAFTERS.items())
     raise InputError(
         f"{folder / 'config.json'} names the architectures {architectures}, none of which is a drafter known here: "
@@ -202,6 +209,17 @@ def _blank(
     return drafter
 
 
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype of weights by its name, or `"auto"`."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise InputError(
+            f"dtype {dtype!r} is none of PyTorch's floating-point types of 16 bits or more. Use 'auto', 'bfloat16' or "
+            "'float32'."
+        )
+    return found
+
+
 def load_drafter(
     path_or_id: str,
     dtype: torch.dtype | str = torch.float32,
@@ -228,13 +246,7 @@ def load_drafter(
             files, or a tensor missing, unexpected, misshapen, of the wrong dtype or not finite; of an adapter the
             same, and one that does not name its base or changes nothing.
     """
-    kept = dtype == "auto"
-    cast = getattr(torch, dtype, None) if isinstance(dtype, str) and not kept else dtype
-    if not kept and not (isinstance(cast, torch.dtype) and cast.is_floating_point and cast.itemsize > 1):
-        raise InputError(
-            f"dtype {dtype!r} is none of PyTorch's floating-point types of 16 bits or more. Use 'auto', 'bfloat16' or "
-            "'float32'."
-        )
+    cast = _checked_dtype(dtype)
     folder = drafter_folder(path_or_id, revision, token)
     if is_adapter(folder):
         adapter = read_adapter(folder)
@@ -243,7 +255,8 @@ def load_drafter(
     drafter_class, config = drafter_class_of(written, folder), _config_of(written, folder / "config.json")
     tensors = drafter_class.canonical_tensors(read_tensors(folder), config)
     drafter = _blank(drafter_class, config, tensors, folder)
-    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()) if kept else cast
+    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = stored if cast == "auto" else cast
     # Parameters alone: `drafter.to(dtype)` would round the rotary frequencies too, and turn far positions wrongly.
     for parameter in drafter.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -299,6 +312,16 @@ def _write_speculators(drafter: Drafter, folder: Path, target_name: str, target:
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
+def _adopted(folder: Path, format: str, shape: TargetShape | None, dtype: torch.dtype | str) -> Drafter | None:
+    """The drafter that a kind makes of a model which is none yet; `None` where this is no such model and kind."""
+    adopting = DRAFTERS.get(format)
+    if adopting is None or is_adapter(folder) or not adopting.can_adopt(read_config(folder)):
+        return None
+    if shape is None:
+        raise InputError(f"{folder} is a plain model, and a drafter's vocabulary is its target's: give `target`.")
+    return adopting.adopt(str(folder), shape, _checked_dtype(dtype))
+
+
 def export_drafter(
     path_or_id: str,
     output_dir: str,
@@ -313,7 +336,8 @@ def export_drafter(
     Write a drafter as a new folder in another layout, and read it back.
 
     Args:
-        path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, or id on the Hub.
+        path_or_id (`str`): Folder in any layout that [`load_drafter`] reads, or id on the Hub; or a plain language
+            model, of which a kind that can makes a drafter.
         output_dir (`str`): New folder; it appears when it is complete.
         format (`str`): The drafter's own kind for the folder that it is published in; `"speculators"` for vLLM's.
         target (`str`, *optional*): Folder or id of the target, of which the config is read, and for a `speculators`
@@ -335,7 +359,9 @@ def export_drafter(
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExistsError(f"{folder} is there already and not empty. Give a new folder.")
-    drafter = load_drafter(path_or_id, dtype, revision, token)
+    shape = None if target is None else load_target_shape(target)
+    drafter = _adopted(drafter_folder(path_or_id, revision, token), format, shape, dtype)
+    drafter = drafter or load_drafter(path_or_id, dtype, revision, token)
     if format not in (drafter.kind, "speculators"):
         raise InputError(
             f"{path_or_id} holds a drafter of kind {drafter.kind}, which cannot be written as {format!r}. Choose "
@@ -343,7 +369,6 @@ def export_drafter(
         )
     if target is None and format == "speculators":
         raise InputError("A speculators folder names its target, and vLLM serves it by that name: give `target`.")
-    shape = None if target is None else load_target_shape(target)
     if shape is not None:
         drafter.fit(shape)
     with atomic_folder(folder) as part:

@@ -145,7 +145,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             Temperature of the target's distribution in the losses; the rollout's by default, because the drafter is
             verified against that. 0 means hard targets.
         accepted_loss, rejected_loss (`str`, *optional*):
-            Divergence of each stream. Default: `ce` at teacher temperature 0, else `forward_kl` and `reverse_kl`.
+            Divergence of each stream: `ce`, `forward_kl`, `reverse_kl`, `jsd`, `tv`, `log_acceptance`, `lk`,
+            `accepted_length` (the accepted one's alone), `ce_tv`, `bernoulli_forward_kl` or `k3`. Default: `ce` at
+            teacher temperature 0, else `forward_kl` and `reverse_kl`.
         accepted_weight, rejected_weight (`float`, *optional*, default to `1.0`, `0.0`):
             λ of each stream of on-policy blocks; SFT blocks weigh 1. The paper takes 1 for both.
         accepted_decay (`float`, *optional*, defaults to `1.0`):

@@ -103,7 +103,7 @@ class StreamLosses:
     What the two streams teach.
 
     Args:
-        accepted, rejected ([`LossSettings`]): Divergence of each stream.
+        accepted, rejected ([`LossSettings`]): Divergence of each stream; `accepted_length` is the former's alone.
         chunk_size (`int`, *optional*, defaults to `256`): Slots projected to the vocabulary at once.
     """
 

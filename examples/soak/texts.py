@@ -31,6 +31,8 @@ RANDOM = {
     "dflash of 2, untrained": ("dflash", {"block_size": 2, "target_layer_ids": [0]}),
     "dflash of 16, untrained": ("dflash", {"block_size": 16, "target_layer_ids": [0, 2]}),
     "eagle3 of 3, untrained": ("eagle3", {"num_draft_tokens": 3}),
+    "dspark of 4, untrained": ("dspark", {"block_size": 4, "target_layer_ids": [0, 2], "markov_rank": 8}),
+    "causal_lm of 3, untrained": ("causal_lm", {"num_draft_tokens": 3, "num_hidden_layers": 1}),
 }
 # Made-up drafters, by how many proposals they take and the share of these that is wrong.
 SCRIPTED = {f"scripted, {share:.0%} wrong, {k} a block": (k, share) for k in (1, 5, 13) for share in (0.0, 0.2, 1.0)}

@@ -17,7 +17,7 @@ from draft_opd_trl.drafters.base import Drafter
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "examples" / "pocket"
-DRAFTERS = ("dflash", "dflash-narrow", "eagle3")
+DRAFTERS = tuple(sorted(folder.name.removeprefix("drafter-") for folder in POCKET.glob("drafter-*")))
 
 
 @dataclass
@@ -51,7 +51,7 @@ class World:
     def random(self, kind: str, seed: int, **options: Any) -> Drafter:
         """An untrained drafter of a kind."""
         torch.manual_seed(seed)
-        if kind == "dflash":
+        if kind in ("dflash", "dspark"):
             options = {"mask_token_id": 5, "num_hidden_layers": 1, **options}
         return create_drafter(kind, self.target, **options).eval().bind(self.target)
 

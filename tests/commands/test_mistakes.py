@@ -89,7 +89,7 @@ MISTAKES = [
         )
         for command in ("evaluate", "trace", "train", "plan")
     ),
-    ("evaluate", {"model": "target"}, ["none of which is a drafter", "not of a target?"]),
+    ("evaluate", {"model": "target"}, ["holds a plain", "no drafter", "draft-opd export", "If it is the target"]),
     ("evaluate", {"teacher": "cut"}, ["cut/model.safetensors are damaged or cut off", "download them again"]),
     ("train", {"teacher": "cut"}, ["cut/model.safetensors are damaged or cut off", "download them again"]),
     ("evaluate", {"teacher": "narrow"}, ["lacks", "would be random", "download it again"]),

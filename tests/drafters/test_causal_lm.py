@@ -27,6 +27,7 @@ from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.replay import read_text, text_blocks
 from draft_opd_trl.decoding.speculation import SpeculationSettings
 from draft_opd_trl.drafters.causal_lm_config import CausalLMConfig
+from draft_opd_trl.folders.checkpoints import export_drafter
 from draft_opd_trl.folders.inspection import inspect_drafter
 from draft_opd_trl.folders.serving import launch_commands
 
@@ -151,12 +152,27 @@ def test_its_folder_is_a_plain_model_and_a_drafter(qwen_target, drafter, prompts
 
 
 def test_a_plain_model_is_taken_for_a_drafter_only_by_its_path(qwen_target, plain, tmp_path):
-    with pytest.raises(ValueError, match="none of which is a drafter known here"):
+    with pytest.raises(ValueError, match="and no drafter.* --format causal_lm"):
         load_drafter(plain)
     with pytest.raises(ValueError, match="holds no causal language model that transformers reads"):
         create_drafter("causal_lm", qwen_target, path=str(tmp_path))
     with pytest.raises(TypeError, match="xyzzy"):
         create_drafter("causal_lm", qwen_target, path=plain, xyzzy=1)
+
+
+def test_export_makes_a_drafter_of_a_plain_model(qwen_target, target_folder, plain, tmp_path):
+    with pytest.raises(ValueError, match="is a plain model.*give `target`"):
+        export_drafter(plain, str(tmp_path / "drafter"), "causal_lm")
+    made = create_drafter("causal_lm", qwen_target, path=plain)
+    for dtype in ("auto", "bfloat16"):
+        written = export_drafter(plain, str(tmp_path / dtype), "causal_lm", target=str(target_folder), dtype=dtype)
+        assert {str(parameter.dtype) for parameter in written.parameters()} == {
+            f"torch.{dtype}".replace("auto", "float32")
+        }
+    assert_same_drafter(qwen_target, made, load_drafter(str(tmp_path / "auto")))
+    # Of a drafter it writes that drafter.
+    again = export_drafter(str(tmp_path / "auto"), str(tmp_path / "again"), "causal_lm", target=str(target_folder))
+    assert_same_drafter(qwen_target, made, again)
 
 
 def test_a_tie_that_is_none_is_refused(qwen_target, tmp_path):

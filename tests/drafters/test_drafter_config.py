@@ -29,7 +29,9 @@ def test_a_kind_that_says_nothing_promises_no_engine():
 def test_a_kind_that_says_nothing_has_no_speculators_layout():
     with pytest.raises(InputError, match="A PlainConfig has no speculators layout, so this config.json"):
         PlainConfig.from_speculators({})
-    with pytest.raises(InputError, match="A PlainConfig has no speculators layout. Export it in its flat one"):
+    with pytest.raises(
+        InputError, match="A PlainConfig has no speculators layout. Give the drafter's kind as the format"
+    ):
         PlainConfig().to_speculators()
     with pytest.raises(NotImplementedError, match="DrafterConfig has no from_target"):
         DrafterConfig.from_target(None)

@@ -161,7 +161,12 @@ def test_several_faults_at_once():
 
 def test_a_targets_folder_is_not_a_drafters(tmp_path):
     tiny_model("qwen3").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"architectures \['Qwen3ForCausalLM'\], none of which.*not of a target\?"):
+    way = r"draft-opd export \S+ --format \w+ --target TARGET --output_dir DIR` makes a drafter of it"
+    with pytest.raises(ValueError, match=f"holds a plain Qwen3ForCausalLM and no drafter.*{way}.*If it is the target"):
+        load_drafter(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    with pytest.raises(ValueError, match=r"architectures \['BertModel'\], none of which.*not of a target\?"):
         load_drafter(str(tmp_path))
 
 

@@ -110,7 +110,7 @@ def test_what_only_the_target_tells(kind, make_folder, target_folder):
 
 
 def test_a_folder_of_something_else(target_folder):
-    with pytest.raises(ValueError, match="none of which is a drafter known here"):
+    with pytest.raises(ValueError, match="holds a plain Qwen3ForCausalLM and no drafter"):
         inspect_drafter(target_folder)
 
 

@@ -68,7 +68,7 @@ def test_before_and_after(card, drafter):
     assert "300 optimizer steps on\n1,234,567 tokens" in card.text
     assert card.data.base_model == ID
     assert f"[`{ID}`](https://huggingface.co/{ID}/tree/abc123), revision `abc123`" in card.text
-    assert f"| block size | {drafter.num_draft_tokens + 1}:" in card.text
+    assert f"| a block | the last committed token and {drafter.num_draft_tokens} proposals |" in card.text
     assert f"draft_opd_trl {draft_opd_trl.__version__}" in card.text and f"torch {torch.__version__}" in card.text
     assert {drafter.kind, "draft-opd", "speculative-decoding"} == set(card.data.tags)
 

@@ -70,7 +70,7 @@ def test_a_wrong_name_shows_before_weights_are_read(drafter_folder, target_folde
 
 def test_a_drafter_of_any_kind_is_known_by_its_config(drafter_folder, target_folder):
     check_drafter(drafter_folder)
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match="and no drafter"):
         check_drafter(target_folder)
 
 

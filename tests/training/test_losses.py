@@ -286,6 +286,13 @@ def test_rejected_cross_entropy_reads_the_targets_argmax():
     assert parts["rejected_loss"].item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(4), rel=1e-5)
 
 
+def test_the_rejected_mixture_reads_the_targets_argmax_beside_its_distribution():
+    hidden, losses = torch.tensor([[Q, P]]).log(), StreamLosses(LossSettings("ce", 0.0), LossSettings("ce_tv", 1.0))
+    parts = batch_loss(hidden, _batch(), _identity_heads(), losses)
+    # As above, 2 and 0; the two distributions share three quarters at both slots.
+    assert parts["rejected_loss"].item() == pytest.approx(0.75 * (0.1 * math.log(4) + 1.8 * 0.25), rel=1e-5)
+
+
 def test_hard_tokens_only_where_weighted():
     states = torch.tensor([[P, Q], [P, P]]).log()
     tokens = hard_tokens(states, torch.tensor([[1.0, 1.0], [0.0, 0.5]]), _identity_heads(), chunk_size=2)

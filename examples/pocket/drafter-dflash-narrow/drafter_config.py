@@ -80,7 +80,7 @@ class DrafterConfig:
         Raises:
             `ValueError`: This kind has no such layout.
         """
-        raise InputError(f"A {type(self).__name__} has no speculators layout. Export it in its flat one.")
+        raise InputError(f"A {type(self).__name__} has no speculators layout. Give the drafter's kind as the format.")
 
     @classmethod
     def layout(cls, written: dict[str, Any]) -> str:

@@ -187,9 +187,7 @@ class Drafter(PreTrainedModel, ABC):
 
     @property
     def target_layer_ids(self) -> list[int]:
-        """
-        Target layers read, counted from 0, as outputs of those layers. Without any, features have width 0.
-        """
+        """Target layers read, counted from 0, as outputs of those layers. Without any, features have width 0."""
         return []
 
     @property
@@ -230,9 +228,7 @@ class Drafter(PreTrainedModel, ABC):
             `TypeError`: There is no such field.
             `ValueError`: The kinds share nothing to start from, or an option changes the shape of what they share.
         """
-        raise InputError(
-            f"A {cls.kind} drafter cannot start from one of kind {drafter.kind}. Leave out `from_drafter`."
-        )
+        raise InputError(f"A {cls.kind} drafter cannot start from one of kind {drafter.kind}. Drop `from_drafter`.")
 
     # -- folders: the layout a class writes, and the other layouts it can read ----------------------------------------
 
@@ -241,6 +237,11 @@ class Drafter(PreTrainedModel, ABC):
         """Whether a folder with this `config.json` holds a drafter of this class."""
         algorithm = config.get("speculators_model_type")
         return algorithm == cls.kind if algorithm else cls.__name__ in (config.get("architectures") or [])
+
+    @classmethod
+    def can_adopt(cls, config: dict[str, Any]) -> bool:
+        """Whether the class's `adopt(path, target, dtype)` makes a drafter of the plain model in such a folder."""
+        return False
 
     @classmethod
     def canonical_tensors(cls, tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
