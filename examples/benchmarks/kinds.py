@@ -144,11 +144,15 @@ def told(
         runs = {name: by_temperature[t] for name, by_temperature in found.items()}
         tables.append(f"Trained and verified at T = {t:g}:\n\n{table(runs, t)}")
         for name, results in runs.items():
-            gained = {"opd": gains(results, DEFAULT, SFT, t)}
-            gained["opd_equal_time"] = gains(results, DEFAULT, EQUAL_TIME, t)
+            gained = {
+                "opd": gains(results, DEFAULT, SFT, t),
+                "opd_equal_time": gains(results, DEFAULT, EQUAL_TIME, t),
+            }
             if name != first:
+                gained["start_over_first"] = gains(results, START, START, t, runs[first])
                 gained["sft_over_first"] = gains(results, SFT, SFT, t, runs[first])
                 gained["opd_over_first"] = gains(results, DEFAULT, DEFAULT, t, runs[first])
+            gained = {part: values for part, values in gained.items() if values}
             summary[f"{name}_t{t:g}"] = {part: statistics.mean(values) for part, values in gained.items()}
             tables.append("\n".join(f"- {name}, {part}: {interval(values)}" for part, values in gained.items()))
     lines = ["| drafter | K | ms a block in the drafter | in the target |", "|---|---|---|---|"]

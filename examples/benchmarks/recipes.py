@@ -409,9 +409,10 @@ def gains(
     temperature: float,
     others: list[dict[str, Any]] | None = None,
 ) -> list[float]:
-    """Relative gains in own τ over a control among the same results, or among `others`; seed by seed."""
+    """Relative gains in own τ over a control among the same results, or among `others`, for each seed of both."""
     base = {one["seed"]: own_tau(one, temperature) for one in of_recipe(others or results, control)}
-    return [own_tau(one, temperature) / base[one["seed"]] - 1 for one in of_recipe(results, recipe)]
+    runs = [one for one in of_recipe(results, recipe) if one["seed"] in base]
+    return [own_tau(one, temperature) / base[one["seed"]] - 1 for one in runs]
 
 
 def gain(results: list[dict[str, Any]], recipe: str, control: str, temperature: float) -> float:
