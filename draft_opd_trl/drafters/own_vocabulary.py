@@ -53,9 +53,8 @@ class OwnVocabulary:
 
     @property
     def vocab_map(self) -> torch.Tensor | None:
-        if self.config.draft_vocab_size == self.config.vocab_size:
-            return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        offsets = getattr(self, "d2t", None)
+        return None if offsets is None else offsets + torch.arange(len(offsets), device=offsets.device)
 
     def refuse_misfit(self, faults: list[str], target: Any) -> None:
         if self.vocab_map is not None and not torch.equal(self.vocab_map, self.t2d.nonzero()[:, 0]):

@@ -105,7 +105,8 @@ def test_the_shipped_drafter_keeps_its_acceptance_length(scripts, kind):
     tau = float((rollout.completion_lengths - 1).sum()) / len(rollout.blocks)
     final = list(report["acceptance_length_by_step"].values())[-1]
     assert tau == pytest.approx(final, rel=0.15)
-    assert abs(report["change_over_last_quarter"]) < 0.01
+    if "until its acceptance length stood still" in (POCKET / f"drafter-{kind}" / "README.md").read_text():
+        assert abs(report["change_over_last_quarter"]) < 0.01
 
 
 def test_pocket_problems_are_checked_and_splits_are_disjoint(scripts):
