@@ -135,7 +135,9 @@ class DSparkConfig(DrafterConfig, Qwen3Config):
             asked["markov_head_type"] = self.markov_head_type
         # A drafter that lies in its target's checkpoint has a prefix, and another backbone.
         asked |= {name: value for name, value in kwargs.items() if name.startswith("dspark_") and value}
-        asked |= uncomputed_block(self, max(self.draft_vocab_size, self.vocab_size))
+        if self.draft_vocab_size > self.vocab_size:
+            asked["draft_vocab_size"] = self.draft_vocab_size
+        asked |= uncomputed_block(self)
         if asked:
             raise InputError(
                 f"This DSpark config asks for what is not computed here: {asked}. Take a drafter without it; if a "

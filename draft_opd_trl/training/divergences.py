@@ -45,8 +45,8 @@ class LossSettings:
             `ce`: cross-entropy of the teacher's hard token. Exact over the vocabulary: `forward_kl` (target ‖
             drafter), `reverse_kl` (drafter ‖ target), `jsd`; with acceptance α = Σ min: `tv` (1 − α),
             `log_acceptance` (−log α), `lk` (forward KL and `tv`, blended by exp(−3α)) and `accepted_length` (one minus
-            the chance that this slot and all before it are accepted). `ce_tv` is what DSpark drafters were published
-            with: 0.1 of `ce` and 1.8 of `tv`. The paper's estimators, which read one token only:
+            the chance that this slot and all before it are accepted). `ce_tv` is DeepSpec's mixture: 0.1 of `ce` and
+            1.8 of `tv`. The paper's estimators, which read one token only:
             `bernoulli_forward_kl`, `k3`.
         temperature (`float`):
             Teacher temperature; 0 makes the target a point mass on the hard token, which leaves `ce`, `tv`, `lk`,

@@ -147,13 +147,14 @@ class Rehearsal:
         tokens = torch.zeros((num_texts, self.length), dtype=torch.long)
         # Apart, so that the error buffer takes each for another. Every argmax is 0, so 1 rejects every proposal.
         tokens[:, 0] = torch.arange(num_texts)
-        tokens[:, self.prompt_length :] = int(self.args.streams.scores_rejected)
+        text = int(self.args.streams.scores_rejected)
+        tokens[:, self.prompt_length :] = text
         lengths = torch.full((num_texts,), self.length)
         blocks = DraftBlocks(
             torch.arange(num_texts).repeat_interleave(len(anchors)),
             anchors.repeat(num_texts),
             # Never the text: what a drafter reads of its own, beside the text, is then the most.
-            anchors.new_full((num_texts * len(anchors), num_draft_tokens), int(not self.args.streams.scores_rejected)),
+            anchors.new_full((num_texts * len(anchors), num_draft_tokens), 1 - text),
             num_accepted.repeat(num_texts),
             num_valid.repeat(num_texts),
         )

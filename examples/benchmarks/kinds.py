@@ -61,6 +61,7 @@ class KindsArguments(StudyArguments):
 
     @property
     def texts_dir(self) -> Path:
+        # A kind's runs stand in a folder of their own, and all kinds learn from the same texts.
         return Path(self.output_dir).parent
 
     def options(self, temperature: float, recipe: str) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class DFlashConfig(DrafterConfig, Qwen3Config):
         asked = {f"dflash_config.{name}": inner[name] for name in inner if inner[name] and name not in _KNOWN}
         if inner.get("use_aux_hidden_state") is False:
             asked["dflash_config.use_aux_hidden_state"] = False
-        asked |= uncomputed_block(self, draft_vocab_size)
+        if draft_vocab_size not in (None, self.vocab_size):
+            asked["draft_vocab_size"] = draft_vocab_size
+        asked |= uncomputed_block(self)
         if asked:
             raise InputError(
                 f"This DFlash config asks for what is not computed here: {asked}. Take a drafter without it; if a "

@@ -70,15 +70,13 @@ def uncomputed_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rope} if kind in ("dynamic", "longrope", "mrope") or rope.get("mrope_section") else {}
 
 
-def uncomputed_block(config: Any, draft_vocab_size: int | None) -> dict[str, Any]:
+def uncomputed_block(config: Any) -> dict[str, Any]:
     """What of a config the block backbone does not compute, by name; empty if there is none."""
     asked = {}
     if set(config.layer_types) != {"full_attention"}:
         asked["layer_types"] = config.layer_types
     if getattr(config, "is_causal", None):
         asked["is_causal"] = True
-    if draft_vocab_size not in (None, config.vocab_size):
-        asked["draft_vocab_size"] = draft_vocab_size
     return asked | uncomputed_rope(config.rope_parameters)
 
 
