@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from docstrings import parameters
 
@@ -91,7 +92,7 @@ def test_docstrings_name_every_parameter(name):
     assert parameters(inspect.getdoc(value)) == list(inspect.signature(value).parameters)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_links_resolve(page):
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", _without_code(_read(page))):
@@ -133,6 +134,16 @@ def test_options_of_commands_exist():
         everything = set.union(*known.values()) | {"help"}
         unknown += [f"{page.name}: --{option}" for option in prose if option not in everything]
     assert unknown == []
+
+
+def test_issue_templates_ask_for_commands_that_exist():
+    asked = []
+    for file in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")):
+        assert isinstance(yaml.safe_load(_read(file)), dict), file.name
+        asked += re.findall(r"`draft-opd (\w+) ([^`]*)`", " ".join(_read(file).split()))
+    assert {command for command, _ in asked} == {"inspect", "evaluate"}
+    for command, words in asked:
+        assert set(re.findall(r"--(\w+)", words)) <= _options(command)
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("evaluate", EvaluateArguments), ("trace", TraceArguments)])
