@@ -22,7 +22,6 @@ def test_notebook_runs_on_the_pocket_world(cells, tmp_path, monkeypatch, capsys)
     # Jupyter, which shows the picture, is none of our requirements.
     shown, jupyter = [], ModuleType("IPython.display")
     jupyter.Image = lambda filename: shown.append(filename)
-    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pocket").symlink_to(POCKET)
