@@ -14,6 +14,8 @@ import torch
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """
+    Muon on matrices and AdamW on the rest, as one optimizer.
+
     Args:
         params (`Iterable[torch.nn.Parameter]`):
             Trainable parameters; two-dimensional ones go to Muon.

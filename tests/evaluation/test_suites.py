@@ -76,7 +76,8 @@ def test_a_row_becomes_the_papers_message(name, tmp_path):
     row, message = ROWS[name]
     Dataset.from_list([row]).to_parquet(tmp_path / "copy.parquet")
     prompts = load_suite(name, str(tmp_path / "copy.parquet"))
-    assert prompts.to_list() == [{"prompt": [{"role": "user", "content": message}]}]
+    second = {"follow_up": "Second?"} if name == "mt-bench" else {}
+    assert prompts.to_list() == [{"prompt": [{"role": "user", "content": message}], **second}]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "repository", "saved", "saved-dict"])
