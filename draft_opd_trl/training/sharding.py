@@ -16,14 +16,24 @@ from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
 from ..core.errors import InputError
 from ..core.target import Target
+from .optim import MUON
 
 
-def check_parallelism(accelerator: Accelerator) -> None:
+def check_parallelism(accelerator: Accelerator, optim: str) -> None:
     """
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): As launched.
+        optim (`str`): The optimizer's name.
+
     Raises:
         `ValueError`: The launcher asks for a way of sharding that a drafter and its target cannot be trained in.
     """
     state = accelerator.state
+    if state.deepspeed_plugin is not None and optim == MUON:
+        raise InputError(
+            "optim is 'muon', but DeepSpeed hands an optimizer its weights flattened into vectors, and Muon is for "
+            "matrices. Set optim: adamw_torch, or launch with DDP or FSDP2 (examples/accelerate_configs)."
+        )
     if state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3:
         raise InputError(
             "DeepSpeed ZeRO-3 partitions embeddings and heads too, which drafters and losses read as plain tensors. "
