@@ -102,15 +102,19 @@ def optimizer_of(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[
     }
 
 
-def peak_rate(optim: str, greedy: bool) -> float:
+def peak_rate(optim: str, greedy: bool, new: bool = False) -> float:
     """
     The learning rate where none is given.
 
     Args:
         optim (`str`): Muon's rates are those that the study of recipes chose (docs/source/benchmarks.md); any other
-            optimizer gets the paper's.
+            optimizer gets the papers'.
         greedy (`bool`): Whether the target's text is; drawn text bears less.
+        new (`bool`, *optional*, defaults to `False`): For a drafter that has learnt nothing yet, by SFT: the rates
+            that the pocket world's drafters and DFlash's own were trained at.
     """
+    if new:
+        return 4e-3 if optim == MUON else 6e-4
     if optim != MUON:
         return 3e-4
     return 2e-3 if greedy else 1e-3

@@ -381,6 +381,9 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         """A few of the texts in use, as this drafter would speed them up now by its argmax."""
         if not self.feed.rollouts:
             return []
-        texts = self.feed.rollouts[0].part(0, self.args.num_completions_to_print)
+        return self.traces_of(self.drafter, self.feed.rollouts[0].part(0, self.args.num_completions_to_print))
+
+    def traces_of(self, drafter: Drafter, texts: Rollout) -> list[Trace]:
+        """Texts as a drafter that is bound to this target speeds them up; all ranks take part where it is sharded."""
         with self._drafter_as_served(), self.target.uneven_forwards():
-            return trace_texts(self.target, self.drafter, texts, self.processing_class, self.args.sampling)
+            return trace_texts(self.target, drafter, texts, self.processing_class, self.args.sampling)
