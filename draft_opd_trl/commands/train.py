@@ -2,9 +2,9 @@
 
 Prompts are an id on the Hub, a folder written by `save_to_disk`, or a local .json / .jsonl file with a `prompt` column
 (text or messages); with `--rollout_source dataset` also `completion`. A new drafter starts with `--sft_steps` or
-`--sft_epochs`, in `<output_dir>/sft`; `--lmbda 0` is SFT alone. `--config` takes a YAML file of options, or the name of
-one of the recipes that `draft-opd recipes` lists. On several GPUs: `accelerate launch -m draft_opd_trl.cli train ...`.
-After Ctrl-C or a kill, the same command goes on with `--resume_from_checkpoint`.
+`--sft_epochs`, in `<output_dir>/sft`; `--lmbda 0` is SFT alone. `--config` takes a YAML file of options, or the name
+of one of the recipes that `draft-opd recipes` lists. On several GPUs: `accelerate launch -m draft_opd_trl.cli train
+...`. After Ctrl-C or a kill, the same command goes on with `--resume_from_checkpoint`.
 """
 
 from __future__ import annotations

@@ -45,15 +45,15 @@ def sft_config(args: DraftOPDConfig, steps: int, epochs: float, learning_rate: f
         learning_rate (`float`, *optional*): Its peak; by default one for a drafter that has learnt nothing yet.
     """
     length = {"max_steps": steps} if steps else {"max_steps": -1, "num_train_epochs": epochs}
+    if learning_rate is None:
+        learning_rate = peak_rate(args.optim, args.sampling.greedy, new=True)
     return replace(
         args,
         output_dir=str(Path(args.output_dir) / FOLDER),
         text_cache_dir=str(text_folder(args)),
         # A drafter that knows nothing only slows the target down.
         rollout_source="generate" if args.rollout_source == "speculation" else args.rollout_source,
-        learning_rate=peak_rate(args.optim, args.sampling.greedy, new=True)
-        if learning_rate is None
-        else learning_rate,
+        learning_rate=learning_rate,
         lmbda=0.0,
         lmbda_end=None,
         replay_buffer_size=0,
@@ -116,8 +116,8 @@ def _where_to_start(args: DraftOPDConfig, sft: DraftOPDConfig) -> Start:
     if done is None:
         if checkpoints_in(args.output_dir) or (named is not True and not in_sft):
             raise InputError(
-                f"resume_from_checkpoint is {named!r}, but {sft.output_dir} holds no finished SFT stage that Draft-OPD "
-                "could have begun from. Leave the sft options out to go on with a run that had none, or give another "
+                f"resume_from_checkpoint is {named!r}, but {sft.output_dir} holds no finished SFT stage that "
+                "Draft-OPD could have begun from. Leave the sft options out to go on with a run that had none, or give another "
                 "output_dir."
             )
         return Start(sft=_first(named, sft))
@@ -223,10 +223,8 @@ def write_ahead(trainer: DraftOPDTrainer) -> None:
     own = order[args.process_index :: args.world_size]
     width = args.rollout_batch_size
     hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-    with (
-        trainer.target.uneven_forwards(),
-        tqdm(total=len(own), desc="Writing texts", unit="text", disable=hidden) as bar,
-    ):
+    bar = tqdm(total=len(own), desc="Writing texts", unit="text", disable=hidden)
+    with bar, trainer.target.uneven_forwards():
         for begin in range(0, len(own), width):
             rows = [dataset[index] for index in own[begin : begin + width]]
             source.fill(rows)
