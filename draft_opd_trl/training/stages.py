@@ -117,8 +117,8 @@ def _where_to_start(args: DraftOPDConfig, sft: DraftOPDConfig) -> Start:
         if checkpoints_in(args.output_dir) or (named is not True and not in_sft):
             raise InputError(
                 f"resume_from_checkpoint is {named!r}, but {sft.output_dir} holds no finished SFT stage that "
-                "Draft-OPD could have begun from. Leave the sft options out to go on with a run that had none, or give "
-                "another output_dir."
+                "Draft-OPD could have begun from. Leave the sft options out to go on with a run that had none, or "
+                "give another output_dir."
             )
         return Start(sft=_first(named, sft))
     if in_sft:

@@ -120,17 +120,10 @@ def config(tmp_path, **options):
 def test_the_sft_stage_is_plain_sft_on_the_same_texts(tmp_path):
     run = config(tmp_path, recipe="paper", replay_buffer_size=8, replay_ratio=0.5, lmbda_end=0.5, seed=3)
     sft = sft_config(run, 7, 0.0, None)
-    assert (sft.lmbda, sft.lmbda_end, sft.replay_ratio, sft.rejected_weight, sft.loss_max_clamp) == (
-        0,
-        None,
-        0,
-        0,
-        None,
-    )
+    assert (sft.lmbda, sft.lmbda_end, sft.replay_ratio, sft.rejected_weight) == (0, None, 0, 0)
     assert (sft.accepted_loss, sft.max_steps, sft.learning_rate, sft.optim) == ("forward_kl", 7, 6e-4, "adamw_torch")
-    assert sft.output_dir == str(tmp_path / "out" / "sft") and sft.text_cache_dir == str(
-        tmp_path / "out" / "_text_cache"
-    )
+    out = tmp_path / "out"
+    assert (sft.output_dir, sft.text_cache_dir) == (str(out / "sft"), str(out / "_text_cache"))
     assert sft.rollout_source == "generate" and sft.seed == 3
     assert (run.lmbda, run.rollout_source, run.text_cache_dir) == (1.0, "speculation", None)
     sft = sft_config(config(tmp_path, rollout_source="dataset", max_steps=9, text_cache_dir="here"), 0, 1.5, 1e-3)
