@@ -104,7 +104,8 @@ def run(
     called = _names(model, config.output_dir)
     if sft is not None:
         known = run_sft(lambda: build(arguments.model_name_or_path, sft), start)
-        model, first, called = sft.output_dir, called[0], ("SFT", "Draft-OPD")
+        first = "start" if called[0] in ("SFT", "Draft-OPD") else called[0]
+        model, called = sft.output_dir, ("SFT", "Draft-OPD")
     trainer = build(model, config)
     result: dict[str, Any] = {"output_dir": config.output_dir}
     result["train"] = run_stage(trainer, start.opd, known.get("last"))

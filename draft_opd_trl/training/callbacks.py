@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, rewrite_logs
 from transformers.integrations.integration_utils import default_logdir
@@ -127,7 +128,7 @@ class UpdateSizeCallback(TrainerCallback):
             if (rate := group["lr"]) and row[0] > 0
         ]
         if moved and state.is_world_process_zero:
-            print(f"an update at the peak learning rate moves {', '.join(moved)} of their size")
+            tqdm.write(f"an update at the peak learning rate moves {', '.join(moved)} of their size")
 
 
 def _own_share(weight: torch.Tensor) -> torch.Tensor:

@@ -16,23 +16,22 @@ from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
 from ..core.errors import InputError
 from ..core.target import Target
-from .optim import MUON
 
 
-def check_parallelism(accelerator: Accelerator, optim: str) -> None:
+def check_parallelism(accelerator: Accelerator, muon: bool) -> None:
     """
     Args:
         accelerator ([`~accelerate.Accelerator`]): As launched.
-        optim (`str`): The optimizer's name.
+        muon (`bool`): Whether [`MuonWithAdamW`] is the optimizer.
 
     Raises:
         `ValueError`: The launcher asks for a way of sharding that a drafter and its target cannot be trained in.
     """
     state = accelerator.state
-    if state.deepspeed_plugin is not None and optim == MUON:
+    if state.deepspeed_plugin is not None and muon:
         raise InputError(
-            "optim is 'muon', but DeepSpeed hands an optimizer its weights flattened into vectors, and Muon is for "
-            "matrices. Set optim: adamw_torch, or launch with DDP or FSDP2 (examples/accelerate_configs)."
+            "The optimizer is Muon (optim: muon), but DeepSpeed hands it weights flattened into vectors, and it is "
+            "for matrices. Set optim: adamw_torch, or launch with DDP or FSDP2 (examples/accelerate_configs)."
         )
     if state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3:
         raise InputError(

@@ -56,7 +56,7 @@ from .loading import (
     warn_about_quantization,
 )
 from .losses import draft_loss
-from .optim import optimizer_of
+from .optim import MUON, MuonWithAdamW, optimizer_of
 from .planning import announce_plan
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
@@ -172,7 +172,8 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
 
     def _place_models(self) -> None:
         """The drafter is placed by the Trainer, unless both are sharded."""
-        check_parallelism(self.accelerator, self.args.optim)
+        kind = self._optimizer_class or (MuonWithAdamW if self.args.optim == MUON else None)
+        check_parallelism(self.accelerator, kind is MuonWithAdamW)
         if self.is_fsdp_enabled:
             shard(self.target, self.model, self.accelerator)
         if not getattr(self.target.model, "hf_device_map", None):
