@@ -23,8 +23,9 @@ from typing import NoReturn
 import yaml
 from trl import TrlParser
 
+from .commands.recipes import config_file
 from .core.checks import nearest
-from .core.errors import InputError, NotFoundError, UserError
+from .core.errors import InputError, UserError
 from .core.files import REMEDIES, refusal_of
 from .core.terminal import as_text, grid
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "plan": "draft_opd_trl.commands.plan",
     "export": "draft_opd_trl.commands.export",
     "inspect": "draft_opd_trl.commands.inspect",
+    "recipes": "draft_opd_trl.commands.recipes",
 }
 A_BUG = (
     "draft-opd: this is a fault of draft_opd_trl, not of what you gave it. Please report it with the lines above and "
@@ -91,14 +93,10 @@ def machine_fault(error: BaseException | None) -> str | None:
 def _check_yaml(file: str) -> None:
     """
     Raises:
-        `FileNotFoundError`: There is no such file.
         `ValueError`: It is no YAML mapping of options.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise NotFoundError(f"--config {file} is not a file here. Give the path of a YAML file.")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"--config {file} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -141,7 +139,7 @@ class CommandParser(TrlParser):
                 action.nargs, action.const = "?", command.BARE[action.dest]
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
-        self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of these options, or a recipe.")
         self.add_argument("--json", action="store_true", help="Print the result as one JSON document.")
         self.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
         if not all_options:
@@ -204,7 +202,9 @@ class CommandParser(TrlParser):
         if words.count("--config") > 1:
             self.error("--config is given more than once. Put all of it into one file.")
         if "--config" in words:
-            _check_yaml(words[words.index("--config") + 1])
+            place = words.index("--config") + 1
+            words[place] = config_file(words[place])
+            _check_yaml(words[place])
         # Before argparse, which would speak of missing options first when one of them is misspelt.
         for word in words:
             if word.startswith("--"):

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, rewrite_logs
 from transformers.integrations.integration_utils import default_logdir
@@ -83,12 +85,60 @@ class FiniteWeightsCallback(TrainerCallback):
     """Ends a run at the step that made a weight NaN or infinite, before anything is logged, saved or decoded."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        weights = [_own_share(weight) for weight in model.parameters() if weight.requires_grad]
         # The largest magnitude: it cannot overflow, and one number is fetched for all.
         largest = torch.nn.utils.get_total_norm([weight for weight in weights if weight.numel()], float("inf"))
         if not torch.isfinite(largest):
             raise not_finite("A weight of the drafter is not finite", state.global_step, args)
+
+
+class UpdateSizeCallback(TrainerCallback):
+    """
+    Says once how far an update at the peak rate moves each of the optimizer's groups, as a share of its weights.
+
+    Groups that learn ten times more slowly than the others are a trap that no other figure shows.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[list[torch.Tensor]] | None = None
+        self.done = False
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # A warmup begins with a rate of 0. What is compared waits on the CPU, so the device holds no second copy.
+        if not self.done and any(group["lr"] for group in optimizer.param_groups):
+            self.before = [
+                [_own_share(weight).to("cpu", copy=True) for weight in group["params"]]
+                for group in optimizer.param_groups
+            ]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.before is None:
+            return
+        sums = torch.zeros(len(self.before), 2, dtype=torch.float64)
+        for row, group, weights in zip(sums, optimizer.param_groups, self.before, strict=True):
+            for weight, old in zip(group["params"], weights, strict=True):
+                new = _own_share(weight).cpu().double()
+                row += torch.stack([(new - old.double()).square().sum(), new.square().sum()])
+        self.before, self.done = None, True
+        # Ranks hold shares of the weights, or all the same: the ratio of sums is right for both.
+        sums = reduce(sums.float().to(args.device), "sum").cpu()
+        moved = [
+            f"{_described(group['params'])} by {row[0].div(row[1]).sqrt() * group.get('initial_lr', rate) / rate:.2%}"
+            for row, group in zip(sums, optimizer.param_groups, strict=True)
+            if (rate := group["lr"]) and row[0] > 0
+        ]
+        if moved and state.is_world_process_zero:
+            tqdm.write(f"an update at the peak learning rate moves {', '.join(moved)} of their size")
+
+
+def _own_share(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _described(weights: Sequence[torch.Tensor]) -> str:
+    sort = "matrices" if all(weight.ndim == 2 for weight in weights) else "other tensors"
+    return f"{len(weights)} {sort} ({sum(weight.numel() for weight in weights):,} weights)"
 
 
 class TraceCallback(TrainerCallback):
