@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from ..folders.checkpoints import (
 )
 from ..folders.folder_files import one_line
 from ..folders.target_folder import read_target_config, read_tokenizer
-from ..texts.mask_token import MaskToken, choose_mask_token
+from ..texts.mask_token import MaskToken, MaskTokens
 from ..texts.prompts import check_fit, tokenize_dataset
 from ..texts.rows import load_prompts
 from .loading import load_pair
@@ -116,7 +115,6 @@ def new_drafter(
     with atomic_folder(output_dir) as part:
         made.drafter.save_pretrained(part)
         load_drafter(str(part))  # as whoever trains it will
-    made.drafter.name_or_path = made.drafter.config._name_or_path = str(Path(output_dir))
     return made
 
 
@@ -143,7 +141,7 @@ class _Task:
         self._refuse_a_plain_model_without_shape(options)
         mask = None
         if "mask_token_id" in self.parameters:
-            mask = self._mask_token(options.pop("mask_token_id", None))
+            mask = self._mask_tokens().choose(options.pop("mask_token_id", None))
             options["mask_token_id"] = mask.id
         if "num_hidden_layers" in self.parameters:
             usual = self.parameters["num_hidden_layers"].default
@@ -171,38 +169,36 @@ class _Task:
                 "target's tokenizer (--from SMALL_MODEL); or a shape for a new one, such as --set num_hidden_layers=2."
             )
 
-    def _mask_token(self, wanted: int | str | None) -> MaskToken:
+    def _mask_tokens(self) -> MaskTokens:
         config = read_target_config(self.target)
         try:
             generation = GenerationConfig.from_pretrained(self.target)
         except OSError:  # there is none, and its fields stand in the config
             generation = None
-        texts = () if self.rows is None else self.rows["prompt_ids"]
-        return choose_mask_token(self.tokenizer, config, generation, texts, wanted)
+        return MaskTokens(self.tokenizer, config, generation, () if self.rows is None else self.rows["prompt_ids"])
 
     def _vocabulary_size(self, options: dict[str, Any]) -> tuple[int | None, list[str]]:
         """How many tokens the drafter shall propose, `None` where all of them; and what is to be said of it."""
-        whole, usual = self.shape.vocab_size, self.drafter_class.config_class.usual_draft_vocab_size
         if "draft_token_ids" not in self.parameters:
             return None, []
-        size = check_value("draft_vocab_size", options.pop("draft_vocab_size", None), int | None, Within(1, whole))
-        if size is None and (usual is None or usual >= whole or self.rows is None):
-            fewer = usual is not None and usual < whole
-            note = (
-                f"It can propose all {whole} tokens. Published drafters of this kind propose {usual}: with --prompts "
-                "the target writes texts, and the most frequent tokens of them are taken."
-            )
-            return None, [note] if fewer else []
-        size = size or usual
+        whole, usual = self.shape.vocab_size, self.drafter_class.config_class.usual_draft_vocab_size
+        given = check_value("draft_vocab_size", options.pop("draft_vocab_size", None), int | None, Within(1, whole))
+        size = given or min(usual or whole, whole)
         if size == whole:
             return None, []
-        if self.rows is None:
-            raise InputError(
-                f"draft_vocab_size={size} says how many tokens, and texts say which. Give --prompts, which the target "
-                "answers; or leave it out for the whole vocabulary."
-            )
-        check_fit({"prompts": self.rows}, whole, self.shape.context_length, self.max_new_tokens, 0)
-        return size, []
+        if self.rows is not None:
+            answered = self.rows.select(range(min(self.num_prompts, len(self.rows))))
+            check_fit({"prompts": answered}, whole, self.shape.context_length, self.max_new_tokens, 0)
+            return size, []
+        if given is None:
+            return None, [
+                f"It can propose all {whole} tokens. Published drafters of this kind propose {size}: with --prompts "
+                "the target writes texts, and their most frequent tokens are taken."
+            ]
+        raise InputError(
+            f"draft_vocab_size={size} says how many tokens, and texts say which. Give --prompts, which the target "
+            "answers; or leave it out for the whole vocabulary."
+        )
 
     def _check_shape(self, options: dict[str, Any]) -> None:
         """Build it without memory, before the target's weights are read."""
@@ -254,12 +250,11 @@ class _Task:
         drafter.fit(self.shape)
         made, token_id = NewDrafter(drafter, start), getattr(drafter.config, "mask_token_id", None)
         if token_id is not None:
-            try:
-                made.mask_token = MaskToken(token_id, self._mask_token(token_id).token, "as it was trained")
-            except InputError as error:
-                # It has learnt to fill slots that hold this token; another one would be a new start.
-                made.mask_token = MaskToken(token_id, None, "as it was trained")
-                made.notes.append(str(error))
+            tokens = self._mask_tokens()
+            made.mask_token = MaskToken(token_id, tokens.names.get(token_id), "as it was trained")
+            # It has learnt to fill slots that hold this token; another one would be a new start.
+            if fault := tokens.fault(token_id):
+                made.notes.append(f"Its mask token {token_id} is one that texts can hold: {fault}.")
         return made
 
 
