@@ -28,7 +28,7 @@ class InitArguments:
     """For which target, and what."""
 
     target: str = field(metadata={"help": "What it will draft for: path or id."})
-    kind: str = field(metadata={"help": "Kind of drafter: dflash, eagle3, dspark or causal_lm."})
+    kind: str = field(metadata={"help": "Kind of drafter, such as dflash, eagle3, dspark, causal_lm."})
     output_dir: str = field(metadata={"help": "New folder."})
     from_drafter: str | None = field(
         default=None,
@@ -58,9 +58,6 @@ class InitArguments:
 
 
 ARGUMENTS = (InitArguments,)
-# A drafter that knows nothing yet learns from random places of the text first. What it proposes is worth replaying
-# only later; until then the target writes faster alone.
-UNTRAINED = "--rollout_source generate --lmbda 0 --lmbda_end 1"
 
 
 def run(arguments: InitArguments) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def run(arguments: InitArguments) -> dict[str, Any]:
         "draft_vocab_size": getattr(config, "draft_vocab_size", config.vocab_size),
         "coverage": None if made.vocabulary is None else made.vocabulary.coverage,
         "notes": made.notes,
-        "train": _command(arguments, chat),
+        "train": _commands(arguments, chat),
     }
 
 
@@ -113,18 +110,25 @@ def read_options(words: list[str]) -> dict[str, Any]:
             raise InputError(f"--set gives {name} twice. Give it once.")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
 
-def _command(arguments: InitArguments, chat: dict[str, Any]) -> str:
-    """What trains the drafter."""
-    words = ["draft-opd", "train", "--model", arguments.output_dir, "--teacher", arguments.target]
-    words += ["--dataset_name", arguments.prompts or "PROMPTS.jsonl"]
-    words += ["--output_dir", f"{arguments.output_dir.rstrip('/')}-trained"]
-    words += ["--chat_template_kwargs", json.dumps(chat)] if chat else []
-    return " ".join([shlex.join(words), *([] if arguments.from_drafter else [UNTRAINED])])
+def _commands(arguments: InitArguments, chat: dict[str, Any]) -> list[str]:
+    """
+    What trains the drafter. One that has learnt nothing yet proposes nothing that is accepted, and there is nothing to
+    replay: it learns from random places of the text first, which the target meanwhile writes faster alone.
+    """
+    name = arguments.output_dir.rstrip("/")
+    pair = ["--teacher", arguments.target, "--dataset_name", arguments.prompts or "PROMPTS.jsonl"]
+    pair += ["--chat_template_kwargs", json.dumps(chat)] if chat else []
+    stages = [[name, *pair, "--output_dir", f"{name}-opd"]]
+    if not arguments.from_drafter:
+        texts = ["--text_cache_dir", f"{name}-texts"]
+        sft = [name, *pair, "--output_dir", f"{name}-sft", *texts, "--rollout_source", "generate", "--lmbda", "0"]
+        stages = [sft, [f"{name}-sft", *pair, "--output_dir", f"{name}-opd", *texts]]
+    return [shlex.join(["draft-opd", "train", "--model", *words]) for words in stages]
 
 
 def show(result: dict[str, Any]) -> str:
@@ -145,4 +149,5 @@ def show(result: dict[str, Any]) -> str:
         lines["reads"] = "the text alone"
     shown = grid([["", name, text] for name, text in lines.items() if text])
     head = f"{result['output_dir']}: a new {result['kind']} drafter for {result['target']}"
-    return as_text(head, shown, *(f"Note: {note}" for note in result["notes"]), "", "Train it with", result["train"])
+    stages = ["Train it with"] if len(result["train"]) == 1 else ["Train it by SFT, then by Draft-OPD, with"]
+    return as_text(head, shown, *(f"Note: {note}" for note in result["notes"]), "", *stages, *result["train"])

@@ -29,14 +29,18 @@ def test_it_says_what_it_made_and_how_to_train_it(place, tmp_path, capsys):
     assert made["kind"] == "dflash" and made["num_draft_tokens"] == 3 and made["num_parameters"] > 0
     assert made["mask_token"]["id"] == 32 and "none of the 32 tokens has" in made["mask_token"]["why"]
     assert made["target_layer_ids"] == [2] and made["draft_vocab_size"] == made["vocab_size"] == 48
-    program, command, *words = shlex.split(made["train"])
-    assert (program, command) == ("draft-opd", "train")
-    arguments, *_, config, _ = CommandParser("train", train).parse(words)
-    assert arguments.model_name_or_path == str(tmp_path / "d0") == made["output_dir"]
-    assert arguments.teacher_model_name_or_path == str(place / "my target")
-    # Untrained: SFT first, Draft-OPD as it learns.
-    assert (config.lmbda, config.lmbda_end, config.rollout_source) == (0, 1, "generate")
-    assert config.output_dir == f"{tmp_path / 'd0'}-trained"
+    runs = []
+    for line in made["train"]:
+        program, command, *words = shlex.split(line)
+        assert (program, command) == ("draft-opd", "train")
+        arguments, *_, config, _ = CommandParser("train", train).parse(words)
+        assert arguments.teacher_model_name_or_path == str(place / "my target")
+        runs.append((arguments.model_name_or_path, config))
+    # Untrained: SFT first, on texts that serve Draft-OPD too.
+    (first, sft), (second, opd) = runs
+    assert first == made["output_dir"] == str(tmp_path / "d0") and second == sft.output_dir
+    assert (sft.lmbda, sft.rollout_source, opd.lmbda) == (0, "generate", 1)
+    assert sft.text_cache_dir == opd.text_cache_dir
 
 
 def test_people_read_the_same(place, tmp_path, capsys):
@@ -53,7 +57,8 @@ def test_a_drafter_that_is_copied_is_trained_by_the_defaults(place, tmp_path, ca
     main(words_for(place, tmp_path / "d0"))
     assert main(words_for(place, tmp_path / "d1", "--from", str(tmp_path / "d0"))) == 0
     text = capsys.readouterr().out
-    assert f"a copy of {tmp_path / 'd0'}" in text and text.rstrip().endswith(f"{tmp_path / 'd1'}-trained")
+    assert f"a copy of {tmp_path / 'd0'}" in text and text.rstrip().endswith(f"{tmp_path / 'd1'}-opd")
+    assert text.count("draft-opd train") == 1 and "--lmbda" not in text
 
 
 def test_a_public_drafter_and_its_target_as_they_ship(tmp_path, capsys):
