@@ -55,6 +55,7 @@ def test_people_read_the_same(place, tmp_path, capsys):
 
 def test_a_drafter_that_is_copied_is_trained_by_the_defaults(place, tmp_path, capsys):
     main(words_for(place, tmp_path / "d0"))
+    capsys.readouterr()
     assert main(words_for(place, tmp_path / "d1", "--from", str(tmp_path / "d0"))) == 0
     text = capsys.readouterr().out
     assert f"a copy of {tmp_path / 'd0'}" in text and text.rstrip().endswith(f"{tmp_path / 'd1'}-opd")
