@@ -33,6 +33,7 @@ from .core.terminal import as_text, grid
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have
 # `BARE`: options that may stand without a value, and the value they then have.
 COMMANDS = {
+    "init": "draft_opd_trl.commands.init",
     "train": "draft_opd_trl.commands.train",
     "evaluate": "draft_opd_trl.commands.evaluate",
     "trace": "draft_opd_trl.commands.trace",

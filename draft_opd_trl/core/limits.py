@@ -180,6 +180,8 @@ LIMITS: dict[str, Rule] = {
     "model_name_or_path": path,
     "teacher_model_name_or_path": path,
     "compare": path,
+    "from_drafter": path,
+    "prompts": path,
     "path": path,
     "target": path,
     "dataset_name": path,
