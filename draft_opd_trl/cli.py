@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ COMMANDS = {
     "plan": "draft_opd_trl.commands.plan",
     "export": "draft_opd_trl.commands.export",
     "inspect": "draft_opd_trl.commands.inspect",
+    "texts": "draft_opd_trl.commands.texts",
 }
 A_BUG = (
     "draft-opd: this is a fault of draft_opd_trl, not of what you gave it. Please report it with the lines above and "
@@ -152,6 +154,8 @@ class CommandParser(TrlParser):
         if field.metadata.get("positional"):
             optional = field.default is not dataclasses.MISSING
             given = {"nargs": "?", "default": field.default} if optional else {}
+            if typing.get_origin(field.type) is list:
+                given = {"nargs": "+"}
             parser.add_argument(field.name, help=field.metadata["help"], **given)
         else:
             TrlParser._parse_dataclass_field(parser, field)

@@ -188,6 +188,8 @@ LIMITS: dict[str, Rule] = {
     "output_file": path,
     "num_eval_prompts": Within(0, 10_000_000, reason="0 holds none out"),
     "num_prompts": _COUNT,
+    "logs": path,
+    "held_out": Within(0, 10_000_000, reason="0 keeps none aside"),
     "dtype": dtype,
     "device_memory": Within(above=0, high=1_000_000),
     "acceptance_length": Within(1, 10_000),
