@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,9 +23,11 @@ from types import ModuleType
 from typing import NoReturn
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from .core.checks import nearest
+from .core.completion import SCRIPTS, completion_script
 from .core.errors import InputError, NotFoundError, UserError
 from .core.files import REMEDIES, refusal_of
 from .core.terminal import as_text, grid
@@ -138,9 +141,11 @@ class CommandParser(TrlParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        bare = getattr(command, "BARE", {})
         for action in self._actions:
-            if action.dest in getattr(command, "BARE", {}):
-                action.nargs, action.const = "?", command.BARE[action.dest]
+            # transformers lets some switches stand alone, and not those that may also be left open, such as --bf16.
+            if action.dest in bare or action.type is string_to_bool:
+                action.nargs, action.const = "?", bare.get(action.dest, True)
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
         self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
@@ -237,8 +242,37 @@ def _overview() -> str:
     for name, module in COMMANDS.items():
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         lines.append(["", name, ast.get_docstring(ast.parse(source)).splitlines()[0]])
-    tail = "`draft-opd <command> --help` shows a command's options."
+    lines.append(["", "completion", "Print what lets a shell complete all of this: bash or zsh."])
+    tail = "`draft-opd <command> --help` shows a command's options; `draft-opd --version` the version."
     return as_text("usage: draft-opd <command> [options]", "", "commands:", grid(lines), "", tail)
+
+
+def _completion(words: Sequence[str]) -> str:
+    """
+    The script with which a shell completes commands, options and their values.
+
+    Raises:
+        `ValueError`: Of no shell that is known.
+    """
+    if list(words) not in [[shell] for shell in SCRIPTS]:
+        raise InputError(f"completion is for one shell, {' or '.join(SCRIPTS)}, not {' '.join(words) or 'none'!r}.")
+    commands = {}
+    for name, module in COMMANDS.items():
+        actions = CommandParser(name, importlib.import_module(module), all_options=True)._option_string_actions
+        options = {word: actions[word].choices or () for word in sorted(actions) if "-" not in word[2:]}
+        commands[name] = {word: list(map(str, choices)) for word, choices in options.items() if word != "-h"}
+    return completion_script(words[0], "draft-opd", {**commands, "completion": dict.fromkeys(SCRIPTS, ())})
+
+
+def _answer(name: str, words: Sequence[str]) -> str:
+    """What a command prints."""
+    command = importlib.import_module(COMMANDS[name])
+    parser = CommandParser(name, command, all_options="--help_all" in words)
+    if {"-h", "--help", "--help_all"} & set(words):
+        return parser.format_help()
+    *parsed, options = parser.parse(words)
+    result = command.run(*parsed)
+    return json.dumps(result, indent=2) if options.json else command.show(result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -259,20 +293,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
-    if name not in COMMANDS:
+    if name in ("-V", "--version", "version"):
+        print(f"draft-opd {importlib.metadata.version(__package__)}")
+        return 0
+    if name not in (*COMMANDS, "completion"):
         _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
     traceback = "--traceback" in words
     try:
         # Whatever a library prints goes to stderr, so that stdout holds the result and nothing else.
         with contextlib.redirect_stdout(sys.stderr):
-            command = importlib.import_module(COMMANDS[name])
-            parser = CommandParser(name, command, all_options="--help_all" in words)
-            if {"-h", "--help", "--help_all"} & set(words):
-                text = parser.format_help()
-            else:
-                *parsed, options = parser.parse(words)
-                result = command.run(*parsed)
-                text = json.dumps(result, indent=2) if options.json else command.show(result)
+            text = _completion(words) if name == "completion" else _answer(name, words)
     except UserError as error:
         if traceback:
             raise

@@ -35,13 +35,14 @@ class Server:
         law = SamplingParams(temperature)
         settings = SpeculationSettings(self.max_new_tokens, self.stops, law, batch_size=len(prompts))
         texts = speculate(self.target, None, prompts, settings, seeds=range(len(prompts))).completions()
-        return [
-            {
-                "message": {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)},
-                "finish_reason": "stop" if ids[-1] in self.stops else "length",
-            }
-            for ids in texts
-        ]
+        return [self.choice(ids) for ids in texts]
+
+    def choice(self, ids: list[int]) -> dict:
+        """A text as the chat API gives it."""
+        return {
+            "message": {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)},
+            "finish_reason": "stop" if ids[-1] in self.stops else "length",
+        }
 
 
 def _line(form: int, messages: list[dict], choice: dict) -> dict[str, Any]:
@@ -63,9 +64,8 @@ def traffic(prompts: list[list[dict]], server: Server) -> list[dict[str, Any]]:
     for place, (messages, choice) in enumerate(zip(prompts, choices, strict=True)):
         line = _line(place % 3, messages, foreign.get(place, choice))
         if place % 8 == 2:
-            words = choice["message"]["content"]
-            short = {**choice["message"], "content": words[: len(words) // 2]}
-            line = _line(0, messages, {"message": short, "finish_reason": "length"})
+            ids = server.tokenizer(choice["message"]["content"])["input_ids"]
+            line = _line(0, messages, server.choice(ids[: len(ids) // 2]))
         if place % 8 == 3:
             line = {"request": {"messages": messages}, "response": {"error": {"code": 503, "message": "overloaded"}}}
         if place % 8 == 4:

@@ -30,6 +30,7 @@ from draft_opd_trl.texts.traffic import FAILED, NOT_JSON, Unusable
 A, B, C = tiny_tokenizer()("abc")["input_ids"]
 USER, ASSISTANT, SYSTEM, NOTHINK = 1, 2, 3, 4
 ABC = [A, B, C, STOP]
+GREEDY = SamplingParams()
 
 
 def user(text="x"):
@@ -56,7 +57,7 @@ def target():
 def reap(target, tokenizer):
     """What a harvest makes of lines: rows as (prompt, completion), and its tally."""
 
-    def of(*lines, sampling=SamplingParams(), template=None, **options):
+    def of(*lines, sampling=GREEDY, template=None, **options):
         tokenizer.chat_template = template or tokenizer.chat_template
         harvested = Harvest(target, tokenizer, sampling, [STOP], STOP, **options)
         rows = harvested.rows((f"log:{number}", line) for number, line in enumerate(lines, start=1))
@@ -182,28 +183,18 @@ def test_lengths(reap, target, monkeypatch):
     assert len(reap(line, max_prompt_length=7)[0]) == 1
     rows, harvested = reap(line, max_prompt_length=6)
     assert rows == [] and harvested.tally.dropped[TOO_LONG]["detail"] == "a prompt of 7 tokens"
-    monkeypatch.setattr(target, "context_length", 10)
+    monkeypatch.setattr(target.config, "max_position_embeddings", 10)
     assert dropped(reap(line)[1]) == {TOO_LONG: 1}
 
 
-def test_the_stated_law_judges(reap):
-    """Greedy text is too cool for one that draws; of 40 answers in one text that shows."""
-    line = {"prompt_ids": [ASSISTANT], "completion_ids": [A, B, C, A] * 20}
-    for _, law in [(0, SamplingParams(1.0)), (1, SamplingParams())]:
-        rows, _ = reap(line, sampling=law)
-        assert rows == []  # "a" after "c" is nobody's
+def test_the_stated_law_judges(tokenizer):
+    """Greedy text is too cool for a law that draws."""
     table = torch.zeros(32, 32)
     table[:, A] = 1.0
-    own = scripted_target(table)
-    harvested = [
-        list(
-            Harvest(own, tiny_tokenizer(), law, [STOP], STOP).rows(
-                [("log:1", {"prompt_ids": [A], "completion_ids": [A] * 60})]
-            )
-        )
-        for law in (SamplingParams(), SamplingParams(1.0))
-    ]
-    assert [len(rows) for rows in harvested] == [1, 0]
+    line = "log:1", {"prompt_ids": [A], "completion_ids": [A] * 60}
+    for law, kept in [(GREEDY, 1), (SamplingParams(1.0), 0)]:
+        harvested = Harvest(scripted_target(table), tokenizer, law, [STOP], STOP)
+        assert len(list(harvested.rows([line]))) == kept
 
 
 def test_windows_change_nothing(reap, monkeypatch):
@@ -211,13 +202,8 @@ def test_windows_change_nothing(reap, monkeypatch):
     lines = [{"messages": [user("x" * draws.randint(1, 30)), said(draws.choice(["abc", "cab"]))]} for _ in range(40)]
     kept, whole = reap(*lines)
     monkeypatch.setattr(harvest, "WINDOW", 3)
-    told = []
     again, parts = reap(*lines)
     assert again == kept and dropped(parts) == dropped(whole) and len(kept) > 5
-    list(
-        Harvest(parts.target, parts.tokenizer, SamplingParams(), [STOP], STOP).rows([("a", lines[0])] * 7, told.append)
-    )
-    assert told == sorted(told)
 
 
 def test_conversations_are_held_out_whole_whatever_the_order():
