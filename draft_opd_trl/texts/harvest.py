@@ -14,7 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..core.checks import check_value
 from ..core.errors import UserError
+from ..core.limits import CHAT_KWARGS
 from ..core.records import Rollout
 from ..core.sampling_params import SamplingParams
 from ..core.target import Target
@@ -169,39 +171,46 @@ class Harvest:
 
     def _ids(self, turn: Turn) -> tuple[list[int], list[int]]:
         """Prompt and answer as token ids: the server's own where the log has them, else as the template has it."""
-        kwargs = {**self.kwargs, **turn.chat_template_kwargs}
-        tools, messages = read_tools(turn.tools), isinstance(turn.prompt, list)
+        own = check_value("chat_template_kwargs", turn.chat_template_kwargs, dict, CHAT_KWARGS)
+        kwargs, tools = {**self.kwargs, **own}, read_tools(turn.tools)
+        messages = isinstance(turn.prompt, list)
         if messages:
             check_rendered(read_messages(turn.prompt), self.tokenizer, kwargs, tools, self._tried)
         start = turn.prompt_ids
         if start is None:
             start = prompt_ids(turn.prompt, self.tokenizer, kwargs, tools)
         if turn.completion_ids is not None:
-            text = list(turn.completion_ids)
-            if not turn.open_end and not (text and text[-1] in self.stops):
+            end = None
+            if not turn.open_end and turn.completion_ids[-1:] not in [[stop] for stop in self.stops]:
+                # Engines leave it out.
                 end = end_of_turn(self.tokenizer, kwargs) if messages else self.tokenizer.eos_token_id
-                text += [] if end is None else [end]
-            return start, text
-        if isinstance(turn.answer, str) or not messages:
-            plain = turn.answer if isinstance(turn.answer, str) else turn.answer["content"]
-            return start, completion_ids(turn.prompt, plain or "", self.tokenizer, kwargs, tools)
+            return start, [*turn.completion_ids, *([] if end is None else [end])]
+        if messages and isinstance(turn.answer, dict):
+            return start, self._templated(turn, kwargs, tools)
+        plain = turn.answer if isinstance(turn.answer, str) else turn.answer["content"] or ""
+        return start, completion_ids(turn.prompt, plain, self.tokenizer, kwargs, tools)
+
+    def _templated(self, turn: Turn, kwargs: dict[str, Any], tools: list[dict] | None) -> list[int]:
+        """An answer in a message, as the template writes it behind its prompt."""
         (answer,) = read_messages([turn.answer])
-        if not (answer["content"] or answer.keys() & {"reasoning_content", "tool_calls"}):
+        more = answer.keys() & {"reasoning_content", "tool_calls"}
+        if not (answer["content"] or more):
             raise Unusable(EMPTY)
+        start = prompt_ids(turn.prompt, self.tokenizer, kwargs, tools)
         whole = templated([*read_messages(turn.prompt), answer], self.tokenizer, kwargs, tools)
-        shown = prompt_ids(turn.prompt, self.tokenizer, kwargs, tools)
-        if whole[: len(shown)] == shown:
-            return start, whole[len(shown) :]
-        if answer.keys() & {"reasoning_content", "tool_calls"}:
-            raise Unusable(REWRITTEN, "what stands before an answer is not the prompt that it was written for")
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+        if more:
+            raise Unusable(REWRITTEN, "it writes the prompt otherwise once the answer follows")
         # The words alone are what a server wrote behind the prompt; whether they are, the target says.
-        return start, completion_ids(turn.prompt, answer["content"], self.tokenizer, kwargs, tools)
+        return completion_ids(turn.prompt, answer["content"], self.tokenizer, kwargs, tools)
 
     def _judged(self, waiting: list[tuple[str, Row]]) -> Iterator[Row]:
         """The rows among them that the target wrote."""
         if not waiting:
             return
-        order = sorted(range(len(waiting)), key=lambda index: len(waiting[index][1].prompt_ids))
+        lengths = [len(row.prompt_ids) + len(row.completion_ids) for _, row in waiting]
+        order = sorted(range(len(waiting)), key=lengths.__getitem__)
         texts = [waiting[index][1] for index in order]
         rollout = Rollout.from_ids(
             [row.prompt_ids for row in texts],

@@ -178,6 +178,21 @@ def test_tools_reach_the_template(reap):
     assert rows == [] and "writes nothing of `tools`" in harvested.tally.dropped[UNTEMPLATED]["detail"]
 
 
+def test_what_a_template_cannot_take_costs_one_answer(reap):
+    called = "{% for call in message.tool_calls or [] %}{% for _, value in call.function.arguments | items %}"
+    said_first = "{{ message['content'] }}"
+    template = THINKING.replace(said_first, called + "{{ value }}{% endfor %}{% endfor %}" + said_first)
+
+    def calls(arguments):
+        called = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        return {"messages": [user(), {"role": "assistant", "content": "c", "tool_calls": [called]}]}
+
+    rows, harvested = reap(calls('{"x": "ab"}'), calls('{"x": "a'), template=template)
+    assert [text for _, text in rows] == [ABC] and dropped(harvested) == {UNTEMPLATED: 1}
+    rows, harvested = reap({"messages": [user(), said()], "chat_template_kwargs": {"tokenize": False}})
+    assert dropped(harvested) == {UNTEMPLATED: 1}
+
+
 def test_lengths(reap, target, monkeypatch):
     line = {"messages": [user("xxxx"), said()]}
     assert len(reap(line, max_prompt_length=7)[0]) == 1
