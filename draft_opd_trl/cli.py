@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import NoReturn
 
 import yaml
-from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from .core.checks import nearest
@@ -141,11 +140,8 @@ class CommandParser(TrlParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
-        bare = getattr(command, "BARE", {})
-        for action in self._actions:
-            # transformers lets some switches stand alone, and not those that may also be left open, such as --bf16.
-            if action.dest in bare or action.type is string_to_bool:
-                action.nargs, action.const = "?", bare.get(action.dest, True)
+        for name, value in getattr(command, "BARE", {}).items():
+            self._let_stand_bare(name, value)
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
         self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
@@ -164,6 +160,12 @@ class CommandParser(TrlParser):
             parser.add_argument(field.name, help=field.metadata["help"], **given)
         else:
             TrlParser._parse_dataclass_field(parser, field)
+            if field.type == bool | None:  # as other switches may; of these are --bf16 and --gradient_checkpointing
+                parser._let_stand_bare(field.name, True)
+
+    def _let_stand_bare(self, name: str, value: object) -> None:
+        action = self._option_string_actions[f"--{name}"]
+        action.nargs, action.const = "?", value
 
     def _hide_inherited(self, dataclass_types: Sequence[type]) -> None:
         """Leave out of the help what other packages' classes bring: hundreds of options of `TrainingArguments`."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 Options = Mapping[str, Mapping[str, Sequence[str]]]
 
 _BASH = """\
-# Completion of {program} in bash. For each new shell: {program} completion bash >> ~/.bashrc
+# Completion of {program} in bash: `source` it, or call it ~/.local/share/bash-completion/completions/{program}
 _{name}() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words=
     if [ "$COMP_CWORD" -eq 1 ]; then
@@ -31,7 +31,7 @@ _{name}() {{
 complete -o default -F _{name} {program}
 """
 _ZSH = """\
-# Completion of {program} in zsh. For each new shell, after compinit: {program} completion zsh >> ~/.zshrc
+# Completion of {program} in zsh: `source` this file in ~/.zshrc, after compinit.
 _{name}() {{
     local found=
     if (( CURRENT == 2 )); then
