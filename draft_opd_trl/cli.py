@@ -122,6 +122,12 @@ def _check_yaml(file: str) -> None:
             raise InputError(f"--config {file} has {name!r} where the name of an option must stand. Write it as text.")
 
 
+def _let_stand_bare(parser: argparse.ArgumentParser, name: str, value: object) -> None:
+    """Let an option stand without a value, and then be `value`."""
+    action = parser._option_string_actions[f"--{name}"]
+    action.nargs, action.const = "?", value
+
+
 class CommandParser(TrlParser):
     """
     TRL's parser (dataclasses, `--config file.yaml`) with errors of one line that name the nearest option.
@@ -141,7 +147,7 @@ class CommandParser(TrlParser):
             allow_abbrev=False,
         )
         for name, value in getattr(command, "BARE", {}).items():
-            self._let_stand_bare(name, value)
+            _let_stand_bare(self, name, value)
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
         self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
@@ -161,11 +167,7 @@ class CommandParser(TrlParser):
         else:
             TrlParser._parse_dataclass_field(parser, field)
             if field.type == bool | None:  # as other switches may; of these are --bf16 and --gradient_checkpointing
-                parser._let_stand_bare(field.name, True)
-
-    def _let_stand_bare(self, name: str, value: object) -> None:
-        action = self._option_string_actions[f"--{name}"]
-        action.nargs, action.const = "?", value
+                _let_stand_bare(parser, field.name, True)
 
     def _hide_inherited(self, dataclass_types: Sequence[type]) -> None:
         """Leave out of the help what other packages' classes bring: hundreds of options of `TrainingArguments`."""
