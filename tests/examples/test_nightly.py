@@ -43,7 +43,7 @@ def night(tmp_path):
         (tmp_path / "measured.json").write_text(
             json.dumps({"results": [{"drafters": drafters, "difference": difference}]})
         )
-        script = [str(ROOT / "examples" / "nightly.sh"), "target", "served/", "night", "log.jsonl", "--bf16"]
+        script = [str(ROOT / "examples" / "nightly.sh"), "target", "served/", "night", "log.jsonl", "--use_cpu"]
         done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path})
         assert done.returncode == 0, done.stderr
         return (tmp_path / "served" / "config.json").read_text(), done.stdout
