@@ -38,6 +38,8 @@ class TextsArguments:
 
     def __post_init__(self) -> None:
         settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=text_or_any)
+        if not self.logs:
+            raise InputError("`logs` is []; give at least one.")
 
 
 ARGUMENTS = (TextsArguments, QuantizationArguments)
