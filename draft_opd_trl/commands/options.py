@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def text_or_any(value: Any) -> str | None:
+    """A rule of a mapping that may come as its text."""
     return text(value) if isinstance(value, str) else None
 
 

@@ -193,6 +193,8 @@ LIMITS: dict[str, Rule] = {
     "sft_epochs": Within(0, 1e6, reason="0 leaves the stage out"),
     "sft_learning_rate": Within(0, 10),
     "num_prompts": _COUNT,
+    "logs": path,
+    "held_out": Within(0, 10_000_000, reason="0 keeps none aside"),
     "dtype": dtype,
     "device_memory": Within(above=0, high=1_000_000),
     "acceptance_length": Within(1, 10_000),

@@ -68,7 +68,10 @@ def _pocket(name: str, path: str | None, count: int | None) -> Dataset:
     kind = name.removeprefix("pocket").removeprefix("-")
     kinds = sorted(set(dataset["kind"]))
     if kind and kind not in kinds:
-        raise InputError(f"There is no suite {name!r}. Kinds of pocket tasks: {', '.join(kinds)}.")
+        known = [f"pocket-{kind}" for kind in kinds]
+        raise InputError(
+            f"There is no suite {name!r}.{nearest(name, known)} Suites of pocket tasks: {', '.join(known)}."
+        )
     if kind:
         dataset = dataset.filter(lambda row: row["kind"] == kind)
     return dataset.select(range(min(count or 200, len(dataset))))

@@ -222,7 +222,8 @@ def test_the_command_plans_from_two_configs(model, kind, tmp_path):
     assert result["peak"] == plan.peak
     shown = command.show(result)
     assert as_text(plan.table()) in shown
-    assert ("exceed the device's 0.001 GiB" in shown and "num_anchors=5 frees" in shown) == (kind == ANY_KIND)
+    assert ("It does not fit: the plan's" in shown and "num_anchors=5 frees" in shown) == (kind == ANY_KIND)
+    assert ("It fits: the plan's" in shown and "of the device's 80 GiB" in shown) == (kind != ANY_KIND)
     packed = command.PlanArguments(str(tmp_path / "drafter"), str(tmp_path / "target"), load_in_4bit=True)
     packed = command.run(packed, AdapterArguments(), settings(max_prompt_length=PROMPT_LENGTH))
     assert packed["always"]["target weights"] < plan.always["target weights"]
