@@ -22,6 +22,7 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
+from .by_replay import measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
 
@@ -149,6 +150,7 @@ def _texts_of(
     seed: int,
     file: ResultsFile,
     progress: str | None,
+    replay: bool,
 ) -> list[AcceptanceReport]:
     """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
     waiting = [index for index in range(len(prompts)) if index not in file.done]
@@ -159,7 +161,10 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
+        if replay:
+            measure_by_replay(target, drafter, missing, settings, seeds, progress, keep)
+        else:
+            measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
 
@@ -172,6 +177,7 @@ def evaluate_drafters(
     baseline: bool = True,
     results: Path | None = None,
     progress: str | None = None,
+    replay: bool = False,
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -189,6 +195,8 @@ def evaluate_drafters(
             these depend on the seed and the prompt's index alone. A table and pictures of the whole are written to
             `<results>.md` and `<results>.png`.
         progress (`str`, *optional*): Start of the progress bars' labels.
+        replay (`bool`, *optional*, defaults to `False`): Let the target write the texts alone, and count by replay
+            ([`measure_by_replay`]). There is no baseline then: the texts are the target's own, and no speed is told.
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
@@ -205,7 +213,9 @@ def evaluate_drafters(
         "device": target.device.type,
         "prompts": fingerprint_of(prompts)[:16],
     }
-    runs = {"plain": None, **drafters} if baseline else drafters
+    if replay:
+        shared["by"] = "replay"
+    runs = {"plain": None, **drafters} if baseline and not replay else drafters
     files = {
         name: ResultsFile(
             None if results is None else results.with_name(f"{results.name}-{_file_name(name)}.jsonl"),
@@ -215,7 +225,9 @@ def evaluate_drafters(
     }
     resumed = {name: len(file.done) for name, file in files.items()}
     texts = {
-        name: _texts_of(target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}")
+        name: _texts_of(
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
+        )
         for name, drafter in runs.items()
     }
     reports = {name: join_reports(parts) for name, parts in texts.items()}
