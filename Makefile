@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test test-serving test-newest constraints soak quality style
+.PHONY: help venv quickstart test docs test-serving test-newest constraints soak quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -25,6 +25,7 @@ DRAFTER ?= dflash
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
 	@echo "make test         run the tests"
+	@echo "make docs         build the site into docs/build, without a network; a dead link is an error"
 	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, and serve by vLLM, on a CPU (downloads some 2 GB once)"
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
@@ -39,7 +40,7 @@ define install
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found, which trl and transformers need: install one, or pass PYTHON=/path/to/python"; exit 1; }
 	"$(PYTHON)" -m venv $(1)
 	$(1)/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
-	$(1)/bin/python -m pip install --disable-pip-version-check --use-pep517 --editable ".[dev]" $(2)
+	$(1)/bin/python -m pip install --disable-pip-version-check --use-pep517 --editable ".[dev,docs]" $(2)
 endef
 
 .venv/installed: setup.cfg $(CONSTRAINTS)
@@ -55,6 +56,13 @@ TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q
 
 test: .venv/installed
 	$(call TEST,.venv)
+
+# Warnings are errors: a dead link, a page in no table of contents. Built anew, so that no page stays that is gone.
+docs: .venv/installed
+	rm -rf docs/build
+	HF_HUB_OFFLINE=1 .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going \
+	    --doctree-dir docs/build/.doctrees --conf-dir docs docs/source docs/build
+	@echo "The site: docs/build/index.html"
 
 # Built anew each time, as what is newest changes daily.
 test-newest:

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +25,10 @@ from typing import NoReturn
 import yaml
 from trl import TrlParser
 
+from .commands.recipes import config_file
 from .core.checks import nearest
-from .core.errors import InputError, NotFoundError, UserError
+from .core.completion import SCRIPTS, completion_script
+from .core.errors import InputError, UserError
 from .core.files import REMEDIES, refusal_of
 from .core.terminal import as_text, grid
 
@@ -32,12 +36,15 @@ from .core.terminal import as_text, grid
 # Each module has `ARGUMENTS`, dataclasses of options; `run(*parsed) -> dict`; `show(result) -> str`; and may have
 # `BARE`: options that may stand without a value, and the value they then have.
 COMMANDS = {
+    "init": "draft_opd_trl.commands.init",
     "train": "draft_opd_trl.commands.train",
     "evaluate": "draft_opd_trl.commands.evaluate",
     "trace": "draft_opd_trl.commands.trace",
     "plan": "draft_opd_trl.commands.plan",
     "export": "draft_opd_trl.commands.export",
     "inspect": "draft_opd_trl.commands.inspect",
+    "recipes": "draft_opd_trl.commands.recipes",
+    "texts": "draft_opd_trl.commands.texts",
 }
 A_BUG = (
     "draft-opd: this is a fault of draft_opd_trl, not of what you gave it. Please report it with the lines above and "
@@ -91,14 +98,10 @@ def machine_fault(error: BaseException | None) -> str | None:
 def _check_yaml(file: str) -> None:
     """
     Raises:
-        `FileNotFoundError`: There is no such file.
         `ValueError`: It is no YAML mapping of options.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise NotFoundError(f"--config {file} is not a file here. Give the path of a YAML file.")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"--config {file} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -116,6 +119,12 @@ def _check_yaml(file: str) -> None:
     for name in options:
         if not isinstance(name, str):
             raise InputError(f"--config {file} has {name!r} where the name of an option must stand. Write it as text.")
+
+
+def _let_stand_bare(parser: argparse.ArgumentParser, name: str, value: object) -> None:
+    """Let an option stand without a value, and then be `value`."""
+    action = parser._option_string_actions[f"--{name}"]
+    action.nargs, action.const = "?", value
 
 
 class CommandParser(TrlParser):
@@ -136,12 +145,11 @@ class CommandParser(TrlParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
-        for action in self._actions:
-            if action.dest in getattr(command, "BARE", {}):
-                action.nargs, action.const = "?", command.BARE[action.dest]
+        for name, value in getattr(command, "BARE", {}).items():
+            _let_stand_bare(self, name, value)
         places = [f"<{action.dest}>" for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *places, "[options]"])
-        self.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of these options, or a recipe.")
         self.add_argument("--json", action="store_true", help="Print the result as one JSON document.")
         self.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
         if not all_options:
@@ -152,9 +160,13 @@ class CommandParser(TrlParser):
         if field.metadata.get("positional"):
             optional = field.default is not dataclasses.MISSING
             given = {"nargs": "?", "default": field.default} if optional else {}
+            if typing.get_origin(field.type) is list:
+                given = {"nargs": "+"}
             parser.add_argument(field.name, help=field.metadata["help"], **given)
         else:
             TrlParser._parse_dataclass_field(parser, field)
+            if field.type == bool | None:  # as other switches may; of these are --bf16 and --gradient_checkpointing
+                _let_stand_bare(parser, field.name, True)
 
     def _hide_inherited(self, dataclass_types: Sequence[type]) -> None:
         """Leave out of the help what other packages' classes bring: hundreds of options of `TrainingArguments`."""
@@ -204,7 +216,9 @@ class CommandParser(TrlParser):
         if words.count("--config") > 1:
             self.error("--config is given more than once. Put all of it into one file.")
         if "--config" in words:
-            _check_yaml(words[words.index("--config") + 1])
+            place = words.index("--config") + 1
+            words[place] = config_file(words[place])
+            _check_yaml(words[place])
         # Before argparse, which would speak of missing options first when one of them is misspelt.
         for word in words:
             if word.startswith("--"):
@@ -233,8 +247,37 @@ def _overview() -> str:
     for name, module in COMMANDS.items():
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         lines.append(["", name, ast.get_docstring(ast.parse(source)).splitlines()[0]])
-    tail = "`draft-opd <command> --help` shows a command's options."
+    lines.append(["", "completion", "Print what lets a shell complete all of this: bash or zsh."])
+    tail = "`draft-opd <command> --help` shows a command's options; `draft-opd --version` the version."
     return as_text("usage: draft-opd <command> [options]", "", "commands:", grid(lines), "", tail)
+
+
+def _completion(words: Sequence[str]) -> str:
+    """
+    The script with which a shell completes commands, options and their values.
+
+    Raises:
+        `ValueError`: Of no shell that is known.
+    """
+    if list(words) not in [[shell] for shell in SCRIPTS]:
+        raise InputError(f"completion is for one shell, {' or '.join(SCRIPTS)}, not {' '.join(words) or 'none'!r}.")
+    commands = {}
+    for name, module in COMMANDS.items():
+        actions = CommandParser(name, importlib.import_module(module), all_options=True)._option_string_actions
+        options = {word: actions[word].choices or () for word in sorted(actions) if "-" not in word[2:]}
+        commands[name] = {word: list(map(str, choices)) for word, choices in options.items() if word != "-h"}
+    return completion_script(words[0], "draft-opd", {**commands, "completion": dict.fromkeys(SCRIPTS, ())})
+
+
+def _answer(name: str, words: Sequence[str]) -> str:
+    """What a command prints."""
+    command = importlib.import_module(COMMANDS[name])
+    parser = CommandParser(name, command, all_options="--help_all" in words)
+    if {"-h", "--help", "--help_all"} & set(words):
+        return parser.format_help()
+    *parsed, options = parser.parse(words)
+    result = command.run(*parsed)
+    return json.dumps(result, indent=2) if options.json else command.show(result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,20 +298,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
-    if name not in COMMANDS:
+    if name in ("-V", "--version", "version"):
+        print(f"draft-opd {importlib.metadata.version(__package__)}")
+        return 0
+    if name not in (*COMMANDS, "completion"):
         _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
     traceback = "--traceback" in words
     try:
         # Whatever a library prints goes to stderr, so that stdout holds the result and nothing else.
         with contextlib.redirect_stdout(sys.stderr):
-            command = importlib.import_module(COMMANDS[name])
-            parser = CommandParser(name, command, all_options="--help_all" in words)
-            if {"-h", "--help", "--help_all"} & set(words):
-                text = parser.format_help()
-            else:
-                *parsed, options = parser.parse(words)
-                result = command.run(*parsed)
-                text = json.dumps(result, indent=2) if options.json else command.show(result)
+            text = _completion(words) if name == "completion" else _answer(name, words)
     except UserError as error:
         if traceback:
             raise

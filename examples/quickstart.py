@@ -20,17 +20,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pocket import POCKET, read_prompts
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from draft_opd_trl import (
     DraftOPDConfig,
     DraftOPDTrainer,
-    MuonWithAdamW,
     SpeculationSettings,
     Target,
     load_drafter,
@@ -80,11 +74,12 @@ def train_arm(
     args: QuickstartArguments, origin: str, folder: Path, lmbda: float, steps: int, **shared: Any
 ) -> tuple[DraftOPDTrainer, float]:
     """Train by SFT (`lmbda` 0) or Draft-OPD (1) on what all arms share; the seconds are those of training alone."""
-    drafter = load_drafter(origin)
     config = DraftOPDConfig(
         output_dir=str(folder),
         lmbda=lmbda,
         max_steps=steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=steps // 20,
         seed=args.seed,
         rollout_source="dataset",
         per_device_train_batch_size=args.batch_size,
@@ -97,9 +92,7 @@ def train_arm(
         report_to="none",
         disable_tqdm=False,  # quiet logging, set below, would turn the bar off too
     )
-    optimizer = MuonWithAdamW(drafter.parameters(), lr=args.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    trainer = DraftOPDTrainer(drafter, args=config, optimizers=(optimizer, schedule), **shared)
+    trainer = DraftOPDTrainer(load_drafter(origin), args=config, **shared)
     began = time.perf_counter()
     trainer.train()
     measuring = sum(log.get("eval_runtime", 0) for log in trainer.state.log_history)

@@ -23,13 +23,15 @@ accelerate launch examples/train.py --config train.yaml \
     --use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 1e-3 --load_in_4bit
 ```
 
-`draft-opd train` takes the same options, and ends with the change of τ in a table and in `results.json`.
+`draft-opd train` takes the same options and SFT before it, and ends with the change of τ in a table and in
+`results.json`.
 """
 
 from trl import TrlParser
 
-from draft_opd_trl import DraftOPDTrainer
-from draft_opd_trl.commands.train import ARGUMENTS
+from draft_opd_trl import DraftOPDConfig, DraftOPDTrainer
+from draft_opd_trl.commands.options import AdapterArguments, QuantizationArguments
+from draft_opd_trl.commands.train import PromptArguments
 from draft_opd_trl.texts.rows import hold_out, load_prompts
 
 
@@ -66,5 +68,5 @@ def main(script_args, quantization_args, adapter_args, training_args):
 
 
 if __name__ == "__main__":
-    parser = TrlParser(ARGUMENTS)
+    parser = TrlParser((PromptArguments, QuantizationArguments, AdapterArguments, DraftOPDConfig))
     main(*parser.parse_args_and_config())

@@ -3,6 +3,7 @@
 import configparser
 import dataclasses
 import errno
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import types
 import pytest
 from conftest import ROOT
 
+import draft_opd_trl
 from draft_opd_trl import cli
 from draft_opd_trl.core.errors import InputError
 
@@ -30,6 +32,7 @@ class Arguments(Base):
     file: str = dataclasses.field(metadata={"help": "A file.", "positional": True})
     rows: int = dataclasses.field(default=3, metadata={"help": "Rows."})
     names: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Names."})
+    half: bool | None = dataclasses.field(default=None, metadata={"help": "Left open, or a switch."})
 
     def __post_init__(self):
         if self.rows < 0:
@@ -77,7 +80,59 @@ def test_a_command_shows_its_result_once(fake, capsys):
 def test_json_is_all_of_stdout(fake, capsys):
     assert cli.main(["fake", "a.txt", "--learning-rate=0.5", "--rows", "4", "--json"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out) == {"inherited": 1, "learning_rate": 0.5, "file": "a.txt", "rows": 4, "names": []}
+    assert json.loads(out) == {
+        "inherited": 1,
+        "learning_rate": 0.5,
+        "file": "a.txt",
+        "rows": 4,
+        "names": [],
+        "half": None,
+    }
+
+
+def test_switches_may_stand_bare(fake, capsys):
+    for words, half in [(["--half"], True), (["--half", "false"], False), (["--half=true"], True), ([], None)]:
+        assert cli.main(["fake", "a.txt", *words, "--lr", "1", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["half"] is half
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_switch_of_every_command_may_stand_bare(name):
+    parser = cli.CommandParser(name, importlib.import_module(cli.COMMANDS[name]))
+    yes = [action.dest for action in parser._actions if getattr(action.type, "__name__", "") == "string_to_bool"]
+    for action in parser._actions:
+        action.required = False
+    values = vars(parser.parse_known_args([f"--{switch}" for switch in yes])[0])
+    assert {switch: values[switch] for switch in yes} == dict.fromkeys(yes, True)
+
+
+def test_several_files_by_their_places(fake, capsys):
+    @dataclasses.dataclass
+    class Files:
+        files: list[str] = dataclasses.field(metadata={"help": "Files.", "positional": True})
+        rows: int = dataclasses.field(default=3, metadata={"help": "Rows."})
+
+    fake.ARGUMENTS, fake.run = (Files,), lambda arguments: vars(arguments)
+    assert cli.main(["fake", "a.txt", "b.txt", "--rows", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"files": ["a.txt", "b.txt"], "rows": 4}
+    assert "files" in _error(capsys, 2, "fake", "--rows", "4")
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"draft-opd {draft_opd_trl.__version__}\n"
+
+
+def test_completion_holds_every_command_with_its_options(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "COMMANDS", {name: cli.COMMANDS[name] for name in ("inspect", "train")})
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "words='inspect train completion'" in script and "'train --recipe') words='default paper'" in script
+    options = next(line for line in script.splitlines() if line.strip().startswith("inspect) "))
+    assert options.split("'")[1].split() == "--config --help --json --revision --target --traceback".split()
+    assert " --learning_rate " in script and "--learning-rate" not in script
+    for words in ([], ["fish"], ["bash", "zsh"]):
+        assert "completion is for one shell, bash or zsh" in _error(capsys, 1, "completion", *words)
 
 
 def test_yaml_gives_any_option_and_the_command_line_overrides_it(fake, capsys, tmp_path):

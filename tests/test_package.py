@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 import draft_opd_trl
@@ -51,10 +52,12 @@ def test_unknown_name_raises_attribute_error():
         draft_opd_trl.no_such_name  # noqa: B018
 
 
-def test_version_is_that_of_setup_cfg():
+def test_version_is_that_of_setup_cfg_and_of_the_citation():
     metadata = configparser.ConfigParser()
     assert metadata.read(ROOT / "setup.cfg")
     assert draft_opd_trl.__version__ == metadata["metadata"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert draft_opd_trl.__version__ == citation["version"]
 
 
 def test_version_is_the_installed_one():

@@ -83,6 +83,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     from ..decoding.speculation import SpeculationSettings
     from ..evaluation.measure import evaluate_drafters
     from ..evaluation.suites import load_suite
+    from ..evaluation.turns import second_turns
     from ..texts.prompts import check_fit, tokenize_dataset
     from ..training.loading import load_pair
 
@@ -104,6 +105,9 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
     check_fit(rows, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block)
+    ask_again, unanswered = second_turns(suites, tokenizer, chat)
+    # What is asked second stands behind an answer of any length.
+    check_fit(unanswered, target.vocab_size, target.context_length, 2 * arguments.max_new_tokens, longest_block)
     results = []
     for name, part in rows.items():
         for law in sampling:
@@ -124,7 +128,8 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 arguments.baseline,
                 output and output / title,
                 title,
-                replay,
+                replay=replay,
+                ask_again=ask_again.get(name),
             )
             results.append({"suite": name, "temperature": law.temperature, **measured})
     teacher = arguments.teacher_model_name_or_path

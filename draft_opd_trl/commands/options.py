@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-def _text_or_any(value: Any) -> str | None:
+def text_or_any(value: Any) -> str | None:
+    """A rule of a mapping that may come as its text."""
     return text(value) if isinstance(value, str) else None
 
 
@@ -33,7 +34,7 @@ class PairArguments:
 
     def __post_init__(self) -> None:
         # YAML gives mappings, the command line their text.
-        settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=_text_or_any)
+        settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=text_or_any)
 
 
 @dataclass

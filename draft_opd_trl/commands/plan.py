@@ -68,9 +68,11 @@ def run(arguments: PlanArguments, adapter: AdapterArguments, config: DraftOPDCon
 
 def show(result: dict[str, Any]) -> str:
     from ..core.terminal import as_text
-    from ..training.planning import MemoryPlan, misfit
+    from ..training.planning import MemoryPlan, fit, misfit
 
     parts = [MemoryPlan(result["always"], result["phases"], result["limits"]).table(), "", NOT_COUNTED]
     if "levers" in result:
-        parts.append(misfit(result["peak"], result["device_memory"], result["levers"]))
+        parts += ["", misfit(result["peak"], result["device_memory"], result["levers"])]
+    elif "device_memory" in result:
+        parts += ["", fit(result["peak"], result["device_memory"])]
     return as_text(*parts)

@@ -31,8 +31,9 @@ _NOTHING = object()
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean …?`, or nothing where no known word is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]}?" if matches else ""
+    names = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {names[matches[0]]}?" if matches else ""
 
 
 @dataclasses.dataclass(frozen=True)

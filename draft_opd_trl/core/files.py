@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .errors import EnvironmentFault, UserError
+from .errors import EnvironmentFault, ExistsError, UserError
 
 
 # What a machine refuses, and what to do about it. Other errors of the system come from names that we made up.
@@ -112,6 +112,18 @@ def check_writable(folder: str | os.PathLike) -> None:
             f"{folder} cannot be written to ({place}: {error.strerror}). Give a folder on a disk that can, or change "
             "its permissions."
         ) from error
+
+
+def check_new_folder(folder: str | os.PathLike) -> None:
+    """
+    Raises:
+        `FileExistsError`: `folder` is there and not empty.
+        `OSError`: It cannot be made. To be known before the work is done.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExistsError(f"{folder} is there already and not empty. Give a new folder.")
+    check_writable(folder)
 
 
 @contextmanager

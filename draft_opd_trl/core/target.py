@@ -430,6 +430,10 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> l
     """
     Every token that ends a text: the target's generation config (often several), then the tokenizer's eos.
 
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+
     Raises:
         `ValueError`: Neither names one.
     """

@@ -255,6 +255,13 @@ def bootstrap_interval(
 
     Prompts are resampled, and both drafters are read on the same ones, so what prompts share cancels.
 
+    Args:
+        first ([`AcceptanceReport`]): A drafter's.
+        second ([`AcceptanceReport`], *optional*): Another's over the same prompts, for the difference.
+        resamples (`int`, *optional*, defaults to `2000`): How often the prompts are resampled.
+        level (`float`, *optional*, defaults to `0.95`): Share of the resamples inside the interval.
+        seed (`int`, *optional*, defaults to `0`): Of the resampling.
+
     Returns:
         Lower and upper end of the interval.
 

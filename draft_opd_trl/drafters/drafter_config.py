@@ -26,10 +26,14 @@ class DrafterConfig:
             is not there is not known to serve any.
         card_notes (`str`):
             What the model card says of this kind alone, as Markdown.
+        usual_draft_vocab_size (`int`, *optional*):
+            Tokens that published drafters of this kind can propose, where their targets have more; `None` where that
+            is all of them.
     """
 
     served_targets: ClassVar[dict[str, frozenset[str]]] = {}
     card_notes: ClassVar[str] = ""
+    usual_draft_vocab_size: ClassVar[int | None] = None
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **options: Any) -> DrafterConfig:

@@ -71,6 +71,7 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
         ),
         "vLLM": TAPPED_BY_VLLM,
     }
+    usual_draft_vocab_size = 32_000
 
     def __init__(
         self,

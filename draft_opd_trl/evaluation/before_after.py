@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,13 @@ class BeforeAfter:
             self.before[name] = Measured(kept["prompts"], AcceptanceReport(**kept["report"]))
 
 
-def results_of(measured: BeforeAfter, name: str, called: tuple[str, str], law: str) -> dict[str, Any]:
+def results_of(
+    measured: BeforeAfter,
+    name: str,
+    called: tuple[str, str],
+    law: str,
+    start: tuple[str, Measured] | None = None,
+) -> dict[str, Any]:
     """
     The comparison as a results file has it.
 
@@ -80,13 +87,21 @@ def results_of(measured: BeforeAfter, name: str, called: tuple[str, str], law: s
         name (`str`): Set of prompts, evaluated last with the trained weights.
         called (`tuple[str, str]`): The drafters' names, the start's first.
         law (`str`): How they decoded, such as "temperature 0".
+        start (`tuple[str, Measured]`, *optional*): Name and measurement of what an earlier stage began from.
 
     Returns:
         JSON-able `dict`: `before` (`None` unless the same prompts were measured then), `after`, their paired
-        `difference`, and the `table` of both.
+        `difference`, and the `table` of both. After an earlier stage also `start`, the `table` of all three, and the
+        paired `gains` of each stage and of both.
     """
     reports = measured.reports(name, called)
     entries = [{"drafter": drafter, **report.summary()} for drafter, report in reports.items()]
+    earlier: dict[str, Any] = {}
+    if start is not None and len(entries) == 2 and start[1].prompts == measured.last[name].prompts:
+        first = start[1].report
+        reports = {start[0]: first, **reports}
+        gains = {f"{b} − {a}": difference(reports[b], reports[a]) for a, b in combinations(reports, 2)}
+        earlier = {"start": {"drafter": start[0], **first.summary()}, "gains": gains}
     return {
         "definition": DEFINITION,
         "law": law,
@@ -94,6 +109,7 @@ def results_of(measured: BeforeAfter, name: str, called: tuple[str, str], law: s
         "before": entries[0] if len(entries) == 2 else None,
         "after": entries[-1],
         "difference": measured.change(name),
+        **earlier,
         "table": acceptance_table(reports),
     }
 

@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,43 @@ def _texts_of(
     return [file.done[index] for index in range(len(prompts))]
 
 
+def _decode_all(
+    target: Target,
+    runs: Mapping[str, Drafter | None],
+    prompts: Sequence[Sequence[int]],
+    settings: SpeculationSettings,
+    seed: int,
+    results: Path | None,
+    progress: str | None,
+    replay: bool,
+) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
+    """By run, the report of each text alone, and how many were there already."""
+    shared = {
+        **dataclasses.asdict(settings),
+        "seed": seed,
+        "target": target.name,
+        "dtype": str(target.dtype),
+        "device": target.device.type,
+        "prompts": fingerprint_of(prompts)[:16],
+        **({"by": "replay"} if replay else {}),
+    }
+    files = {
+        name: ResultsFile(
+            None if results is None else results.with_name(f"{results.name}-{_file_name(name)}.jsonl"),
+            {**shared, "drafter": None if drafter is None else fingerprint(drafter)},
+        )
+        for name, drafter in runs.items()
+    }
+    resumed = {name: len(file.done) for name, file in files.items()}
+    texts = {
+        name: _texts_of(
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
+        )
+        for name, drafter in runs.items()
+    }
+    return texts, resumed
+
+
 def evaluate_drafters(
     target: Target,
     drafters: dict[str, Drafter],
@@ -178,6 +216,7 @@ def evaluate_drafters(
     results: Path | None = None,
     progress: str | None = None,
     replay: bool = False,
+    ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -197,6 +236,9 @@ def evaluate_drafters(
         progress (`str`, *optional*): Start of the progress bars' labels.
         replay (`bool`, *optional*, defaults to `False`): Let the target write the texts alone, and count by replay
             ([`measure_by_replay`]). There is no baseline then: the texts are the target's own, and no speed is told.
+        ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
+            counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
+            a baseline, of the first drafter.
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
@@ -205,31 +247,16 @@ def evaluate_drafters(
     Raises:
         `ValueError`: A results file holds results of other settings.
     """
-    shared = {
-        **dataclasses.asdict(settings),
-        "seed": seed,
-        "target": target.name,
-        "dtype": str(target.dtype),
-        "device": target.device.type,
-        "prompts": fingerprint_of(prompts)[:16],
-    }
-    if replay:
-        shared["by"] = "replay"
     runs = {"plain": None, **drafters} if baseline and not replay else drafters
-    files = {
-        name: ResultsFile(
-            None if results is None else results.with_name(f"{results.name}-{_file_name(name)}.jsonl"),
-            {**shared, "drafter": None if drafter is None else fingerprint(drafter)},
-        )
-        for name, drafter in runs.items()
-    }
-    resumed = {name: len(file.done) for name, file in files.items()}
-    texts = {
-        name: _texts_of(
-            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
-        )
-        for name, drafter in runs.items()
-    }
+    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay)
+    texts, resumed = decode(prompts, seed=seed, results=results)
+    if ask_again is not None:
+        asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])
+        second = results and results.with_name(f"{results.name}-turn-2")
+        later, known = decode(asked, seed=seed_of(seed, "turn 2"), results=second)
+        texts = {name: texts[name] + later[name] for name in runs}
+        resumed = {name: resumed[name] + known[name] for name in runs}
+        prompts = [*prompts, *asked]
     reports = {name: join_reports(parts) for name, parts in texts.items()}
     plain = reports.pop("plain", None)
     if results is not None:

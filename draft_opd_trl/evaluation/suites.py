@@ -14,6 +14,7 @@ from ..core.checks import check_value, nearest
 from ..core.errors import InputError, NotFoundError
 from ..core.limits import LIMITS
 from ..texts.rows import FORMATS, load_prompts
+from .turns import FOLLOW_UP
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Suite:
     Args:
         dataset, config, split (`str`): Where it is.
         size (`int`): Rows drawn.
-        column (`str`): What a row asks; of a list of turns, the first.
+        column (`str`): What a row asks; of a list of turns, the first, and the second after its answer.
         template (`str`): The user's message around it.
     """
 
@@ -67,7 +68,10 @@ def _pocket(name: str, path: str | None, count: int | None) -> Dataset:
     kind = name.removeprefix("pocket").removeprefix("-")
     kinds = sorted(set(dataset["kind"]))
     if kind and kind not in kinds:
-        raise InputError(f"There is no suite {name!r}. Kinds of pocket tasks: {', '.join(kinds)}.")
+        known = [f"pocket-{kind}" for kind in kinds]
+        raise InputError(
+            f"There is no suite {name!r}.{nearest(name, known)} Suites of pocket tasks: {', '.join(known)}."
+        )
     if kind:
         dataset = dataset.filter(lambda row: row["kind"] == kind)
     return dataset.select(range(min(count or 200, len(dataset))))
@@ -84,8 +88,8 @@ def load_suite(name: str, path: str | None = None, count: int | None = None) -> 
         count (`int`, *optional*): Rows, instead of the suite's own number: the same draw, shorter or longer.
 
     Returns:
-        [`~datasets.Dataset`] with a `prompt` column. Rows of the paper's benchmarks are drawn as the paper draws them;
-        of the pocket world and of other data sets the first are taken.
+        [`~datasets.Dataset`] with a `prompt` column, and `follow_up` where a suite asks twice. Rows of the paper's
+        benchmarks are drawn as the paper draws them; of the pocket world and of other data sets the first are taken.
 
     Raises:
         `FileNotFoundError`: No such suite, or the data set is not here and cannot be fetched.
@@ -121,8 +125,9 @@ def load_suite(name: str, path: str | None = None, count: int | None = None) -> 
         dataset = dataset.shuffle(seed=SEED).select(range(size))
 
     def ask(row: dict) -> dict:
-        text = row[suite.column]
-        text = text if isinstance(text, str) else text[0]
-        return {"prompt": [{"role": "user", "content": suite.template.format(text)}]}
+        turns = row[suite.column]
+        text, *later = [turns] if isinstance(turns, str) else turns
+        prompt = {"prompt": [{"role": "user", "content": suite.template.format(text)}]}
+        return {**prompt, FOLLOW_UP: later[0]} if later else prompt
 
     return dataset.map(ask, remove_columns=dataset.column_names)

@@ -19,8 +19,8 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from ..core.errors import ExistsError, InputError, NotFoundError
-from ..core.files import atomic_folder
+from ..core.errors import InputError, NotFoundError
+from ..core.files import atomic_folder, check_new_folder
 from ..core.target_shape import TargetShape
 from ..drafters import DRAFTERS
 from ..drafters.base import Drafter, check_tensors
@@ -36,8 +36,8 @@ _NOT_THE_DRAFTERS = set(
     "output_hidden_states per_layer_config return_dict torch_dtype".split()
 )
 # What building a config or a model out of a stranger's values raises.
-_CONFIG_FAULTS = (AssertionError, AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError)
-_CONFIG_FAULTS += (StrictDataclassError, ValueError, ZeroDivisionError)
+CONFIG_FAULTS = (AssertionError, AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError)
+CONFIG_FAULTS += (StrictDataclassError, ValueError, ZeroDivisionError)
 
 
 def drafter_folder(
@@ -131,7 +131,7 @@ def _config_of(written: dict[str, Any], file: Path) -> PreTrainedConfig:
         return config_class(**kept)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         raise InputError(
             f"{file} holds what a {config_class.__name__} cannot ({one_line(error)}). Correct it, or download or save "
             "the folder again."
@@ -165,7 +165,7 @@ def load_target_shape(target: str) -> TargetShape:
     config = read_target_config(target)
     try:
         return TargetShape(config)
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         raise InputError(
             f"{target!r} has no config of a target that can be read ({one_line(error)}). Give its folder or id."
         ) from error
@@ -198,7 +198,7 @@ def _blank(
         drafter = drafter_class(config)
     except InputError:
         raise
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         raise InputError(
             f"{folder / 'config.json'} describes no {drafter_class.__name__} that can be built ({one_line(error)}). "
             "Correct it, or download or save the folder again."
@@ -357,8 +357,7 @@ def export_drafter(
             `"speculators"` without a target or without the target's embedding where it is needed.
     """
     folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExistsError(f"{folder} is there already and not empty. Give a new folder.")
+    check_new_folder(folder)
     shape = None if target is None else load_target_shape(target)
     drafter = _adopted(drafter_folder(path_or_id, revision, token), format, shape, dtype)
     drafter = drafter or load_drafter(path_or_id, dtype, revision, token)

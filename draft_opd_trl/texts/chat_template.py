@@ -83,7 +83,7 @@ def templated(
     options |= chat_template_kwargs or {}
     try:
         written = tokenizer.apply_chat_template(messages, tools, tokenize=tokenize, return_dict=tokenize, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the second, where a filter is given what it does not take
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"The chat template refuses a conversation of the roles {roles}: {error}. Bring it into the form that the "

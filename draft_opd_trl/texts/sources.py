@@ -122,6 +122,13 @@ class CachedSource:
                 texts[index] = text
         return Rollout.from_ids(prompts, texts, self.pad_token_id, self.device)
 
+    def fill(self, rows: list[dict], draw: int = 0) -> None:
+        """Have those texts written that are not there, to be read later."""
+        texts = self.cache.find(prompts_of(rows), draw)
+        missing = [row for row, text in zip(rows, texts, strict=True) if text is None]
+        if missing:
+            self.cache.add(prompts_of(missing), self.source.write(missing, draw).completions(), draw)
+
     def state_dict(self) -> dict:
         """What a run that goes on from a checkpoint must know, as plain values."""
         return {"last_shard": self.cache.last_shard()}

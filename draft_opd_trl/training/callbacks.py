@@ -6,13 +6,15 @@ import importlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, rewrite_logs
 from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_callback import ProgressCallback
@@ -24,7 +26,9 @@ from ..evaluation.viewer import marked_text, print_traces
 
 class AcceptanceProgressCallback(ProgressCallback):
     """
-    The Trainer's progress bar, with the acceptance length of the texts just in use.
+    The Trainer's progress bar, with the acceptance length of the texts just in use, and a line a log.
+
+    A line has a few figures ([`log_line`]); the trackers in `report_to`, and the state, get all of them.
 
     Args:
         acceptance_length (`Callable`): Returns it, or `None` while there is none.
@@ -39,6 +43,58 @@ class AcceptanceProgressCallback(ProgressCallback):
         if self.training_bar is not None and tau is not None:
             self.training_bar.set_postfix_str(f"τ {tau:.2f}", refresh=False)
         super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._last = state.global_step, state.num_input_tokens_seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs and "step_time" in logs:
+            steps, tokens = (now - then for now, then in zip(_counts(state), self._last, strict=True))
+            self._last = _counts(state)
+            logs = {**logs, "tokens_per_second": tokens / max(steps * logs["step_time"], 1e-9)}
+        line = log_line(logs)
+        if line:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {line}")
+
+
+def _counts(state: TrainerState) -> tuple[int, int]:
+    return state.global_step, state.num_input_tokens_seen
+
+
+# What a line of training shows, where it was logged: a name, and how its value is written.
+TRAINING_FIGURES = {
+    "loss": "loss {:.4g}",
+    "acceptance/length": "τ {:.3f}",
+    "acceptance/slot_1": "first proposal {:.1%}",
+    "learning_rate": "lr {:.2e}",
+    "step_time": "{:.2f} s/step",
+    "tokens_per_second": "{:.0f} tokens/s",
+}
+
+
+def log_line(logs: Mapping[str, float]) -> str | None:
+    """
+    A log in a line for people: six figures of training; of an evaluation τ with its interval, and the change.
+
+    Args:
+        logs (`Mapping[str, float]`): As the Trainer has it.
+
+    Returns:
+        `None` for what says nothing new, such as the summary at the end of training.
+    """
+    if "loss" in logs:
+        return ", ".join(style.format(logs[name]) for name, style in TRAINING_FIGURES.items() if name in logs)
+    ends = ("", "_low", "_high")
+    parts = []
+    for name in (name for name in logs if name.endswith("_acceptance_length")):
+        tau = "τ {:.3f} [{:.3f}, {:.3f}]".format(*(logs[name + end] for end in ends))
+        if f"{name}_change" in logs:
+            tau += ", change {:+.3f} [{:+.3f}, {:+.3f}]".format(*(logs[f"{name}_change{end}"] for end in ends))
+        parts.append(f"{name.removesuffix('_acceptance_length')}: {tau}")
+    return "; ".join(parts) or None
 
 
 class FirstEvaluationCallback(TrainerCallback):
@@ -83,12 +139,60 @@ class FiniteWeightsCallback(TrainerCallback):
     """Ends a run at the step that made a weight NaN or infinite, before anything is logged, saved or decoded."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        weights = [_own_share(weight) for weight in model.parameters() if weight.requires_grad]
         # The largest magnitude: it cannot overflow, and one number is fetched for all.
         largest = torch.nn.utils.get_total_norm([weight for weight in weights if weight.numel()], float("inf"))
         if not torch.isfinite(largest):
             raise not_finite("A weight of the drafter is not finite", state.global_step, args)
+
+
+class UpdateSizeCallback(TrainerCallback):
+    """
+    Says once how far an update at the peak rate moves each of the optimizer's groups, as a share of its weights.
+
+    Groups that learn ten times more slowly than the others are a trap that no other figure shows.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[list[torch.Tensor]] | None = None
+        self.done = False
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # A warmup begins with a rate of 0. What is compared waits on the CPU, so the device holds no second copy.
+        if not self.done and any(group["lr"] for group in optimizer.param_groups):
+            self.before = [
+                [_own_share(weight).to("cpu", copy=True) for weight in group["params"]]
+                for group in optimizer.param_groups
+            ]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.before is None:
+            return
+        sums = torch.zeros(len(self.before), 2, dtype=torch.float64)
+        for row, group, weights in zip(sums, optimizer.param_groups, self.before, strict=True):
+            for weight, old in zip(group["params"], weights, strict=True):
+                new = _own_share(weight).cpu().double()
+                row += torch.stack([(new - old.double()).square().sum(), new.square().sum()])
+        self.before, self.done = None, True
+        # Ranks hold shares of the weights, or all the same: the ratio of sums is right for both.
+        sums = reduce(sums.float().to(args.device), "sum").cpu()
+        moved = [
+            f"{_described(group['params'])} by {row[0].div(row[1]).sqrt() * group.get('initial_lr', rate) / rate:.2%}"
+            for row, group in zip(sums, optimizer.param_groups, strict=True)
+            if (rate := group["lr"]) and row[0] > 0
+        ]
+        if moved and state.is_world_process_zero:
+            tqdm.write(f"an update at the peak learning rate moves {', '.join(moved)} of their size")
+
+
+def _own_share(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _described(weights: Sequence[torch.Tensor]) -> str:
+    sort = "matrices" if all(weight.ndim == 2 for weight in weights) else "other tensors"
+    return f"{len(weights)} {sort} ({sum(weight.numel() for weight in weights):,} weights)"
 
 
 class TraceCallback(TrainerCallback):
@@ -110,7 +214,9 @@ class TraceCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if traces:
-            print_traces({f"step {state.global_step}": traces})
+            # Bars are taken away meanwhile: a box that is printed beside one is torn.
+            with tqdm.external_write_mode():
+                print_traces({f"step {state.global_step}": traces})
         histograms = rewrite_logs(slot_shares(logs))
         for tracker in _trackers(args.report_to):
             record = {name: tracker.Histogram(np_histogram=histogram(shares)) for name, shares in histograms.items()}

@@ -20,6 +20,7 @@ from ..core.sampling_params import SamplingParams
 from .block_choice import OnPolicySettings
 from .contradictions import check_together
 from .divergences import LOSSES, LossSettings, StreamLosses
+from .optim import MUON, peak_rate
 from .probing import (
     SCHEDULES_BY_METRIC,
     TRACKERS,
@@ -50,8 +51,8 @@ def _field(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def _of_recipe(help: str, otherwise: Any = None) -> Any:
-    return _field(help, OfRecipe(otherwise))
+def _of_recipe(help: str) -> Any:
+    return _field(help, OfRecipe())
 
 
 @dataclass(repr=False)  # which would show tokens
@@ -175,7 +176,10 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` where the GPU has it, if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`.
+    > - `optim`: Defaults to `"muon"`, Muon on matrices and AdamW on the rest ([`MuonWithAdamW`]), which transformers
+    >   has no name for; its own names stand beside it.
+    > - `learning_rate`: Defaults to `2e-3` with `muon` on greedy text and `1e-3` on drawn text, and to `3e-4` with any
+    >   other optimizer, instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to `"cosine"` instead of `"linear"`.
     > - `warmup_steps`: Defaults to `0.05`, a share of all steps, instead of `0`.
     > - `remove_unused_columns` and `ddp_find_unused_parameters`: Default to `False`.
@@ -188,8 +192,8 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     ]
 
     # Parameters whose default values are overridden from TrainingArguments
-    optim: OptimizerNames | str = _of_recipe("Optimizer; transformers has the list.", otherwise=_BaseConfig.optim)
-    learning_rate: float = _of_recipe("Peak learning rate.")
+    optim: str = _of_recipe("muon, or one that transformers has a name for.")
+    learning_rate: float | None = _of_recipe("Peak learning rate; muon 2e-3, on drawn text 1e-3; others 3e-4.")
     lr_scheduler_type: str = _of_recipe("Learning-rate schedule.")
     warmup_steps: float = _of_recipe("Warm-up steps, or a share of all steps below 1.")
     num_train_epochs: float = _of_recipe("Passes over the prompts.")
@@ -279,6 +283,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             LIMITS,
             hints=_ALSO,
             defaults=defaults,
+            optim=one_of(MUON, *(name.value for name in OptimizerNames)),
             rollout_source=one_of(*ROLLOUT_SOURCES),
             accepted_loss=one_of(*LOSSES),
             rejected_loss=one_of(*LOSSES),
@@ -290,7 +295,14 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
         ):
             # transformers would look for a loss, which is not measured.
             self.metric_for_best_model = "acceptance_length"
+        if self.learning_rate is None:
+            self.learning_rate = peak_rate(self.optim, self.sampling.greedy)
+        optim = self.optim
+        if optim == MUON:
+            self.optim = _BaseConfig.optim  # as transformers takes no names but its own
         as_input_errors(self, defaults, super().__post_init__)
+        if optim == MUON:
+            self.optim = MUON
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.teacher_temperature is None:

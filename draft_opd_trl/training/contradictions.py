@@ -7,6 +7,7 @@ from typing import Any
 from ..core.errors import InputError
 from ..core.redaction import redact_url
 from .divergences import HARD_LOSSES
+from .optim import MUON
 
 
 def check_together(args: Any) -> None:
@@ -52,6 +53,11 @@ def check_together(args: Any) -> None:
         raise InputError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
     if args.sample_proposals and args.sampling.greedy:
         raise InputError("sample_proposals=True needs temperature > 0; at 0 proposals are the drafter's argmax.")
+    if args.optim == MUON and args.optim_args:
+        raise InputError(
+            f"optim_args={args.optim_args!r} is for optimizers of transformers, and optim='muon' takes none. Leave it "
+            "out, or choose another optim."
+        )
     if args.use_liger_kernel:
         raise InputError(
             "use_liger_kernel=True patches the models that Liger knows, and a drafter is none. Leave it off."

@@ -104,6 +104,19 @@ class EvaluatingTrainer(HubTrainer):
             self._check_fit(None, dataset, self.args)
         show = self.accelerator.is_main_process and not self.args.disable_tqdm
         report = self.measure(dataset, "Evaluating" if show else None)
+        return self.note_evaluation(dataset, report, metric_key_prefix)
+
+    def note_evaluation(
+        self, dataset: Dataset, report: AcceptanceReport, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Log, remember and card what was measured of the drafter as it stands; see [`evaluate`].
+
+        Args:
+            dataset ([`~datasets.Dataset`]): Tokenised prompts.
+            report ([`AcceptanceReport`]): What came of them, here or in an earlier stage that ended with this drafter.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
+        """
         self.measured.note(metric_key_prefix, dataset["prompt_ids"], report, self.weights_step)
         metrics = report.metrics(metric_key_prefix)
         change = self.measured.change(metric_key_prefix)

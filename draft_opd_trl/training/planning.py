@@ -153,10 +153,15 @@ def _turned(args: DraftOPDConfig, name: str, value: Any) -> DraftOPDConfig:
     return turned
 
 
+def fit(peak: int, memory: int) -> str:
+    """What to say where a device has `memory` bytes, and not fewer than `peak`."""
+    return f"It fits: the plan's {_gib(peak)} GiB leave {_gib(memory - peak)} of the device's {_gib(memory)} GiB."
+
+
 def misfit(peak: int, memory: int, levers: dict[str, int]) -> str:
     """What to say where a device has `memory` bytes, fewer than `peak`; `levers` as from [`find_levers`]."""
     turns = "; ".join(f"{name} frees {_gib(size)}" for name, size in levers.items())
-    told = f"The plan's {_gib(peak)} GiB exceed the device's {_gib(memory)} GiB."
+    told = f"It does not fit: the plan's {_gib(peak)} GiB exceed the device's {_gib(memory)} GiB."
     return f"{told} What to turn, each alone, in GiB: {turns}."
 
 

@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import (
 
 from ..core.errors import EnvironmentFault, InputError, UserError
 from ..core.redaction import shown
+from .optim import MUON
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 # PyTorch's own, which take what the limits allow.
-_PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+_PLAIN_OPTIMIZERS = (MUON, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 # Fields that are always given, and never the cause.
 _SAYS_NOTHING = ("output_dir", "report_to", "disable_tqdm", "include_for_metrics", "bf16", "use_cpu")
 # Schedules that read evaluations, which are not there before training.

@@ -32,13 +32,7 @@ class OfRecipe:
 
     Parsers hand a dataclass every default, and `dataclasses.replace` every value. What was not given is this object,
     so that a value that was given is never taken for it, whatever it equals. Shown as what the default recipe sets.
-
-    Args:
-        otherwise (*optional*): The value where no recipe sets the field.
     """
-
-    def __init__(self, otherwise: Any = None) -> None:
-        self.otherwise = otherwise
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -48,7 +42,7 @@ class OfRecipe:
 
     def value_in(self, recipe: str) -> Any:
         """What a recipe sets it to."""
-        return read_recipe(recipe).get(self.name, self.otherwise)
+        return read_recipe(recipe)[self.name]
 
 
 def defaults_of(settings: Any, recipe: str) -> dict[str, Any]:

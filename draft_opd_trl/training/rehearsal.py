@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from ..core.errors import InputError
 from ..core.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
@@ -29,6 +29,7 @@ from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
 from .loading import add_adapter
 from .losses import draft_loss
+from .optim import optimizer_of
 
 
 class _PackedLinear(nn.Module):
@@ -250,7 +251,7 @@ class Rehearsal:
             if "8bit" in self.args.optim:
                 # bitsandbytes runs on no tensors without data: two moments of a byte, a float32 scale a block of 256.
                 return round(2 * (1 + 4 / 256) * sum(map(torch.numel, self.trainable))), parts
-            make, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            make, options = optimizer_of(self.args)
         with self.live as live:
             self._fill_gradients()
             start = live.begin()

@@ -55,10 +55,10 @@ def where_to_start(args: DraftOPDConfig, resume: str | bool | None = None) -> Pa
         resume (`str` or `bool`, *optional*): As given to [`~transformers.Trainer.train`].
     """
     resume = args.resume_from_checkpoint if resume is None else resume
-    return _on_first(lambda: first_checkpoint(resume, args.output_dir, settings_of(args)))
+    return on_first(lambda: first_checkpoint(resume, args.output_dir, settings_of(args)))
 
 
-def _on_first(find: Callable[[], Found]) -> Found:
+def on_first(find: Callable[[], Found]) -> Found:
     """What the first process finds, on all of them; and its error, as the others would wait for ever."""
     told: list[Any] = [None, None]
     if PartialState().is_main_process:

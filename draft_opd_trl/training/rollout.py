@@ -19,6 +19,11 @@ from ..texts.text_cache import TextCache
 from .config import DraftOPDConfig
 
 
+def text_folder(args: DraftOPDConfig) -> Path:
+    """Where the texts of a run are kept."""
+    return Path(args.text_cache_dir or Path(args.output_dir) / "_text_cache")
+
+
 def build_source(
     args: DraftOPDConfig,
     target: Target,
@@ -42,7 +47,7 @@ def build_source(
     if args.rollout_source == "dataset":
         return DatasetSource(target, settings)
     cache = TextCache(
-        args.text_cache_dir or Path(args.output_dir) / "_text_cache",
+        text_folder(args),
         _text_settings(args, target, tokenizer, settings),
     )
     source = DecodingSource(target, drafter if args.rollout_source == "speculation" else None, settings, args.seed)

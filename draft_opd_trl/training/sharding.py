@@ -18,12 +18,21 @@ from ..core.errors import InputError
 from ..core.target import Target
 
 
-def check_parallelism(accelerator: Accelerator) -> None:
+def check_parallelism(accelerator: Accelerator, muon: bool) -> None:
     """
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): As launched.
+        muon (`bool`): Whether [`MuonWithAdamW`] is the optimizer.
+
     Raises:
         `ValueError`: The launcher asks for a way of sharding that a drafter and its target cannot be trained in.
     """
     state = accelerator.state
+    if state.deepspeed_plugin is not None and muon:
+        raise InputError(
+            "The optimizer is Muon (optim: muon), but DeepSpeed hands it weights flattened into vectors, and it is "
+            "for matrices. Set optim: adamw_torch, or launch with DDP or FSDP2 (examples/accelerate_configs)."
+        )
     if state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3:
         raise InputError(
             "DeepSpeed ZeRO-3 partitions embeddings and heads too, which drafters and losses read as plain tensors. "

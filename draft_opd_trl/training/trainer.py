@@ -31,7 +31,14 @@ from ..folders.model_card import cached_revision
 from ..texts.prompts import check_fit, warn_of_open_ends
 from ..texts.sources import RolloutSource
 from .batching import BatchMaker
-from .callbacks import AcceptanceProgressCallback, FiniteWeightsCallback, TraceCallback, not_finite, open_in_run_folder
+from .callbacks import (
+    AcceptanceProgressCallback,
+    FiniteWeightsCallback,
+    TraceCallback,
+    UpdateSizeCallback,
+    not_finite,
+    open_in_run_folder,
+)
 from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
 from .evaluating_trainer import EvaluatingTrainer
@@ -49,6 +56,7 @@ from .loading import (
     warn_about_quantization,
 )
 from .losses import draft_loss
+from .optim import MUON, MuonWithAdamW, optimizer_of
 from .planning import announce_plan
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
@@ -157,9 +165,15 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         if train_dataset is not None and args.rollout_source == "dataset":
             check_texts(train_dataset, args.num_texts_to_check, self.source, self.target, args.sampling)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: DraftOPDConfig, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """What `args.optim` names."""
+        return optimizer_of(args, model)
+
     def _place_models(self) -> None:
         """The drafter is placed by the Trainer, unless both are sharded."""
-        check_parallelism(self.accelerator)
+        kind = self._optimizer_class or (MuonWithAdamW if self.args.optim == MUON else None)
+        check_parallelism(self.accelerator, kind is MuonWithAdamW)
         if self.is_fsdp_enabled:
             shard(self.target, self.model, self.accelerator)
         if not getattr(self.target.model, "hf_device_map", None):
@@ -172,6 +186,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(TraceCallback(self.example_traces, others))
         self.add_callback(FiniteWeightsCallback())
+        self.add_callback(UpdateSizeCallback())
         # A loss that is not finite ends the run; the filter would wait for the device at every micro-step to hide it.
         args.logging_nan_inf_filter = False
         open_in_run_folder(others, args)
@@ -367,6 +382,9 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         """A few of the texts in use, as this drafter would speed them up now by its argmax."""
         if not self.feed.rollouts:
             return []
-        texts = self.feed.rollouts[0].part(0, self.args.num_completions_to_print)
+        return self.traces_of(self.drafter, self.feed.rollouts[0].part(0, self.args.num_completions_to_print))
+
+    def traces_of(self, drafter: Drafter, texts: Rollout) -> list[Trace]:
+        """Texts as a drafter that is bound to this target speeds them up; all ranks take part where it is sharded."""
         with self._drafter_as_served(), self.target.uneven_forwards():
-            return trace_texts(self.target, self.drafter, texts, self.processing_class, self.args.sampling)
+            return trace_texts(self.target, drafter, texts, self.processing_class, self.args.sampling)

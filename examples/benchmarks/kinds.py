@@ -45,7 +45,10 @@ from draft_opd_trl.core.files import write_atomically
 
 
 PUBLISHED, DRAWN = "SFT continued, DSpark's published loss", "default recipe, drawn proposals"
-ROWS = {0.0: (SFT, DEFAULT), 1.0: (SFT, PUBLISHED, DEFAULT, DRAWN)}
+BOTH = f"{DRAWN}, DSpark's published loss"
+ROWS = {0.0: (SFT, DEFAULT), 1.0: (SFT, PUBLISHED, DEFAULT, DRAWN, BOTH)}
+# Of the T = 1 rows, what the kinds that DSpark's loss was not made for are spared.
+SPARED = {"dflash-narrow": (BOTH,), "causal_lm": (PUBLISHED, BOTH)}
 RATES = {0.0: 2e-3, 1.0: 1e-3}
 
 
@@ -57,6 +60,7 @@ class KindsArguments(StudyArguments):
     drafters: list[str] = field(
         default_factory=lambda: ["dflash-narrow", "dspark", "causal_lm"], metadata={"help": "Shipped ones."}
     )
+    paced_steps: int = field(default=60, metadata={"help": "Steps of a run that only tells what a step costs."})
     timed_prompts: int = field(default=16, metadata={"help": "Texts over which a block is timed, three times over."})
 
     @property
@@ -68,6 +72,7 @@ class KindsArguments(StudyArguments):
         own = {
             PUBLISHED: {"lmbda": 0.0, "accepted_loss": "ce_tv", "teacher_temperature": 1.0},
             DRAWN: {"sample_proposals": True},
+            BOTH: {"sample_proposals": True, "accepted_loss": "ce_tv", "teacher_temperature": 1.0},
         }
         return own.get(recipe) or super().options(temperature, recipe)
 
@@ -80,19 +85,35 @@ def ways_of(temperature: float) -> dict[str, tuple[float, bool]]:
     return {name: how for name, how in MEASURES.items() if how[0] == temperature}
 
 
-def run_kind(args: KindsArguments, name: str) -> dict[float, list[dict[str, Any]]]:
+def study_of(args: KindsArguments, name: str, suffix: str = "", **changes: Any) -> Study:
+    """The runs that start from one drafter, in a folder of their own."""
+    origin, output_dir = str(POCKET / f"drafter-{name}"), f"{args.output_dir}/{name}{suffix}"
+    return Study(replace(args, origin=origin, output_dir=output_dir, drafters=[name], **changes))
+
+
+def step_costs(args: KindsArguments, name: str) -> dict[float, float]:
+    """What a step of the default recipe costs in steps of SFT: short runs, one at a time and in turns."""
+    study = study_of(args, name, "-pace", workers=1, eval_prompts=4)
+    turns = [(seed, recipe) for seed in args.seeds for recipe in (SFT, DEFAULT)]
+    runs = study.everywhere(
+        f"{name}, pace", lambda t: [(t, recipe, RATES[t], seed, args.paced_steps) for seed, recipe in turns]
+    )
+    return {t: equal_time_steps(some) / args.paced_steps for t, some in runs.items()}
+
+
+def run_kind(args: KindsArguments, name: str, costs: dict[float, float]) -> dict[float, list[dict[str, Any]]]:
     """All runs that start from one drafter, by the temperature of their world."""
-    own = {"origin": str(POCKET / f"drafter-{name}"), "output_dir": f"{args.output_dir}/{name}", "drafters": [name]}
-    study = Study(replace(args, **own))
-    for temperature in args.temperatures:
-        write_texts(study.args, temperature)
+    study = study_of(args, name)
 
     def jobs(temperature: float, recipes: tuple[str, ...], steps: int) -> list[Job]:
         return [(temperature, recipe, RATES[temperature], seed, steps) for recipe in recipes for seed in args.seeds]
 
+    def rows(temperature: float) -> tuple[str, ...]:
+        return tuple(recipe for recipe in ROWS[temperature] if recipe not in SPARED.get(name, ()))
+
     start = study.everywhere(f"{name}, start", lambda t: [(t, START, 0.0, args.seeds[0], 0)])
-    runs = study.everywhere(name, lambda t: jobs(t, ROWS[t], args.steps))
-    equal = study.everywhere(f"{name}, equal time", lambda t: jobs(t, (EQUAL_TIME,), equal_time_steps(runs[t])))
+    runs = study.everywhere(name, lambda t: jobs(t, rows(t), args.steps))
+    equal = study.everywhere(f"{name}, equal time", lambda t: jobs(t, (EQUAL_TIME,), round(args.steps * costs[t])))
     return {t: start[t] + runs[t] + equal[t] for t in args.temperatures}
 
 
@@ -164,12 +185,17 @@ def told(
 
 
 def main(args: KindsArguments) -> None:
-    found = {name: run_kind(args, name) for name in args.drafters}
+    for temperature in args.temperatures:
+        write_texts(study_of(args, args.drafters[0]).args, temperature)
+    costs = {name: step_costs(args, name) for name in args.drafters}
+    found = {name: run_kind(args, name, costs[name]) for name in args.drafters}
     times = block_seconds(args)
     tables, summary = told(found, times)
     folder = Path(args.output_dir)
     write_atomically(folder / "tables.md", "\n\n".join(tables) + "\n")
-    write_atomically(folder / "results.json", json.dumps({"runs": found, "blocks": times}, indent=2))
+    write_atomically(
+        folder / "results.json", json.dumps({"runs": found, "blocks": times, "step_costs": costs}, indent=2)
+    )
     print("\n\n".join(tables))
     print(json.dumps({"seeds": args.seeds, "over": args.drafters[0], **summary}))
 

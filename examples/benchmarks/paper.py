@@ -60,6 +60,7 @@ LARGE = {
     "activation_checkpointing": True,
     "rollout_batch_size": 32,
     "gradient_accumulation_steps": 8,
+    "optim": "adamw_torch",
 }
 
 

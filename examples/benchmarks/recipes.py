@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +37,6 @@ from pocket import POCKET, read_prompts  # noqa: E402
 from draft_opd_trl import (  # noqa: E402
     DraftOPDConfig,
     DraftOPDTrainer,
-    MuonWithAdamW,
     SamplingParams,
     SpeculationSettings,
     Target,
@@ -196,18 +195,17 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
             logging_steps=max(steps // 4, 1),
             report_to="none",
             disable_tqdm=True,
-            **options,
+            **{**options, "learning_rate": rate, "warmup_steps": steps // 20},
         )
-        build = torch.optim.AdamW if recipe in ADAMW else MuonWithAdamW
-        optimizer = build(drafter.parameters(), lr=rate)
-        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        # With PyTorch's own weight decay, which the study's runs had.
+        adamw = torch.optim.AdamW(drafter.parameters(), lr=rate) if recipe in ADAMW else None
         trainer = DraftOPDTrainer(
             drafter,
             target.model,
             config,
             train_dataset=Dataset.load_from_disk(str(write_texts(args, temperature))),
             processing_class=tokenizer,
-            optimizers=(optimizer, schedule),
+            optimizers=(adamw, None),
         )
         start = time.perf_counter()
         trainer.train()

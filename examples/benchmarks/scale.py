@@ -85,6 +85,7 @@ def train(
     config = DraftOPDConfig(
         str(Path(args.output_dir) / name),
         max_steps=args.steps,
+        optim="adamw_torch",
         learning_rate=learning_rate,
         seed=args.seed,
         rollout_source="dataset",

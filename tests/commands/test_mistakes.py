@@ -114,7 +114,7 @@ MISTAKES = [
     ("evaluate", {"suite": "gms8k"}, ["no suite 'gms8k'", "Did you mean gsm8k?"]),
     ("trace", {"suite": "humanevl"}, ["no suite 'humanevl'", "Did you mean humaneval?"]),
     ("evaluate", {"suite": "pocket,"}, ["`suite` is ''; it must not be empty"]),
-    ("evaluate", {"suite": "pocket-kind"}, ["no suite 'pocket-kind'", "Kinds of pocket tasks"]),
+    ("evaluate", {"suite": "pocket-kind"}, ["no suite 'pocket-kind'", "Suites of pocket tasks"]),
     ("evaluate", {"num_prompts": "0"}, ["`num_prompts` is 0; it must lie in [1,"]),
     # Values
     *(

@@ -4,8 +4,15 @@ import os
 
 import pytest
 
-from draft_opd_trl.core.errors import EnvironmentFault
-from draft_opd_trl.core.files import atomic_file, atomic_folder, check_writable, write_atomically, writing
+from draft_opd_trl.core.errors import EnvironmentFault, ExistsError
+from draft_opd_trl.core.files import (
+    atomic_file,
+    atomic_folder,
+    check_new_folder,
+    check_writable,
+    write_atomically,
+    writing,
+)
 
 
 class Stopped(Exception):
@@ -51,6 +58,18 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EnvironmentFault, match="cannot be written to"):
         check_writable(tmp_path / "file" / "below")
+
+
+def test_a_new_folder_may_be_there_if_nothing_is_in_it(tmp_path):
+    (tmp_path / "empty").mkdir()
+    check_new_folder(tmp_path / "empty")
+    check_new_folder(tmp_path / "not" / "there")
+    for taken in (tmp_path, tmp_path / "empty" / "file"):
+        (tmp_path / "empty" / "file").touch()
+        with pytest.raises(ExistsError, match=f"{taken} is there already and not empty"):
+            check_new_folder(taken)
+    with pytest.raises(EnvironmentFault, match="cannot be written to"):
+        check_new_folder(tmp_path / "empty" / "file" / "below")
 
 
 @pytest.mark.parametrize(

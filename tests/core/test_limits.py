@@ -16,9 +16,11 @@ from conftest import ANY_KIND
 
 from draft_opd_trl.commands.evaluate import EvaluateArguments
 from draft_opd_trl.commands.export import ExportArguments
+from draft_opd_trl.commands.init import InitArguments
 from draft_opd_trl.commands.inspect import InspectArguments
 from draft_opd_trl.commands.options import AdapterArguments, QuantizationArguments
 from draft_opd_trl.commands.plan import PlanArguments
+from draft_opd_trl.commands.texts import TextsArguments
 from draft_opd_trl.commands.trace import TraceArguments
 from draft_opd_trl.commands.train import TrainArguments
 from draft_opd_trl.core.errors import UserError
@@ -46,6 +48,8 @@ CLASSES = {
     PlanArguments: PAIR,
     ExportArguments: {"path": "drafter", "output_dir": "out", "format": ANY_KIND},
     InspectArguments: {"path": "drafter"},
+    InitArguments: {"target": "target", "kind": ANY_KIND, "output_dir": "out"},
+    TextsArguments: {"logs": ["log.jsonl"], "target": "target", "output_file": "rows.jsonl"},
     QuantizationArguments: {},
     AdapterArguments: {},
 }
@@ -93,7 +97,7 @@ RIGHT = {
     **dict.fromkeys(
         "adam_beta1 adam_beta2 label_smoothing_factor seed data_seed dataloader_num_workers server_max_retries "
         "num_texts_to_check top_k rejected_decay beta lmbda lmbda_end replay_buffer_size pad_token_id "
-        "num_eval_prompts lora_dropout".split(),
+        "num_eval_prompts lora_dropout held_out".split(),
         {"0"},
     ),
     **dict.fromkeys(
@@ -108,11 +112,11 @@ RIGHT = {
 NAMES = (
     "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id hub_token hub_model_id hub_revision "
     "length_column_name server_model server_token optim_target_modules dataset_config dataset_train_split target_name "
-    "revision format include_for_metrics label_names lora_target_modules"
+    "revision format kind include_for_metrics label_names lora_target_modules"
 ).split()
 PATHS = (
     "output_dir resume_from_checkpoint text_cache_dir model_name_or_path teacher_model_name_or_path compare path "
-    "target dataset_name suite suite_path output_file"
+    "target dataset_name suite suite_path output_file from_drafter prompts logs"
 ).split()
 # What is right beyond that, each for a reason.
 ALSO = {
@@ -123,7 +127,7 @@ ALSO = {
     "resume_from_checkpoint": {"true"},  # the newest one
     "stop_token_ids": {"[]", "0"},  # none: texts that end by their length alone
     **dict.fromkeys(
-        "suite_path optim_target_modules label_names include_for_metrics lora_target_modules".split(), {"[]"}
+        "suite_path set optim_target_modules label_names include_for_metrics lora_target_modules".split(), {"[]"}
     ),
     "teacher_model_init_kwargs": {"{object}"},  # such as a quantisation config
 }
@@ -147,7 +151,8 @@ def _parts(kind, name):
 
 def _is_right(kind, name, label):
     parts = _parts(kind, name)
-    if name == "chat_template_kwargs" and kind in (EvaluateArguments, TraceArguments):
+    asking = (EvaluateArguments, TraceArguments, InitArguments, TextsArguments)
+    if name == "chat_template_kwargs" and kind in asking:
         # Text or a mapping, which is read with the data.
         return label in ("text", "digits", "json", "long", "{}", "{1: 2}", "{object}")
     if label in ALSO.get(name, ()) and (name, kind) != ("suite_path", TraceArguments):

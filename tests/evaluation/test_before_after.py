@@ -58,6 +58,13 @@ def test_results_say_what_was_measured_and_no_more(tmp_path):
     assert results["definition"].startswith("τ: ") and results["prompts"] == 2
     table = (tmp_path / "results.md").read_text()
     assert "| | mine | trained |" in table and "| change of τ, paired |  | +0.857 [" in table
+    first = noted((PROMPTS, BEFORE, 0)).last["eval"]
+    three = results_of(both, "eval", ("SFT", "Draft-OPD"), "temperature 0", ("new", first))
+    assert three["start"]["drafter"] == "new" and "| | new | SFT | Draft-OPD |" in three["table"]
+    assert three["gains"]["Draft-OPD − new"] == three["gains"]["Draft-OPD − SFT"] == three["difference"]
+    assert three["gains"]["SFT − new"]["mean"] == 0
+    others = noted(([[1, 2], [4]], BEFORE, 0)).last["eval"]
+    assert "gains" not in results_of(both, "eval", ("SFT", "Draft-OPD"), "temperature 0", ("new", others))
     later = results_of(noted((PROMPTS, AFTER, 5)), "eval", ("mine", "trained"), "temperature 0")
     assert later["before"] is None and later["difference"] is None and "mine" not in later["table"]
 
@@ -165,6 +172,7 @@ def test_the_command_ends_with_the_paired_table_and_keeps_it(folder, capsys):
 
 def test_without_held_out_prompts_nothing_is_claimed(folder, capsys):
     assert train(folder, "--num_eval_prompts", 0) == 0
-    assert capsys.readouterr().out == f"drafter written to {folder / 'trained'}\n"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"drafter written to {folder / 'trained'}\n") and "τ" not in printed
     assert not list((folder / "trained").glob("results.*"))
     assert "It was not evaluated in the run that trained it." in (folder / "trained" / CARD).read_text()

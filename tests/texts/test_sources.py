@@ -82,6 +82,17 @@ def test_a_cache_asks_only_for_what_it_lacks(tmp_path):
     assert logged == [("rollout/cached", *counts) for counts in ((0, 1), (1, 2), (2, 2), (0, 1))]
 
 
+def test_texts_are_written_ahead_once_and_counted_by_nobody(tmp_path):
+    inner, logged = Counting(sources()["generate"]), []
+    source = cached(tmp_path, inner, lambda *counts: logged.append(counts))
+    source.fill(ROWS[:1])
+    source.fill(ROWS)
+    source.fill(ROWS)
+    assert inner.asked == [([[1, 2]], 0), ([[5]], 0)] and logged == []
+    assert source.write(ROWS).completions() == sources()["generate"].write(ROWS).completions()
+    assert len(inner.asked) == 2
+
+
 def test_conversational_rows_are_the_texts_they_came_from():
     """What the template writes behind the stop token is not the target's, and is cut."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")

@@ -12,7 +12,8 @@ from transformers import TrainerControl, TrainerState
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.evaluation.traces import trace_texts
 from draft_opd_trl.evaluation.viewer import marked_text
-from draft_opd_trl.training.callbacks import TraceCallback, slot_shares
+from draft_opd_trl.training import callbacks
+from draft_opd_trl.training.callbacks import AcceptanceProgressCallback, TraceCallback, log_line, slot_shares
 
 
 STEPS = 2
@@ -46,6 +47,63 @@ def test_slots_of_a_log_are_gathered_by_prefix():
         "acceptance/by_slot": [0.5, 0.25],
         "eval_code_acceptance_by_slot": [k / 16 for k in range(1, 13)],
     }
+
+
+def test_a_line_has_six_figures_in_their_order():
+    logs = {"grad_norm": 0.5, "learning_rate": 3e-4, "loss": 1.23456, "acceptance/length": 3.5, "epoch": 0.1}
+    logs |= {"acceptance/slot_1": 0.84, "acceptance/slot_2": 0.5, "step_time": 1.925, "tokens_per_second": 812.4}
+    line = "loss 1.235, τ 3.500, first proposal 84.0%, lr 3.00e-04, 1.93 s/step, 812 tokens/s"
+    assert log_line(logs) == line
+    # SFT replays nothing.
+    assert log_line({"loss": 1.0, "learning_rate": 0.0}) == "loss 1, lr 0.00e+00"
+
+
+def test_an_evaluation_is_tau_with_its_interval_and_its_change():
+    def tau(prefix, value):
+        return {f"{prefix}{end}": value + more for end, more in [("", 0), ("_low", -0.25), ("_high", 0.5)]}
+
+    logs = {**tau("eval_acceptance_length", 3.0), "eval_acceptance_length_per_prompt": 9.0, "eval_runtime": 2.0}
+    assert log_line(logs) == "eval: τ 3.000 [2.750, 3.500]"
+    logs |= tau("eval_acceptance_length_change", 0.125)
+    assert log_line(logs) == "eval: τ 3.000 [2.750, 3.500], change +0.125 [-0.125, +0.625]"
+    assert log_line({"train_runtime": 3.0, "train_loss": 1.0}) is None
+
+
+def test_a_run_shows_a_line_a_log_and_no_box_is_torn(model, tmp_path, capsys):
+    """Bars are on stderr, lines and boxes on stdout: beside a box no bar stands on the screen."""
+    shown = {"log_completions": True, "disable_tqdm": False}
+    trainer = build(ANY_KIND, model, tmp_path, "none", gradient_accumulation_steps=2, **shown)
+    standing = []
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, AcceptanceProgressCallback))
+    wrapped = callbacks.print_traces
+
+    def print_traces(traces):
+        # A bar that is taken away is written over with blanks.
+        standing.append(capsys.readouterr().err.rsplit("\r", 2)[-2:])
+        wrapped(traces)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "print_traces", print_traces)
+        trainer.train()
+    assert callback.training_bar is None and len(standing) == STEPS
+    assert all(not "".join(ends).strip() for ends in standing), standing
+
+
+def test_tokens_a_second_are_those_of_the_window():
+    callback, written = AcceptanceProgressCallback(lambda: 2.0), []
+    args, control = SimpleNamespace(), TrainerControl()
+    state = TrainerState(max_steps=20, global_step=4, num_input_tokens_seen=1000)  # of a run that goes on
+    callback.on_train_begin(args, state, control)
+    callback.training_bar.write = written.append
+    for step, tokens in [(6, 1400), (7, 2000)]:
+        state.global_step, state.num_input_tokens_seen = step, tokens
+        callback.on_log(args, state, control, {"loss": 1.0, "step_time": 2.0})
+    callback.on_log(args, state, control, {"train_runtime": 1.0})
+    callback.on_train_end(args, state, control)
+    assert written == [
+        "step 6/20: loss 1, 2.00 s/step, 100 tokens/s",
+        "step 7/20: loss 1, 2.00 s/step, 300 tokens/s",
+    ]
 
 
 def test_examples_are_the_first_texts_in_use_as_the_drafter_stands(kind, model, tmp_path, capsys):

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from conftest import STOPS
+from conftest import ANY_KIND, STOPS, tiny_drafter
 from runs import make_trainer, parameters_of, spelled_prompts, written_texts
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from draft_opd_trl import (
-    SpeculationSettings,
-    measure_acceptance,
-    speculate,
-)
+from draft_opd_trl import SpeculationSettings, measure_acceptance, speculate
+from draft_opd_trl.core.target import Target
+from draft_opd_trl.decoding.acceptance import AcceptanceReport
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +56,44 @@ def test_evaluation_during_training_leaves_the_run_as_it_was(drafter_folder, mod
     assert sum("eval_acceptance_length" in log for log in watched.state.log_history) == 2
     for name, value in parameters_of(plain).items():
         assert torch.equal(value, parameters_of(watched)[name]), name
+
+
+def test_the_checkpoint_with_the_longest_accepted_runs_is_kept(model, texts, tmp_path, monkeypatch):
+    """τ rises, falls, and stays low: the second checkpoint is the best, and two that are no better end it."""
+    taus, measured = iter([3.0, 5.0, 4.0, 4.5, 9.0, 9.0]), AcceptanceReport.metrics
+
+    def metrics(report, prefix):
+        return measured(report, prefix) | {f"{prefix}_acceptance_length": next(taus)}
+
+    monkeypatch.setattr(AcceptanceReport, "metrics", metrics)
+    kept = KeepWeights()
+    trainer = make_trainer(
+        tiny_drafter(ANY_KIND, Target(model)),
+        model,
+        texts,
+        tmp_path,
+        eval_dataset=texts.select_columns(["prompt_ids"]).select(range(2)),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2), kept],
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_acceptance_length",
+    )
+    assert trainer.args.greater_is_better
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step, trainer.weights_step) == (4, 2, 2)
+    for name, value in parameters_of(trainer).items():
+        assert torch.equal(value, kept.at[2][name]) and not torch.equal(value, kept.at[4][name]), name
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+class KeepWeights(TrainerCallback):
+    def __init__(self):
+        self.at = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.at[state.global_step] = {name: value.detach().clone() for name, value in model.named_parameters()}

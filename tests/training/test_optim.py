@@ -1,13 +1,19 @@
 """Muon and AdamW as one optimizer, against a slow reference of each, and what the Trainer asks of it."""
 
 import copy
+import re
 
 import pytest
 import torch
+from conftest import ANY_KIND, tiny_drafter
+from peft import LoraConfig
+from runs import make_trainer, spelled_prompts, written_texts
 from torch import nn
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from draft_opd_trl import MuonWithAdamW
+from draft_opd_trl.core.target import Target
 
 
 LR, ADAMW_LR, DECAY = 0.02, 0.005, 0.1
@@ -153,3 +159,55 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned():
     assert loss > 0 and not torch.equal(model["tall"].weight, before)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_groups_keep_what_is_their_own_and_the_state_has_the_usual_form():
+    model = network()
+    vectors, weights = (
+        [one for one in model.parameters() if (one.ndim == 1) == is_vector] for is_vector in (True, False)
+    )
+    groups = [{"params": weights, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = MuonWithAdamW(groups, lr=LR, betas=(0.8, 0.9), eps=1e-3)
+    told = [(group["weight_decay"], len(group["params"]), group.get("betas")) for group in optimizer.param_groups]
+    assert told == [(DECAY, 2, None), (DECAY, 1, (0.8, 0.9)), (0.0, 3, (0.8, 0.9))]
+    give_gradients(model, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"} and sorted(state["state"]) == list(range(6))
+
+
+class OptimizerSeen(TrainerCallback):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.optimizer, self.schedule = optimizer.optimizer, lr_scheduler
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    return written_texts(model, spelled_prompts(16))
+
+
+def test_a_trainer_has_it_by_name_and_says_once_how_far_it_moves(model, texts, tmp_path, capsys):
+    seen = OptimizerSeen()
+    options = {"max_steps": 4, "warmup_steps": 2, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "callbacks": [seen]}
+    drafter = tiny_drafter(ANY_KIND, Target(model))
+    matrices = [weight for weight in drafter.parameters() if weight.ndim == 2]
+    size = sum(weight.detach().square().sum() for weight in matrices).sqrt()
+    count = sum(weight.numel() for weight in matrices)
+    make_trainer(drafter, model, texts, tmp_path, **options).train()
+    muon, adamw = seen.optimizer.parts
+    assert [id(one) for group in muon.param_groups for one in group["params"]] == [id(one) for one in matrices]
+    assert {type(seen.optimizer), type(adamw)} == {MuonWithAdamW, torch.optim.AdamW}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("an update at the peak")]
+    told = re.search(rf"moves {len(matrices)} matrices \({count:,} weights\) by ([\d.]+)%, \d+ other tensors", line)
+    # Of the peak rate, though the first step that moves anything has half of it: a fifth of it an element.
+    assert float(told[1]) / 100 == pytest.approx(0.2 * 1e-2 * count**0.5 / float(size), rel=0.3)
+
+
+def test_an_adapter_is_trained_by_it_too(model, texts, tmp_path):
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    trainer = make_trainer(tiny_drafter(ANY_KIND, Target(model)), model, texts, tmp_path, peft_config=lora)
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, before[name]) != weight.requires_grad, name

@@ -183,13 +183,24 @@ def test_sharded_ranks_train_what_one_process_trains_and_resume(world, alone, tm
     runs = {name: cases(world)[name] for name in names}
     runs["resumed"] = case_of(world, ANY_KIND, options=RESUMED)
     runs["lora"] = case_of(world, KINDS[-1], options=RESUMED, lora={"r": 2, "target_modules": ["q_proj", "fc"]})
-    runs |= {f"{name}-cut": {**runs[name], "cut_at": 3} for name in ("resumed", "lora")}
+    runs["muon"] = case_of(world, ANY_KIND, options={**RESUMED, "optim": "muon"})
+    runs |= {f"{name}-cut": {**runs[name], "cut_at": 3} for name in ("resumed", "lora", "muon")}
     found = launch(tmp_path, {name: {**case, "fsdp": True} for name, case in runs.items()}, 2, "fsdp2")
     for results in found.values():
         for drafter, target in (rank["sharded"] for rank in results):
             assert drafter > 0 and target > 0
     assert_same_training(world, alone, tmp_path, {name: found[name] for name in names})
     assert_resumed(tmp_path, found)
+    assert_same_to_bfloat16(world, tmp_path, runs["muon"])
+
+
+def assert_same_to_bfloat16(world, folder, case):
+    """Muon makes its updates orthogonal in bfloat16, whose sums over shards are rounded elsewhere."""
+    run_case(split({key: value for key, value in case.items() if key != "fsdp"}, 1), folder / "muon-alone")
+    start, one, many = (parameters_in(path) for path in (world / ANY_KIND, folder / "muon-alone", folder / "muon"))
+    for key, value in many.items():
+        moved = (one[key] - start[key]).norm()
+        assert moved > 0 and (value - one[key]).norm() < 0.05 * moved, key
 
 
 def test_zero_ranks_train_what_one_process_trains(world, alone, tmp_path):

@@ -11,7 +11,6 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from draft_opd_trl import DraftOPDConfig
-from draft_opd_trl._trl_compat import _BaseConfig
 from draft_opd_trl.cli import CommandParser
 from draft_opd_trl.commands import train
 from draft_opd_trl.training.recipe import FOLDER, OfRecipe, read_recipe, recipe_names
@@ -103,18 +102,35 @@ def test_what_transformers_turns_into_its_own_is_given_too():
 
 def test_without_a_recipe_all_is_as_the_default_one_has_it():
     config, recipe = DraftOPDConfig("out", report_to="none"), read_recipe("default")
-    resolved = {"teacher_temperature": 0.0, "accepted_loss": "ce", "rejected_loss": "ce"}
+    resolved = {"teacher_temperature": 0.0, "accepted_loss": "ce", "rejected_loss": "ce", "learning_rate": 2e-3}
     assert {name: getattr(config, name) for name in recipe} == {**recipe, **resolved}
-    # Which transformers chooses by the version of PyTorch.
-    assert config.optim == _BaseConfig.optim
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_set_what_can_tell_whether_it_was_given(name):
     known = {entry.name for entry in dataclasses.fields(DraftOPDConfig) if isinstance(entry.default, OfRecipe)}
     assert set(yaml.safe_load((FOLDER / f"{name}.yaml").read_text())) <= known
-    # Every field that a recipe may leave out has a value of the default recipe, or one of its own.
-    assert known - set(read_recipe("default")) == {"optim"}
+    # Every field that a recipe may leave out has a value of the default recipe.
+    assert known == set(read_recipe("default"))
+
+
+def test_the_rate_follows_the_optimizer_and_the_temperature():
+    def rate(**settings):
+        return DraftOPDConfig("out", report_to="none", **settings).learning_rate
+
+    assert [rate(), rate(temperature=0.7), rate(lmbda=0)] == [2e-3, 1e-3, 2e-3]
+    assert [rate(optim="adamw_torch"), rate(recipe="paper"), rate(recipe="paper", temperature=1.0)] == [3e-4] * 3
+    assert [rate(learning_rate=2e-3, temperature=1.0), rate(learning_rate=0, optim="sgd")] == [2e-3, 0]
+
+
+def test_muon_is_a_name_like_those_of_transformers():
+    config = DraftOPDConfig("out", report_to="none")
+    for again in (dataclasses.replace(config), copy.deepcopy(config), DraftOPDConfig(**config.to_dict())):
+        assert (config.optim, again.optim) == ("muon", "muon")
+    with pytest.raises(ValueError, match="`optim` is 'muonn'; it must be one of muon, adamw.* Did you mean muon"):
+        DraftOPDConfig("out", optim="muonn")
+    with pytest.raises(ValueError, match="optim='muon' takes none. Leave it out, or choose another"):
+        DraftOPDConfig("out", optim_args="momentum=0.9")
 
 
 def test_an_unknown_recipe_lists_those_there_are():

@@ -60,12 +60,19 @@ def sharded(model):
 )
 def test_what_cannot_be_trained_in_is_refused_with_what_can(launcher, told):
     with pytest.raises(ValueError, match=told):
-        check_parallelism(launcher)
+        check_parallelism(launcher, muon=False)
 
 
 @pytest.mark.parametrize("launcher", [launched(), launched(zero_stage=2), launched(fsdp_version=2)])
 def test_other_launchers_pass(launcher):
-    check_parallelism(launcher)
+    check_parallelism(launcher, muon=False)
+
+
+def test_muon_is_refused_where_weights_are_flattened_and_nowhere_else():
+    with pytest.raises(ValueError, match=r"\(optim: muon\), but DeepSpeed.*Set optim: adamw_torch, or launch"):
+        check_parallelism(launched(zero_stage=2), muon=True)
+    for launcher in (launched(), launched(fsdp_version=2)):
+        check_parallelism(launcher, muon=True)
 
 
 def test_layers_of_the_target_and_the_whole_drafter_are_spread_and_say_the_same(alone, pair):
