@@ -22,6 +22,7 @@ from .errors import InputError
 from .packing import pack_by_text
 from .records import DraftBlocks
 from .rereading import TextStore
+from .target_seams import cache_fault, decoder_of, logit_scale
 from .target_shape import TargetShape
 
 
@@ -64,7 +65,7 @@ class Target(TargetShape):
         self._sharded = False
         self.check_exact()
         self._check_head()
-        self.reads_anew = self.no_cache_because or self._cache_fault()
+        self.reads_anew = self.no_cache_because or cache_fault(self)
 
     @property
     def device(self) -> torch.device:
@@ -133,41 +134,6 @@ class Target(TargetShape):
                 f"difference {(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from "
                 "hidden states."
             )
-
-    @torch.no_grad()
-    def _cache_fault(self) -> str | None:
-        """
-        Whether tokens can be taken back and overwritten in a [`PositionCache`], tried on a few.
-
-        Raises:
-            `ValueError`: Later tokens change what is said of earlier ones.
-        """
-        text = torch.arange(8, device=self.device)[None] % self.vocab_size
-        expected = self.forward_text(text, ())[1]
-        # What the first half of the text does to the second: an error of the cache is of that order.
-        effect = (self.forward_text(text[:, 4:], ())[1] - expected[:, 4:]).abs().max().item()
-        if not self._agree(self.forward_text(text[:, :4], ())[1], expected[:, :4], effect):
-            raise InputError(
-                f"{type(self.model).__name__} says something else of a token when others follow it, so it is no "
-                "decoder that reads from left to right. Use a causal language model."
-            )
-        places = torch.arange(8, device=self.device)[None]
-        cache = PositionCache(self.num_layers, 1, 8)
-        try:
-            self.forward_cached(text[:, :4], places[:, :4], cache, 4)
-            self.forward_cached(text.flip(1)[:, :3], places[:, 4:7], cache, 7)
-            got = self.forward_cached(text[:, 4:], places[:, 4:], cache, 8)[1]
-        except Exception as error:  # whatever a model does with a cache that is not its own
-            return f"its layers do not take a cache with a place for each position ({type(error).__name__})"
-        if self._agree(got, expected[:, 4:], effect):
-            return None
-        return "its layers keep a state that tokens cannot be taken out of"
-
-    def _agree(self, got: torch.Tensor, expected: torch.Tensor, effect: float) -> bool:
-        """To rounding, or to a twentieth of what a mistake would do."""
-        rounding = 1e-5 if self.dtype == torch.float32 and not self.quantized else 2e-2
-        slack = max(rounding * expected.abs().max().item(), effect / 20)
-        return torch.allclose(got, expected, rtol=0, atol=slack)
 
     def to(self, device: torch.device) -> None:
         """Move all weights; shards stay where their mesh is."""
@@ -406,19 +372,6 @@ class Target(TargetShape):
             row = torch.searchsorted(own, block[mine])
             states[mine] = self.forward_text(texts, ())[1][row, blocks.anchors[block[mine]] + 1 + offset[mine]]
         return states
-
-
-def logit_scale(config: Any) -> float:
-    """What raw head outputs are multiplied by (Cohere's `logit_scale`, Granite's `logits_scaling`)."""
-    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """What turns tokens into states before the head; some models call something else their decoder."""
-    found = model.get_decoder()
-    if found is model or isinstance(found, torch.nn.Linear):
-        return getattr(model, "model", model.base_model)
-    return found
 
 
 def _at(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -5,21 +5,32 @@ What `speculate` without a drafter writes, for targets over which no cache of ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ..core.records import Rollout
 from ..core.sampling import draw_at, probabilities
 from ..core.sampling_params import SamplingParams
 from ..core.seeding import COMMIT, text_uniforms
 from ..core.target import Target
 
 
-if TYPE_CHECKING:
-    from .speculation import SpeculationSettings
+# Takes a prompt's index, its completion, and the length of each block's accepted run.
+OnText = Callable[[int, list[int], list[int]], None]
+
+
+class Settings(Protocol):
+    """What is read here of [`SpeculationSettings`]."""
+
+    max_new_tokens: int
+    stop_token_ids: Sequence[int]
+    sampling: SamplingParams
+    batch_size: int
+    pad_token_id: int
 
 
 class _OwnDraws(LogitsProcessor):
@@ -57,7 +68,7 @@ def _nothing_of_its_own(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def write_alone(
-    target: Target, prompts: Sequence[Sequence[int]], settings: SpeculationSettings, seeds: Sequence[int]
+    target: Target, prompts: Sequence[Sequence[int]], settings: Settings, seeds: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
     """
     Write a text for each prompt, one token at a time.
@@ -98,3 +109,23 @@ def write_alone(
         for index, completion in zip(batch, written[:, length:].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(completion) if token in stops), len(completion))
             yield index, completion[:end]
+
+
+def rollout_alone(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    seeds: Sequence[int],
+    on_round: Callable[[int, int, int], None] | None,
+    on_text: OnText | None,
+) -> Rollout:
+    """[`write_alone`] as a [`Rollout`]; the rest as in [`speculate`], of which this is the way without a drafter."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    committed = 0
+    for finished, (index, completion) in enumerate(write_alone(target, prompts, settings, seeds), start=1):
+        texts[index], committed = completion, committed + len(completion) - 1
+        if on_text is not None:
+            on_text(index, completion, [0] * (len(completion) - 1))
+        if on_round is not None:
+            on_round(finished, committed, committed)
+    return Rollout.from_ids([list(prompt) for prompt in prompts], texts, settings.pad_token_id, target.device)

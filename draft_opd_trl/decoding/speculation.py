@@ -20,11 +20,7 @@ from ..core.seeding import ACCEPT, COMMIT, PROPOSE, text_uniforms
 from ..core.target import Target
 from ..core.verification import verify_greedy, verify_sampled
 from ..drafters.base import Drafter
-from .plain import write_alone
-
-
-# Takes a prompt's index, its completion, and the length of each block's accepted run.
-OnText = Callable[[int, list[int], list[int]], None]
+from .plain import OnText, rollout_alone
 
 
 @dataclass
@@ -380,7 +376,7 @@ def speculate(
     if seeds is None:
         seeds = [0] * len(prompts) if settings.sampling.greedy else _drawn_seeds(len(prompts), generator)
     if drafter is None and target.reads_anew and not target.sharded:
-        return _written_alone(target, prompts, settings, seeds, on_round, on_text)
+        return rollout_alone(target, prompts, settings, seeds, on_round, on_text)
     num_lanes, longest_prompt = min(settings.batch_size, len(prompts)), max(map(len, prompts))
     lanes = Lanes(target, drafter, settings, num_lanes, longest_prompt)
     desk = _Desk(lanes, prompts, seeds, on_text)
@@ -392,26 +388,6 @@ def speculate(
         if on_round is not None:
             on_round(desk.finished, desk.committed, desk.verifications)
     return desk.rollout()
-
-
-def _written_alone(
-    target: Target,
-    prompts: Sequence[Sequence[int]],
-    settings: SpeculationSettings,
-    seeds: Sequence[int],
-    on_round: Callable[[int, int, int], None] | None,
-    on_text: OnText | None,
-) -> Rollout:
-    """The same texts by the model's own decoding, where reading them anew for each token would take far longer."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    committed = 0
-    for finished, (index, completion) in enumerate(write_alone(target, prompts, settings, seeds), start=1):
-        texts[index], committed = completion, committed + len(completion) - 1
-        if on_text is not None:
-            on_text(index, completion, [0] * (len(completion) - 1))
-        if on_round is not None:
-            on_round(finished, committed, committed)
-    return Rollout.from_ids([list(prompt) for prompt in prompts], texts, settings.pad_token_id, target.device)
 
 
 def _drawn_seeds(count: int, generator: torch.Generator | None) -> list[int]:

@@ -14,7 +14,11 @@ PROMPTS = [*random_prompts(5, seed=3), *random_prompts(2, seed=3)]
 
 
 def _settings(sampling):
-    return SpeculationSettings(18, [3, 9], sampling, batch_size=2)
+    return SpeculationSettings(18, list(range(3, 12)), sampling, batch_size=2)
+
+
+def _greedy(target):
+    return dict(write_alone(target, PROMPTS, _settings(SamplingParams(0.0)), range(len(PROMPTS))))
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.0), SamplingParams(0.8, top_k=20, top_p=0.9)])
@@ -28,10 +32,10 @@ def test_texts_are_those_of_speculation_without_a_drafter(target, sampling):
 def test_the_models_own_generation_settings_change_nothing():
     model = tiny_model("qwen3")
     target = Target(model)
-    expected = dict(write_alone(target, PROMPTS, _settings(SamplingParams(0.0)), range(len(PROMPTS))))
+    expected = _greedy(target)
     own = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=3.0, min_new_tokens=18, eos_token_id=4)
     model.generation_config = own
-    assert dict(write_alone(target, PROMPTS, _settings(SamplingParams(0.0)), range(len(PROMPTS)))) == expected
+    assert _greedy(target) == expected
     assert model.generation_config is own
     assert any(len(text) < 18 for text in expected.values())
 
