@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import ANY_KIND, RECURRENT, VOCAB, random_prompts, tiny_drafter, tiny_model
+from conftest import ANY_KIND, RECURRENT, random_prompts, tiny_drafter, tiny_model
 from invariants import (
     assert_kept_states_are_those_of_packed_scoring,
     assert_lossless,
     assert_replay_is_speculation,
 )
-from transformers import BertConfig, BertLMHeadModel
 
 from draft_opd_trl.core.cache import PositionCache
 from draft_opd_trl.core.rereading import TextStore
@@ -46,13 +45,6 @@ def test_which_targets_read_anew(recurrent):
     assert isinstance(Target(tiny_model("gemma3")).new_cache(1, 4), PositionCache)
 
 
-@pytest.mark.parametrize("family", RECURRENT)
-def test_a_state_that_the_config_does_not_tell_of_is_noticed(family, monkeypatch):
-    """Tried out, as configs need not name their layers' types."""
-    monkeypatch.setattr("draft_opd_trl.core.target_shape.TargetShape.no_cache_because", None)
-    assert "its layers" in Target(tiny_model(family)).reads_anew
-
-
 def test_speculation_writes_the_targets_text(recurrent, kind):
     settings = SpeculationSettings(20, [3, 9], batch_size=2)
     assert_lossless(recurrent, tiny_drafter(kind, recurrent), random_prompts(4, seed=3), settings)
@@ -78,13 +70,3 @@ def test_replay_is_speculation(recurrent, kind):
 def test_scored_blocks_are_those_that_verification_read(recurrent):
     drafter = tiny_drafter(ANY_KIND, recurrent)
     assert_kept_states_are_those_of_packed_scoring(recurrent, drafter, SamplingParams(0.0))
-
-
-def test_a_model_that_reads_both_ways_is_refused():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = BertLMHeadModel(BertConfig(vocab_size=VOCAB, **shape, initializer_range=0.3))
-    # What its head does beside a product is refused first.
-    model.cls.predictions.transform = torch.nn.Identity()
-    with pytest.raises(ValueError, match="BertLMHeadModel says something else of a token when others follow it"):
-        Target(model)
