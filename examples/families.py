@@ -49,12 +49,14 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
     **dict.fromkeys("num_experts_per_tok moe_topk moe_k num_experts_per_token".split(), 2),
     **dict.fromkeys("q_lora_rank kv_lora_rank".split(), 16),
-    **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim rotary_dim index_topk time_step_rank".split(), 4),
+    **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim rotary_dim time_step_rank".split(), 4),
     **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), VOCAB),
     **dict.fromkeys("max_position_embeddings n_positions".split(), 128),
     **dict.fromkeys("sliding_window attention_chunk_size".split(), 6),
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
+    "index_topk": 64,
+    "unpadded_vocab_size": VOCAB,
     "initializer_range": 0.3,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -63,7 +65,7 @@ SIZES: dict[str, Any] = {
     "is_decoder": True,
 }
 # What stays unset where a family leaves it unset.
-OPTIONAL = {"sliding_window", "q_lora_rank", "rotary_dim", "hidden_size_per_layer_input", "n_inner", "head_dim"}
+OPTIONAL = {"sliding_window", "q_lora_rank", "rotary_dim", "hidden_size_per_layer_input", "n_inner"}
 # Where sizes hang together in a family's own way.
 PARTICULAR: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
@@ -71,7 +73,9 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
 }
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_types", "no_rope_layers")
 
@@ -101,15 +105,16 @@ def _shrink(config: PreTrainedConfig) -> None:
     for name, value in SIZES.items():
         try:
             before = getattr(config, name)
-        except Exception:  # not there, or another in each layer
+        except Exception:  # not there, or another one in each layer
             continue
         if before is None and name in OPTIONAL:
             continue
         _set(config, name, [value] * LAYERS if isinstance(before, list) and name != "eos_token_id" else value)
     for name, value in PARTICULAR.get(config.model_type, {}).items():
         _set(config, name, value)
-    if getattr(config, "kv_lora_rank", None):
+    if "kv_lora_rank" in vars(config):
         _set(config, "head_dim", SIZES["qk_rope_head_dim"])
+        _set(config, "num_key_value_heads", SIZES["num_attention_heads"])
 
 
 def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
@@ -134,7 +139,9 @@ def tiny_target(family: str) -> Target:
 def try_family(family: str) -> dict[str, Any]:
     """What works: each use's own word for it, or what went wrong, in a line."""
     found: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
-    found["decoder_only"] = not getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)
+    # Neither encoder-decoders, nor encoders asked as decoders, nor models of which the language model is a part.
+    other = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False) or CONFIG_MAPPING[family].sub_configs
+    found["decoder_only"] = not other and not hasattr(CONFIG_MAPPING[family], "is_decoder")
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 9]]
     settings = SpeculationSettings(8, [2], batch_size=3)
     seeds = range(len(prompts))
