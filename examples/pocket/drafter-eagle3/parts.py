@@ -45,9 +45,14 @@ def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
     """Config fields of a draft layer as wide as the (text) target's; what its config lacks is as is usual."""
 
     def of(*names: str, usual: Any) -> Any:
-        found = (getattr(target_config, name, None) for name in names)
-        value = next((one for one in found if one is not None), usual)
-        return value[-1] if isinstance(value, (list, tuple)) else value
+        for name in names:
+            try:
+                value = getattr(target_config, name, None)
+            except Exception:  # of a config whose layers differ in it
+                continue
+            if value is not None:
+                return value[-1] if isinstance(value, (list, tuple)) else value
+        return usual
 
     rope = getattr(target_config, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope
