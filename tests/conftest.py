@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3ForCausalLM,
@@ -50,6 +51,9 @@ SHIPPED_PAIR = ["--model", str(SHIPPED[0]), "--teacher", str(POCKET / "target")]
 HELD_OUT = str(POCKET / "prompts" / "heldout.jsonl")
 
 FAMILIES = ("qwen3", "llama", "gemma3")
+# Targets with layers that keep a state of their own: no cache of positions can take a token back from it.
+RECURRENT = {"qwen3_5_text": ["linear_attention", "full_attention"] * 2, "lfm2": ["conv", "full_attention"] * 2}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 # Whatever is registered goes through the general tests.
 KINDS = tuple(DRAFTERS)
 # Those that have a `speculators` layout.
@@ -116,6 +120,9 @@ def tiny_model(family, vocab_size=VOCAB, seed=0, **overrides):
         return Qwen3ForCausalLM(Qwen3Config(**{**shape, **overrides}))
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**{**shape, **overrides}))
+    if family in RECURRENT:
+        shape |= {"layer_types": RECURRENT[family]}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shape, **LINEAR, **overrides}))
     hybrid = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

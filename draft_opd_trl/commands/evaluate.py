@@ -39,6 +39,14 @@ class EvaluateArguments(PairArguments):
         default="{}", metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
     )
     baseline: bool = field(default=True, metadata={"help": "Also decode plainly: speedup, and that no text changed."})
+    by: str | None = field(
+        default=None,
+        metadata={
+            "help": "speculation, or replay: the target writes alone, and replay counts, without speeds. By default "
+            "speculation, unless the target would have to read every text anew at each round.",
+            "choices": ["speculation", "replay"],
+        },
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
 
@@ -92,6 +100,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
     target, drafters, tokenizer = load_pair(
         list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantized
     )
+    replay = arguments.by == "replay" or (arguments.by is None and target.reads_anew is not None)
     output = Path(arguments.output_dir) if arguments.output_dir else None
     rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
@@ -119,7 +128,8 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 arguments.baseline,
                 output and output / title,
                 title,
-                ask_again.get(name),
+                replay=replay,
+                ask_again=ask_again.get(name),
             )
             results.append({"suite": name, "temperature": law.temperature, **measured})
     teacher = arguments.teacher_model_name_or_path
@@ -158,9 +168,14 @@ def _figures(drafter: dict[str, Any]) -> dict[str, str]:
         "stop tokens in blocks": of("stops_in_blocks", ".1%"),
         "first k accepted": " ".join(f"{share:.0%}" for share in drafter["acceptance_by_slot"]),
         "τ by position": ", ".join(positions),
-        "seconds": f"{drafter['seconds']:.1f}: {drafter['draft_seconds']:.1f} in the drafter, "
-        f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s",
     }
+    if drafter["replayed"]:
+        figures["measured"] = "by replay, along texts that the target wrote alone; no speed"
+    else:
+        figures["seconds"] = (
+            f"{drafter['seconds']:.1f}: {drafter['draft_seconds']:.1f} in the drafter, "
+            f"{drafter['verify_seconds']:.1f} in the target; {drafter['tokens_per_second']:.0f} tokens/s"
+        )
     if drafter["speedup"] is not None:
         beside = "over decoding without a drafter"
         if drafter["speedup_interval"] is None:

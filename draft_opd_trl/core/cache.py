@@ -107,6 +107,10 @@ class PositionCache(Cache):
         self.positions: torch.Tensor | None = None
         super().__init__(layers=[_PositionLayer(self) for _ in range(num_layers)])
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held."""
+        return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+
     def place(self, positions: torch.Tensor, limit: int, lanes: torch.Tensor | None = None, keep: bool = True) -> None:
         """
         Say where the tokens of the next forward go.

@@ -15,12 +15,20 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
 from .packing import pack_by_text
 from .records import DraftBlocks
+from .rereading import TextStore
+from .target_seams import cache_fault, decoder_of, logit_scale
 from .target_shape import TargetShape
+
+
+logger = logging.get_logger(__name__)
+# Texts that are read side by side to score a block each; bounds memory.
+BLOCKS_READ_AT_ONCE = 8
 
 
 class Target(TargetShape):
@@ -31,28 +39,33 @@ class Target(TargetShape):
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A decoder-only LM with `sdpa` or `eager` attention. Put into eval mode, gradients off, dtype untouched.
+            A decoder-only LM, whatever its layers. Put into eval mode, gradients off, dtype untouched.
+
+    Attributes:
+        reads_anew (`str`, *optional*): Why speculation and scoring read every text anew at each round: no cache is
+            exact over this target. `None` where one is.
 
     Raises:
-        `ValueError`: The attention implementation cannot take the masks of ragged speculation, the layer types are
-            unknown, RoPE depends on how long the texts of a batch are, head or embedding is quantised, or the head
-            post-processes its logits in a way not handled here.
+        `ValueError`: Later tokens change what is said of earlier ones, RoPE depends on how long the texts of a batch
+            are, head or embedding is quantised, or the head post-processes its logits in a way not handled here.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.config)
         self.model = model.eval().requires_grad_(False)
         self.name = self.config._name_or_path or type(model).__name__
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
         self._cache_argument = cache_argument(self.decoder.forward)
         self._check_whole_weights()
         self.vocab_size = self.head.weight.shape[0]
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._scale = logit_scale(self.config)
         self._sharded = False
         self.check_exact()
         self._check_head()
+        self.reads_anew = self.no_cache_because or cache_fault(self)
 
     @property
     def device(self) -> torch.device:
@@ -67,9 +80,15 @@ class Target(TargetShape):
         return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
+    def sharded(self) -> bool:
+        """Whether a forward is a meeting of all ranks."""
+        return self._sharded
+
+    @property
     def linear_head(self) -> torch.Tensor | None:
         """The head's weight `(V, H)`, if logits are states times it and nothing more."""
-        plain = type(self.head) is torch.nn.Linear and self.head.bias is None and self._softcap is None
+        plain = type(self.head) is torch.nn.Linear and self.head.bias is None
+        plain = plain and self._softcap is None and self._scale == 1
         return self.head.weight if plain else None
 
     def fingerprint(self, samples: int = 1024) -> str:
@@ -101,12 +120,19 @@ class Target(TargetShape):
     @torch.no_grad()
     def _check_head(self) -> None:
         probe = torch.arange(2, device=self.device)[None]
+        tapped = self.decoder(input_ids=probe, use_cache=False, output_hidden_states=[1]).hidden_states[1]
+        if tapped.shape != (1, 2, self.hidden_size):
+            raise InputError(
+                f"{type(self.model).__name__} keeps states of shape {tuple(tapped.shape)} for two tokens, where "
+                f"drafters read (1, 2, {self.hidden_size}). Its layers cannot be tapped; use another target."
+            )
         expected = self.model(input_ids=probe, use_cache=False).logits.float()
         got = self.logits(self.forward_text(probe, ())[1])
         if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
             raise InputError(
-                f"{type(self.model).__name__} post-processes its logits beyond a soft cap (largest difference "
-                f"{(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from hidden states."
+                f"{type(self.model).__name__} post-processes its logits beyond a scale and a soft cap (largest "
+                f"difference {(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from "
+                "hidden states."
             )
 
     def to(self, device: torch.device) -> None:
@@ -222,6 +248,9 @@ class Target(TargetShape):
         Returns:
             `features` `(R, Q, len(layer_ids) · H)` and `states` `(R, Q, H)`.
         """
+        if isinstance(cache, TextStore):
+            texts = cache.write(tokens, positions, limit, lanes)
+            return tuple(_at(part, positions) for part in self.forward_text(texts, layer_ids))
         cache.place(positions, limit, lanes)
         keys = torch.arange(limit, device=tokens.device)
         windowed = visible(positions, keys, self.window) if self.window else None
@@ -235,9 +264,16 @@ class Target(TargetShape):
             use_cache=True,
         )
 
-    def new_cache(self, batch_size: int, max_length: int) -> PositionCache:
-        """An empty cache of this target's depth."""
-        return PositionCache(self.num_layers, batch_size, max_length)
+    def new_cache(self, batch_size: int, max_length: int) -> PositionCache | TextStore:
+        """An empty cache of this target's depth, or what stands in for it where none is exact."""
+        if self.reads_anew is None:
+            return PositionCache(self.num_layers, batch_size, max_length)
+        logger.warning_once(
+            f"{self.name}: every round of speculation reads its texts from the start, because {self.reads_anew}. That "
+            "is exact, and slow. Texts written by the target alone (rollout_source='generate') or by a server, and "
+            "evaluation by replay, need a single pass over a text."
+        )
+        return TextStore(batch_size, max_length, self.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Input embeddings as the target sees them (Gemma's scale included): `(…,)` → `(…, H)`."""
@@ -248,7 +284,8 @@ class Target(TargetShape):
         return self.shape_logits(self.head(states).float())
 
     def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the target does to raw head outputs before the softmax (Gemma-style soft cap)."""
+        """What the target does to raw head outputs before the softmax (a scale, Gemma-style soft cap)."""
+        logits = logits if self._scale == 1 else logits * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()
@@ -292,6 +329,8 @@ class Target(TargetShape):
         cache: PositionCache,
     ) -> torch.Tensor:
         """States `(I, H)` after drafted token `offset + 1` of each `block`, both of shape `(I,)`."""
+        if isinstance(cache, TextStore):
+            return self._read_blocks(blocks, block, offset, cache)
         num_texts, text_length = shape
         texts = blocks.texts[block]
         columns, width = pack_by_text(texts, num_texts)
@@ -321,6 +360,23 @@ class Target(TargetShape):
             use_cache=True,
         )
         return states[texts, columns]
+
+    def _read_blocks(
+        self, blocks: DraftBlocks, block: torch.Tensor, offset: torch.Tensor, cache: TextStore
+    ) -> torch.Tensor:
+        """[`_score_inputs`] by reading each block's text up to its end."""
+        states = torch.empty((len(block), self.hidden_size), dtype=self.dtype, device=block.device)
+        for own in block.unique().split(BLOCKS_READ_AT_ONCE):
+            texts = cache.with_blocks(blocks.texts[own], blocks.anchors[own], blocks.draft_tokens[own])
+            mine = torch.isin(block, own)
+            row = torch.searchsorted(own, block[mine])
+            states[mine] = self.forward_text(texts, ())[1][row, blocks.anchors[block[mine]] + 1 + offset[mine]]
+        return states
+
+
+def _at(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of `(R, T, F)` values those at positions `(R, Q)`."""
+    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:

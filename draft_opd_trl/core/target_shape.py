@@ -1,4 +1,4 @@
-"""What a target's config tells: its sizes, and whether speculation can be exact over it. Needs none of its weights."""
+"""What a target's config tells: its sizes, and how speculation can be exact over it. Needs none of its weights."""
 
 from __future__ import annotations
 
@@ -37,23 +37,25 @@ class TargetShape:
             known = max(known, int(rope.get("original_max_position_embeddings", known) * rope["factor"]))
         return known
 
-    def check_exact(self) -> None:
+    @property
+    def no_cache_because(self) -> str | None:
         """
-        Raises:
-            `ValueError`: Attention or RoPE is of a sort over which speculation would change texts.
+        Why a cache with a place for each position cannot be exact over this target, as far as its config tells; `None`
+        where it may be.
         """
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
-            raise InputError(
-                f"The target uses attn_implementation={implementation!r}, which ignores or cannot take the 4-D masks "
-                "of ragged speculation. Load it with attn_implementation='sdpa'."
-            )
-        unknown = self.layer_types - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(
-                f"The target has layers of type {sorted(unknown)}; a cache with a place for each position is exact "
-                "for full_attention and sliding_attention only. Use a target of those."
-            )
+            return f"attn_implementation={implementation!r} does not take the masks of ragged batches"
+        others = self.layer_types - {"full_attention", "sliding_attention"}
+        if others:
+            return f"layers of type {', '.join(sorted(others))} do not keep a key for each position"
+        return None
+
+    def check_exact(self) -> None:
+        """
+        Raises:
+            `ValueError`: RoPE is of a sort over which speculation would change texts.
+        """
         rope = getattr(self.config, "rope_parameters", None) or {}
         # One for all layers, or one a layer type.
         parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]

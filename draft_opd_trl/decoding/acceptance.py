@@ -42,6 +42,8 @@ class AcceptanceReport:
         seconds (`float`): Wall time of decoding, prefill included.
         draft_seconds (`float`): Of these, in the drafter.
         verify_seconds (`float`): Of these, in the target, prefill included.
+        replayed (`bool`): The blocks were counted by replay along texts that the target wrote alone, so that the times
+            say nothing of speculation, and only the whole of them is told.
     """
 
     num_draft_tokens: int
@@ -51,6 +53,7 @@ class AcceptanceReport:
     seconds: float
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    replayed: bool = False
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -161,6 +164,8 @@ class AcceptanceReport:
         return self.tokens / max(self.seconds, 1e-9)
 
     def _timing(self) -> dict[str, float]:
+        if self.replayed:
+            return {"prompts": len(self)}
         return {
             "tokens_per_second": self.tokens_per_second,
             "draft_seconds": self.draft_seconds,
@@ -197,6 +202,7 @@ class AcceptanceReport:
             "verifications": sum(self.verifications),
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "replayed": self.replayed,
             **self._timing(),
         }
 
@@ -206,12 +212,12 @@ def join_reports(reports: Sequence[AcceptanceReport], at_once: bool = False) -> 
     One report over the texts of several.
 
     Args:
-        reports (`Sequence[AcceptanceReport]`): Of the same K, at least one.
+        reports (`Sequence[AcceptanceReport]`): Of the same K, counted in the same way; at least one.
         at_once (`bool`, *optional*, defaults to `False`): They were taken at the same time, on several ranks, so that
             wall time is the slowest one's, not their sum.
     """
     add = max if at_once else sum
-    joined: dict[str, Any] = {"num_draft_tokens": reports[0].num_draft_tokens}
+    joined: dict[str, Any] = {name: getattr(reports[0], name) for name in ("num_draft_tokens", "replayed")}
     for name in (one.name for one in fields(AcceptanceReport) if one.name not in joined):
         parts = [getattr(report, name) for report in reports]
         joined[name] = list(chain(*parts)) if isinstance(parts[0], list) else add(parts)

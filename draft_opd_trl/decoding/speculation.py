@@ -20,10 +20,7 @@ from ..core.seeding import ACCEPT, COMMIT, PROPOSE, text_uniforms
 from ..core.target import Target
 from ..core.verification import verify_greedy, verify_sampled
 from ..drafters.base import Drafter
-
-
-# Takes a prompt's index, its completion, and the length of each block's accepted run.
-OnText = Callable[[int, list[int], list[int]], None]
+from .plain import OnText, rollout_alone
 
 
 @dataclass
@@ -378,6 +375,8 @@ def speculate(
         raise InputError("`prompts` needs at least one prompt, and each at least one token.")
     if seeds is None:
         seeds = [0] * len(prompts) if settings.sampling.greedy else _drawn_seeds(len(prompts), generator)
+    if drafter is None and target.reads_anew and not target.sharded:
+        return rollout_alone(target, prompts, settings, seeds, on_round, on_text)
     num_lanes, longest_prompt = min(settings.batch_size, len(prompts)), max(map(len, prompts))
     lanes = Lanes(target, drafter, settings, num_lanes, longest_prompt)
     desk = _Desk(lanes, prompts, seeds, on_text)

@@ -356,7 +356,7 @@ class Drafter(PreTrainedModel, ABC):
             `ValueError`: The two do not fit.
         """
         self.check_target(target)
-        positions = target.config.max_position_embeddings
+        positions = getattr(target.config, "max_position_embeddings", None) or 0
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, positions)
 
     def bind(self, target: Target) -> Drafter:

@@ -141,7 +141,8 @@ class CausalLMDrafter(Drafter):
         Start from the target's embedding, last layers, norm and head where shapes fit.
         """
         mine, theirs = self.get_decoder(), target.decoder
-        pairs = [*zip(mine.layers[::-1], theirs.layers[::-1], strict=False), (mine.norm, theirs.norm)]
+        pairs = [*zip(mine.layers[::-1], theirs.layers[::-1], strict=False)]
+        pairs += [(mine.norm, theirs.norm)] if hasattr(mine, "norm") else []  # of the target's own type
         pairs += [(self.get_input_embeddings(), target.embedding), (self.get_output_embeddings(), target.head)]
         for module, source in pairs:
             theirs = dict(source.named_modules())

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
 from .own_vocabulary import OwnVocabulary
-from .parts import copy_norm, draft_in_parts, init_layer, lay_out, plain_weight, rotate
+from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, plain_weight, rotate
 
 
 if TYPE_CHECKING:
@@ -332,9 +332,10 @@ class LlamaForCausalLMEagle3(OwnVocabulary, Drafter):
 
         The half of q, k and v that reads the token's embedding stays random: the target has no such part.
         """
-        init_layer(self.midlayer, target.decoder.layers[-1])
-        copy_norm(self.midlayer.hidden_norm, target.decoder.layers[-1].input_layernorm)
-        copy_norm(self.norm, target.decoder.norm)
+        for source in layers_to_start_from(target.decoder, 1):
+            init_layer(self.midlayer, source)
+            copy_norm(self.midlayer.hidden_norm, getattr(source, "input_layernorm", None))
+        copy_norm(self.norm, getattr(target.decoder, "norm", None))
         width = self.config.hidden_size
         if self.config.target_hidden_size == width:
             eye = torch.eye(width, device=self.fc.weight.device, dtype=self.fc.weight.dtype)

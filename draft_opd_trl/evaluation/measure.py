@@ -23,6 +23,7 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
+from .by_replay import measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
 
@@ -150,6 +151,7 @@ def _texts_of(
     seed: int,
     file: ResultsFile,
     progress: str | None,
+    replay: bool,
 ) -> list[AcceptanceReport]:
     """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
     waiting = [index for index in range(len(prompts)) if index not in file.done]
@@ -160,7 +162,10 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
+        if replay:
+            measure_by_replay(target, drafter, missing, settings, seeds, progress, keep)
+        else:
+            measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
 
@@ -172,6 +177,7 @@ def _decode_all(
     seed: int,
     results: Path | None,
     progress: str | None,
+    replay: bool,
 ) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
     """By run, the report of each text alone, and how many were there already."""
     shared = {
@@ -181,6 +187,7 @@ def _decode_all(
         "dtype": str(target.dtype),
         "device": target.device.type,
         "prompts": fingerprint_of(prompts)[:16],
+        **({"by": "replay"} if replay else {}),
     }
     files = {
         name: ResultsFile(
@@ -191,7 +198,9 @@ def _decode_all(
     }
     resumed = {name: len(file.done) for name, file in files.items()}
     texts = {
-        name: _texts_of(target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}")
+        name: _texts_of(
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
+        )
         for name, drafter in runs.items()
     }
     return texts, resumed
@@ -206,6 +215,7 @@ def evaluate_drafters(
     baseline: bool = True,
     results: Path | None = None,
     progress: str | None = None,
+    replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     """
@@ -224,6 +234,8 @@ def evaluate_drafters(
             these depend on the seed and the prompt's index alone. A table and pictures of the whole are written to
             `<results>.md` and `<results>.png`.
         progress (`str`, *optional*): Start of the progress bars' labels.
+        replay (`bool`, *optional*, defaults to `False`): Let the target write the texts alone, and count by replay
+            ([`measure_by_replay`]). There is no baseline then: the texts are the target's own, and no speed is told.
         ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
             counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
             a baseline, of the first drafter.
@@ -235,8 +247,8 @@ def evaluate_drafters(
     Raises:
         `ValueError`: A results file holds results of other settings.
     """
-    runs = {"plain": None, **drafters} if baseline else drafters
-    decode = partial(_decode_all, target, runs, settings=settings, progress=progress)
+    runs = {"plain": None, **drafters} if baseline and not replay else drafters
+    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay)
     texts, resumed = decode(prompts, seed=seed, results=results)
     if ask_again is not None:
         asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])

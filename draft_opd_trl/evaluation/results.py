@@ -84,10 +84,13 @@ def _line_of(prompt: int, report: AcceptanceReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "draft_seconds": report.draft_seconds,
         "verify_seconds": report.verify_seconds,
+        "replayed": report.replayed,
     }
 
 
 def _report_of(line: dict[str, Any]) -> tuple[int, AcceptanceReport]:
     times = (line["seconds"], line["draft_seconds"], line["verify_seconds"])
     texts = ([line["completion"]], [line["accepted"]], [line["stopped"]])
-    return line["prompt"], AcceptanceReport(line["num_draft_tokens"], *texts, *times)
+    return line["prompt"], AcceptanceReport(
+        line["num_draft_tokens"], *texts, *times, replayed=line.get("replayed", False)
+    )

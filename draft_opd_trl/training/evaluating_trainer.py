@@ -18,6 +18,7 @@ from ..decoding.acceptance import AcceptanceReport, join_reports
 from ..decoding.speculation import SpeculationSettings
 from ..drafters.base import in_eval_mode
 from ..evaluation.before_after import BeforeAfter
+from ..evaluation.by_replay import measure_by_replay
 from ..evaluation.measure import measure_acceptance, text_seeds
 from .hub_trainer import HubTrainer
 from .sharding import gathered
@@ -49,7 +50,9 @@ class EvaluatingTrainer(HubTrainer):
             yield
 
     def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
-        """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together; on every rank."""
+        """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together (where the
+        target would read every text anew at each round, by replay); on every rank.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = list(dataset["prompt_ids"])
@@ -58,9 +61,8 @@ class EvaluatingTrainer(HubTrainer):
         with self._drafter_as_served(), self.target.uneven_forwards():
             if share:
                 settings = self.speculation_settings()
-                reports.append(
-                    measure_acceptance(self.target, self.drafter, share, settings, progress=progress, seeds=seeds)
-                )
+                measure = measure_acceptance if self.target.reads_anew is None else measure_by_replay
+                reports.append(measure(self.target, self.drafter, share, settings, progress=progress, seeds=seeds))
         dealt = [text for first in range(world) for text in range(first, len(prompts), world)]
         order = sorted(range(len(dealt)), key=dealt.__getitem__)
         return join_reports(gather_object(reports), at_once=True).select(order)

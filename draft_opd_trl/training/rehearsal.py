@@ -178,7 +178,7 @@ class Rehearsal:
             index = torch.arange(self.lanes)
             prompts = index.new_zeros((self.lanes, self.prompt_length))
             prefill(lanes, index, prompts, torch.full_like(index, self.prompt_length), index)
-            parts = {"target's KV cache": tensor_bytes(t for kv in lanes.cache.layers for t in (kv.keys, kv.values))}
+            parts = {"target's KV cache": tensor_bytes(lanes.cache.tensors())}
             parts["drafting state"] = live.live - start - parts["target's KV cache"]
             lanes.lengths[:] = self.length - 1
             proposals = propose(lanes, self.length - 1)

@@ -1,10 +1,11 @@
-"""What a target's config tells: what speculation cannot be exact over is refused; how far the rest reaches."""
+"""What a target's config tells: what speculation cannot be exact over, and how far the rest reaches."""
 
 import pytest
 import torch
 from conftest import random_prompts, tiny_drafter, tiny_model
 
 from draft_opd_trl.core.target import Target
+from draft_opd_trl.core.target_shape import TargetShape
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
 
 
@@ -59,15 +60,17 @@ def test_other_rope_is_exact_and_says_how_far_it_reaches(rope, length, kind):
         assert text == greedy[0, len(prompt) :].tolist()
 
 
-def test_flash_attention_is_refused():
-    model = tiny_model("qwen3")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'.*Load it with .*'sdpa'"):
-        Target(model)
-
-
-def test_unknown_layer_types_are_refused():
-    model = tiny_model("qwen3")
-    model.config.layer_types = ["chunked_attention", "full_attention"] * 2
-    with pytest.raises(ValueError, match=r"layers of type \['chunked_attention'\].*Use a target of those"):
-        Target(model)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"_attn_implementation_internal": "flash_attention_2"}, "'flash_attention_2' does not take the masks"),
+        ({"layer_types": ["chunked_attention", "full_attention"] * 2}, "layers of type chunked_attention do not keep"),
+        ({}, None),
+    ],
+    ids=["flash attention", "another sort of layers", "full attention"],
+)
+def test_a_config_tells_where_no_cache_of_positions_is_exact(change, reason):
+    config = tiny_model("qwen3").config
+    vars(config).update(change)
+    said = TargetShape(config).no_cache_because
+    assert (said is None) if reason is None else (reason in said)

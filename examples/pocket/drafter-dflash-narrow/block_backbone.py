@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from .base import Drafter, Proposal
-from .parts import copy_norm, draft_in_parts, init_layer, lay_out, rotate
+from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, rotate
 
 
 
@@ -215,11 +215,11 @@ class BlockDrafter(Drafter):
         """
         Start from the target's last layers where shapes fit, with `fc` the mean of the taps.
         """
-        last = target.decoder.layers[-len(self.layers) :]
+        last = layers_to_start_from(target.decoder, len(self.layers))
         for layer, source in zip(self.layers, last, strict=False):
             init_layer(layer, source)
         taps = len(self.target_layer_ids)
         eye = torch.eye(self.config.hidden_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         self.fc.weight.copy_(eye.repeat(1, taps) / taps)
-        copy_norm(self.norm, target.decoder.norm)
+        copy_norm(self.norm, getattr(target.decoder, "norm", None))
         return self

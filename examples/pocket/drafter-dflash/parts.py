@@ -37,21 +37,37 @@ TAPPED_BY_VLLM = frozenset(
 )
 
 
+# What families call the smallest number under a norm's root.
+NORM_EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+
+
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
-    """Config fields of a draft layer as wide as the (text) target's (Qwen3-, Llama- or Gemma3-like)."""
-    rope = target_config.rope_parameters
-    rope = rope.get("full_attention", rope)
+    """Config fields of a draft layer as wide as the (text) target's; what its config lacks is as is usual."""
+
+    def of(*names: str, usual: Any) -> Any:
+        for name in names:
+            try:
+                value = getattr(target_config, name, None)
+            except Exception:  # of a config whose layers differ in it
+                continue
+            if value is not None:
+                return value[-1] if isinstance(value, (list, tuple)) else value
+        return usual
+
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    width = target_config.hidden_size
+    heads = of("num_attention_heads", usual=max(width // 64, 1))
     return {
         "vocab_size": target_config.vocab_size,
-        "hidden_size": target_config.hidden_size,
-        "intermediate_size": target_config.intermediate_size,
-        "num_attention_heads": target_config.num_attention_heads,
-        "num_key_value_heads": target_config.num_key_value_heads,
-        "head_dim": getattr(target_config, "head_dim", None)
-        or target_config.hidden_size // target_config.num_attention_heads,
-        "rms_norm_eps": target_config.rms_norm_eps,
-        "max_position_embeddings": target_config.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+        "hidden_size": width,
+        "intermediate_size": of("intermediate_size", "ffn_dim", usual=4 * width),
+        "num_attention_heads": heads,
+        "num_key_value_heads": of("num_key_value_heads", usual=heads),
+        "head_dim": of("head_dim", usual=width // heads),
+        "rms_norm_eps": of(*NORM_EPSILONS, usual=1e-6),
+        "max_position_embeddings": of("max_position_embeddings", usual=32_768),
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10_000.0},
     }
 
 
@@ -175,19 +191,20 @@ def draft_in_parts(draft: Callable[[slice], torch.Tensor], width: int, size: int
 
 def init_layer(layer: nn.Module, source: nn.Module) -> None:
     """
-    Start a draft layer from a target's where shapes fit.
+    Start a draft layer from a target's where names and shapes fit; what does not stays as it is.
 
     A matrix that reads more than the target's takes the target's in its last columns. Queries and keys that the target
     norms and the draft layer does not are left out: without their norm they say something else.
     """
     mine, theirs = dict(layer.named_modules()), dict(source.named_modules())
     # Where norms stand on both sides of a sub-layer (Gemma), the one before the MLP has a name of its own.
-    theirs["post_attention_layernorm"] = theirs.get("pre_feedforward_layernorm", theirs["post_attention_layernorm"])
+    if "pre_feedforward_layernorm" in theirs:
+        theirs["post_attention_layernorm"] = theirs["pre_feedforward_layernorm"]
     for name, module in mine.items():
         norm = name.replace("_proj", "_norm")
         if name not in theirs or (norm in theirs and norm not in mine):
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and isinstance(theirs[name], nn.Linear):
             weight = dense_weight(theirs[name])
             copy_fitting(module.weight[:, -weight.shape[1] :], weight)
         elif "norm" in name:
@@ -212,7 +229,21 @@ def copy_fitting(parameter: torch.Tensor, source: torch.Tensor) -> None:
         parameter.copy_(source)
 
 
-def copy_norm(norm: nn.Module, source: nn.Module) -> None:
-    """What the other RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w."""
-    if source.weight.shape == norm.weight.shape:
-        norm.weight.copy_(source(torch.ones_like(source.weight)))
+def copy_norm(norm: nn.Module, source: nn.Module | None) -> None:
+    """
+    What the other RMS norm multiplies by, whichever way it stores it: Gemma keeps w of 1 + w. A norm that takes the
+    mean away says something else, and is left out.
+    """
+    weight = getattr(source, "weight", None)
+    if weight is None or weight.shape != norm.weight.shape:
+        return
+    scale = source(torch.ones_like(weight))
+    if scale.any():
+        norm.weight.copy_(scale)
+
+
+def layers_to_start_from(decoder: nn.Module, count: int) -> list[nn.Module]:
+    """The last layers of a target that have an attention such as a draft layer's; fewer where there are no more."""
+    layers = list(getattr(decoder, "layers", ()))
+    attending = [layer for layer in layers if hasattr(layer, "self_attn")]
+    return (attending or layers)[-count:]

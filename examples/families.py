@@ -1,0 +1,263 @@
+"""Which families of causal LMs of transformers can be targets, and for what: each built tiny and at random, and tried.
+
+    python examples/families.py
+    python examples/families.py --families qwen3_5_text mamba2
+
+Ends with a table, `families.md`, what it comes from, `families.json`, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig, logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from draft_opd_trl import SpeculationSettings, Target, create_drafter, speculate
+from draft_opd_trl.core.files import write_atomically
+from draft_opd_trl.decoding.replay import replay_text
+from draft_opd_trl.evaluation.by_replay import measure_by_replay
+from draft_opd_trl.evaluation.measure import measure_acceptance
+
+
+LAYERS, VOCAB = 4, 64
+# A config that cannot be made smaller than this is not tried.
+MOST_PARAMETERS = 20_000_000
+# What makes a model tiny, by the names that families use.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys("hidden_size d_model n_embd dim lru_width word_embed_proj_dim embedding_size".split(), 32),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers".split(), LAYERS),
+    **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
+    **dict.fromkeys("decoder_attention_heads linear_num_value_heads".split(), 4),
+    **dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads".split(), 2),
+    **dict.fromkeys("intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim".split(), 48),
+    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16),
+    **dict.fromkeys("head_dim v_head_dim linear_key_head_dim linear_value_head_dim index_head_dim".split(), 8),
+    **dict.fromkeys("mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim".split(), 8),
+    **dict.fromkeys("mamba_d_state state_size ssm_state_size".split(), 8),
+    **dict.fromkeys("n_groups mamba_n_groups mamba_ngroups n_mamba_heads n_shared_experts".split(), 1),
+    **dict.fromkeys("n_group topk_group first_k_dense_replace".split(), 1),
+    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok moe_topk moe_k num_experts_per_token".split(), 2),
+    **dict.fromkeys("q_lora_rank kv_lora_rank".split(), 16),
+    **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim rotary_dim time_step_rank".split(), 4),
+    **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), VOCAB),
+    **dict.fromkeys("max_position_embeddings n_positions".split(), 128),
+    **dict.fromkeys("sliding_window attention_chunk_size".split(), 6),
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "index_topk": 64,
+    "unpadded_vocab_size": VOCAB,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Families that may be encoders are asked as decoders.
+    "is_decoder": True,
+}
+# What stays unset where a family leaves it unset.
+OPTIONAL = {"sliding_window", "q_lora_rank", "rotary_dim", "hidden_size_per_layer_input", "n_inner"}
+# Where sizes hang together in a family's own way.
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+}
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_types", "no_rope_layers")
+
+
+@dataclass
+class FamiliesArguments:
+    """Which."""
+
+    families: list[str] = field(default_factory=list, metadata={"help": "Model types; all by default."})
+    output_dir: str = field(default="outputs/families", metadata={"help": "Where the table goes; resumed if there."})
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """A family's own default config, made small: every sort of layer that it has, once or more."""
+    config = AutoConfig.for_model(family)
+    for part in (config, config.get_text_config()):
+        _shrink(part)
+    return config
+
+
+def _shrink(config: PreTrainedConfig) -> None:
+    for name in PER_LAYER:
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and kinds:
+            kinds = list(dict.fromkeys(kinds))
+            _set(config, name, [kinds[layer % len(kinds)] for layer in range(LAYERS)])
+    for name, value in SIZES.items():
+        try:
+            before = getattr(config, name)
+        except Exception:  # not there, or another one in each layer
+            continue
+        if before is None and name in OPTIONAL:
+            continue
+        _set(config, name, [value] * LAYERS if isinstance(before, list) and name != "eos_token_id" else value)
+    for name, value in PARTICULAR.get(config.model_type, {}).items():
+        _set(config, name, value)
+    if "kv_lora_rank" in vars(config):
+        _set(config, "head_dim", SIZES["qk_rope_head_dim"])
+        _set(config, "num_key_value_heads", SIZES["num_attention_heads"])
+
+
+def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
+    # Some are computed from others, and cannot be set.
+    try:
+        setattr(config, name, value)
+    except (AttributeError, TypeError, ValueError):
+        return
+
+
+def tiny_target(family: str) -> Target:
+    """A seeded random model of a family, as a target."""
+    config = tiny_config(family)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"not made tiny: {size:,} parameters")
+    torch.manual_seed(0)
+    return Target(AutoModelForCausalLM.from_config(config).float().eval())
+
+
+def try_family(family: str) -> dict[str, Any]:
+    """What works: each use's own word for it, or what went wrong, in a line."""
+    found: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
+    # Neither encoder-decoders, nor encoders asked as decoders, nor models of which the language model is a part.
+    other = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False) or CONFIG_MAPPING[family].sub_configs
+    found["decoder_only"] = not other and not hasattr(CONFIG_MAPPING[family], "is_decoder")
+    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 9]]
+    settings = SpeculationSettings(8, [2], batch_size=3)
+    seeds = range(len(prompts))
+
+    def attempt(use: str, trial: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        try:
+            outcome = trial()
+            found[use] = True if outcome is None else outcome
+            return outcome
+        except Exception as error:  # whatever a library does
+            found[use] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            return None
+        finally:
+            found.setdefault("seconds", {})[use] = round(time.perf_counter() - began, 2)
+
+    targets: list[Target] = []
+    attempt("target", lambda: targets.append(tiny_target(family)))
+    if not targets:
+        return found
+    target = targets[0]
+    found["reads_anew"] = target.reads_anew
+    drafters: list[Any] = []
+    options = {"block_size": 4, "num_hidden_layers": 1, "mask_token_id": VOCAB - 1}
+    attempt("init_dflash", lambda: drafters.append(create_drafter("dflash", target, **options)))
+    attempt("init_eagle3", lambda: create_drafter("eagle3", target, num_draft_tokens=3) and None)
+    if not drafters:
+        return found
+    drafter = drafters[0].eval()
+    texts: list[Any] = []
+
+    def write() -> None:
+        """Its own texts are its argmax along the text, however it decodes."""
+        rollout = speculate(target, None, prompts, settings, seeds=seeds)
+        said = target.logits(target.forward_text(rollout.tokens, ())[1]).argmax(-1)
+        for row, (start, end) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
+            assert torch.equal(said[row, start - 1 : end - 1], rollout.tokens[row, start:end]), "not its argmax"
+        texts.append(rollout)
+
+    def replay() -> None:
+        features, _ = target.forward_text(texts[0].tokens, drafter.target_layer_ids)
+        assert len(replay_text(drafter, texts[0], features))
+
+    def speculation() -> str:
+        rollout = speculate(target, drafter, prompts, settings, seeds=seeds)
+        pairs = zip(rollout.completions(), texts[0].completions(), strict=True)
+        return f"{sum(ours == theirs for ours, theirs in pairs)} of {len(prompts)}"
+
+    def by_replay() -> None:
+        counted, decoded = (measure_by_replay, measure_acceptance)
+        ours = counted(target, drafter, prompts, settings, seeds)
+        assert ours.accepted == decoded(target, drafter, prompts, settings, seeds=seeds).accepted, "other counts"
+
+    def rejected() -> None:
+        rollout = speculate(target, drafter, prompts, settings, seeds=seeds)
+        cache = target.new_cache(*rollout.tokens.shape)
+        target.forward_text(rollout.tokens, (), cache)
+        scored = target.score_blocks(rollout.tokens, rollout.blocks, cache)
+        block = int(rollout.blocks.has_error.nonzero()[0])
+        anchor, drafted = int(rollout.blocks.anchors[block]), rollout.blocks.draft_tokens[block]
+        text = torch.cat([rollout.tokens[rollout.blocks.texts[block], : anchor + 1], drafted])[None]
+        slot = int(rollout.blocks.num_accepted[block]) + 1
+        if slot < len(drafted):
+            expected = target.forward_text(text, ())[1][0, anchor + slot]
+            torch.testing.assert_close(scored[block, slot], expected, rtol=1e-3, atol=1e-3)
+
+    attempt("texts", write)
+    if texts:
+        for use, trial in (("replay", replay), ("speculation", speculation)):
+            attempt(use, trial)
+        attempt("evaluation by replay", by_replay)
+        attempt("rejected stream", rejected)
+    return found
+
+
+def works(found: dict[str, Any], use: str) -> bool:
+    """Whether a use is without fault: of speculation, every text the target's own."""
+    outcome = found.get(use)
+    return outcome is True or outcome == "4 of 4"
+
+
+USES = ("texts", "replay", "evaluation by replay", "speculation", "rejected stream", "init_dflash", "init_eagle3")
+
+
+def table(families: dict[str, dict[str, Any]]) -> str:
+    """A row a family."""
+    lines = [f"| family | {' | '.join(USES)} | each round reads |", "|---" * (len(USES) + 2) + "|"]
+    for family, found in families.items():
+        if not found["decoder_only"]:
+            continue
+        cells = ["✓" if works(found, use) else "–" for use in USES]
+        reads = "" if found["target"] is not True else "the block" if found["reads_anew"] is None else "the whole text"
+        lines.append(f"| `{family}` | {' | '.join(cells)} | {reads} |")
+    return "\n".join(lines)
+
+
+def main(args: FamiliesArguments) -> None:
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    folder = Path(args.output_dir)
+    results = folder / "families.json"
+    families = json.loads(results.read_text()) if results.is_file() else {}
+    wanted = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    with tqdm([family for family in wanted if family not in families], unit="family") as bar:
+        for family in bar:
+            bar.set_postfix_str(family)
+            families[family] = try_family(family)
+            write_atomically(results, json.dumps(families, indent=1))
+    families = {family: families[family] for family in sorted(families)}
+    write_atomically(results, json.dumps(families, indent=1))
+    write_atomically(folder / "families.md", table(families) + "\n")
+    counted = [found for found in families.values() if found["decoder_only"]]
+    print(table(families))
+    shares = {use: round(sum(works(found, use) for found in counted) / len(counted), 3) for use in USES}
+    print(json.dumps({"families": len(counted), **shares}))
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(FamiliesArguments).parse_args_into_dataclasses())

@@ -1,0 +1,37 @@
+"""Families of targets: some twenty of them, hybrids among them, and the page that tells of all."""
+
+import importlib
+import json
+
+import pytest
+from conftest import ROOT
+
+
+RESULTS = ROOT / "docs" / "source" / "results" / "families.json"
+TRIED = (
+    "bamba cohere deepseek_v3 falcon gemma2 gemma4_text glm4_moe gpt2 gpt_oss granite jamba kimi_linear lfm2 "
+    "llama4_text mamba2 mixtral olmo2 opt phi3 qwen3_5_text qwen3_next stablelm"
+).split()
+
+
+@pytest.fixture
+def families(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("families")
+
+
+@pytest.mark.parametrize("family", TRIED)
+def test_a_family_is_a_target_for_every_use(families, family):
+    found = families.try_family(family)
+    assert [(use, found.get(use)) for use in families.USES if not families.works(found, use)] == []
+
+
+def test_the_page_has_the_table_of_the_results(families):
+    page = (ROOT / "docs" / "source" / "targets.md").read_text(encoding="utf-8")
+    assert families.table(json.loads(RESULTS.read_text(encoding="utf-8"))) in page
+
+
+def test_what_went_wrong_is_told(families):
+    found = families.try_family("cpmant")
+    assert "no decoder that reads from left to right" in found["target"]
+    assert not families.works(found, "target") and not families.works(found, "speculation")
