@@ -121,15 +121,14 @@ def table(runs: dict[str, list[dict[str, Any]]], temperature: float) -> str:
     """Mean and spread of every recipe of every kind in one world, and its gain over SFT continued, in Markdown."""
     ways = ways_of(temperature)
     lines = [
-        f"| drafter | recipe | steps | seconds | τ, {' | τ, '.join(ways)} | gain |",
-        "|---" * (5 + len(ways)) + "|",
+        f"| drafter | recipe | steps | τ, {' | τ, '.join(ways)} | gain |",
+        "|---" * (4 + len(ways)) + "|",
     ]
     for name, results in runs.items():
         for recipe, some in by_recipe(results).items():
-            seconds = statistics.median(one["seconds"] for one in some)
             taus = [spread([one["tau"][way] for one in some], ".3f") for way in ways]
             gained = "" if recipe in (START, SFT) else interval(gains(results, recipe, SFT, temperature))
-            cells = [name, recipe, str(some[0]["steps"]), f"{seconds:.0f}", *taus, gained]
+            cells = [name, recipe, str(some[0]["steps"]), *taus, gained]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ def result():
         "blocks_fully_accepted": _entry(0.5),
         "stops_in_blocks": _entry(0.5),
         "seconds": 4.0,
+        "replayed": False,
         "draft_seconds": 1.0,
         "verify_seconds": 2.5,
         "tokens_per_second": 100.0,
@@ -46,6 +47,15 @@ def test_shown_with_definition_and_intervals(result):
     assert "75% 50%" in text and "0–31: 3.50" in text and "2.00 [1.75, 2.25]" in text
     assert "all 8 greedy texts are the target's own" in text
     assert "earlier run" not in text and "paired" not in text
+
+
+def test_counts_of_replay_are_shown_without_speeds(result):
+    measured = result["results"][0]["drafters"]["drafter"]
+    measured |= {"replayed": True, "speedup": None, "texts": None}
+    del measured["tokens_per_second"], measured["draft_seconds"], measured["verify_seconds"]
+    text = show(result)
+    assert "by replay, along texts that the target wrote alone" in text and "3.500 [3.250, 3.750]" in text
+    assert "tokens/s" not in text and "speedup" not in text
 
 
 def test_changed_texts_are_shouted(result):
