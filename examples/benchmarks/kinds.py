@@ -157,7 +157,9 @@ def block_seconds(args: KindsArguments) -> dict[str, dict[str, float]]:
 
 
 def told(
-    found: dict[str, dict[float, list[dict[str, Any]]]], times: dict[str, dict[str, float]]
+    found: dict[str, dict[float, list[dict[str, Any]]]],
+    times: dict[str, dict[str, float]],
+    costs: dict[str, dict[float, float]],
 ) -> tuple[list[str], dict[str, Any]]:
     """Tables, and what the last line says: mean gains over the seeds, of each kind and over the first one."""
     first, tables, summary = next(iter(found)), [], {}
@@ -176,9 +178,15 @@ def told(
             gained = {part: values for part, values in gained.items() if values}
             summary[f"{name}_t{t:g}"] = {part: statistics.mean(values) for part, values in gained.items()}
             tables.append("\n".join(f"- {name}, {part}: {interval(values)}" for part, values in gained.items()))
-    lines = ["| drafter | K | ms a block in the drafter | in the target |", "|---|---|---|---|"]
+    worlds = found[first]
+    steps = " | ".join(f"a step, T = {t:g}" for t in worlds)
+    lines = [
+        f"| drafter | K | ms a block in the drafter | in the target | {steps} |",
+        "|---" * (4 + len(worlds)) + "|",
+    ]
     for name, spent in times.items():
-        lines.append(f"| {name} | {spent['K']} | {1e3 * spent['draft']:.2f} | {1e3 * spent['verify']:.2f} |")
+        cells = [name, str(spent["K"]), *(f"{1e3 * spent[part]:.2f}" for part in ("draft", "verify"))]
+        lines.append("| " + " | ".join([*cells, *(f"{costs[name][t]:.2f}" for t in worlds)]) + " |")
     tables.append("\n".join(lines))
     return tables, summary | {"block_ms": {name: 1e3 * spent["draft"] for name, spent in times.items()}}
 
@@ -189,7 +197,7 @@ def main(args: KindsArguments) -> None:
     costs = {name: step_costs(args, name) for name in args.drafters}
     found = {name: run_kind(args, name, costs[name]) for name in args.drafters}
     times = block_seconds(args)
-    tables, summary = told(found, times)
+    tables, summary = told(found, times, costs)
     folder = Path(args.output_dir)
     write_atomically(folder / "tables.md", "\n\n".join(tables) + "\n")
     write_atomically(

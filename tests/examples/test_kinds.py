@@ -40,12 +40,12 @@ def test_what_is_told_of_two_kinds(kinds):
     recipes = (kinds.SFT, kinds.DEFAULT, kinds.EQUAL_TIME)
     found = {name: {0.0: _runs(kinds, recipes, first)} for name, first in (("one", 4.0), ("other", 5.0))}
     times = {"one": {"draft": 0.002, "verify": 0.004, "K": 7}, "other": {"draft": 0.003, "verify": 0.004, "K": 8}}
-    tables, summary = kinds.told(found, times)
+    tables, summary = kinds.told(found, times, {"one": {0.0: 1.5}, "other": {0.0: 1.25}})
     gained = {"opd": 0.2, "opd_equal_time": 1 / 1.2 - 1}
     assert summary["one_t0"] == pytest.approx(gained)
     assert summary["other_t0"] == pytest.approx(gained | {"sft_over_first": 0.25, "opd_over_first": 0.25})
     assert summary["block_ms"] == pytest.approx({"one": 2.0, "other": 3.0})
     assert (
-        "| other | default recipe | 5 | 2 | 6.300 ± 0.424 | +20.0% [" in tables[0]
-        and "| 8 | 3.00 | 4.00 |" in tables[-1]
+        "| other | default recipe | 5 | 6.300 ± 0.424 | +20.0% [" in tables[0]
+        and "| 8 | 3.00 | 4.00 | 1.25 |" in tables[-1]
     )
