@@ -189,6 +189,7 @@ LIMITS: dict[str, Rule] = {
     "suite_path": path,
     "output_file": path,
     "num_eval_prompts": Within(0, 10_000_000, reason="0 holds none out"),
+    "by": one_of("speculation", "replay"),
     "sft_steps": Within(0, 1_000_000_000, reason="0 leaves the stage out"),
     "sft_epochs": Within(0, 1e6, reason="0 leaves the stage out"),
     "sft_learning_rate": Within(0, 10),

@@ -300,7 +300,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
         optim = self.optim
         if optim == MUON:
             self.optim = _BaseConfig.optim  # as transformers takes no names but its own
-        as_input_errors(self, defaults, super().__post_init__)
+        # What was chosen here is no setting of the user's, and so no cause.
+        chosen = {name: getattr(self, name) for name in ("optim", "learning_rate")} if optim == MUON else {}
+        as_input_errors(self, {**defaults, **chosen}, super().__post_init__)
         if optim == MUON:
             self.optim = MUON
         if self.steps_per_generation is None:

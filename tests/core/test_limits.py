@@ -91,13 +91,13 @@ NUMBERS = ("-1", "-0.5", "0", "1.5", "1e12", "1e300", "2**2000", "fraction")
 RIGHT = {
     **dict.fromkeys(
         "learning_rate weight_decay max_grad_norm warmup_steps eval_delay rejected_weight replay_ratio "
-        "accepted_weight temperature teacher_temperature".split(),
+        "accepted_weight temperature teacher_temperature sft_learning_rate sft_epochs".split(),
         {"0", "1.5", "fraction"},
     ),
     **dict.fromkeys(
         "adam_beta1 adam_beta2 label_smoothing_factor seed data_seed dataloader_num_workers server_max_retries "
         "num_texts_to_check top_k rejected_decay beta lmbda lmbda_end replay_buffer_size pad_token_id "
-        "num_eval_prompts lora_dropout held_out".split(),
+        "num_eval_prompts lora_dropout held_out sft_steps".split(),
         {"0"},
     ),
     **dict.fromkeys(
@@ -163,7 +163,7 @@ def _is_right(kind, name, label):
         return bool in parts
     if label == "{}":
         return any(part is dict or typing.get_origin(part) is dict for part in parts)
-    if name in NAMES or name in PATHS:
+    if (name in NAMES or name in PATHS) and (name, kind) != ("kind", LossSettings):
         return label in ("text", "digits", "json", *(["long"] if name in NAMES else []))
     return label in NUMBERS and label in RIGHT.get(name, ())
 

@@ -179,7 +179,7 @@ def test_a_head_that_post_processes_is_refused():
             output.logits = output.logits * 0.25
             return output
 
-    with pytest.raises(ValueError, match="Scaled post-processes its logits beyond a soft cap"):
+    with pytest.raises(ValueError, match="Scaled post-processes its logits beyond a scale and a soft cap"):
         Target(Scaled(tiny_model("llama").config))
 
 
