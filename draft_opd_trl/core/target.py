@@ -44,6 +44,7 @@ class Target(TargetShape):
     Attributes:
         reads_anew (`str`, *optional*): Why speculation and scoring read every text anew at each round: no cache is
             exact over this target. `None` where one is.
+        sharded (`bool`): Whether a forward is a meeting of all ranks ([`shard`]).
 
     Raises:
         `ValueError`: Later tokens change what is said of earlier ones, RoPE depends on how long the texts of a batch
@@ -62,7 +63,7 @@ class Target(TargetShape):
         self.vocab_size = self.head.weight.shape[0]
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._scale = logit_scale(self.config)
-        self._sharded = False
+        self.sharded = False
         self.check_exact()
         self._check_head()
         self.reads_anew = self.no_cache_because or cache_fault(self)
@@ -78,11 +79,6 @@ class Target(TargetShape):
     @property
     def quantized(self) -> bool:
         return getattr(self.model, "hf_quantizer", None) is not None
-
-    @property
-    def sharded(self) -> bool:
-        """Whether a forward is a meeting of all ranks."""
-        return self._sharded
 
     @property
     def linear_head(self) -> torch.Tensor | None:
@@ -120,14 +116,14 @@ class Target(TargetShape):
     @torch.no_grad()
     def _check_head(self) -> None:
         probe = torch.arange(2, device=self.device)[None]
-        tapped = self.decoder(input_ids=probe, use_cache=False, output_hidden_states=[1]).hidden_states[1]
+        tapped, states = self.forward_text(probe, (0,))
         if tapped.shape != (1, 2, self.hidden_size):
             raise InputError(
                 f"{type(self.model).__name__} keeps states of shape {tuple(tapped.shape)} for two tokens, where "
                 f"drafters read (1, 2, {self.hidden_size}). Its layers cannot be tapped; use another target."
             )
         expected = self.model(input_ids=probe, use_cache=False).logits.float()
-        got = self.logits(self.forward_text(probe, ())[1])
+        got = self.logits(states)
         if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
             raise InputError(
                 f"{type(self.model).__name__} post-processes its logits beyond a scale and a soft cap (largest "
@@ -156,7 +152,7 @@ class Target(TargetShape):
         for layer in self.decoder.layers:
             # Said aloud, as each layer is a root of its own, and roots would keep what they gathered.
             fully_shard(layer, reshard_after_forward=True, **options)
-        self._sharded = True
+        self.sharded = True
 
     @contextmanager
     def uneven_forwards(self) -> Iterator[None]:
@@ -167,7 +163,7 @@ class Target(TargetShape):
         until the last one is.
         """
         yield
-        if self._sharded:
+        if self.sharded:
             idle = torch.zeros((1, 1), dtype=torch.long, device=self.device)
             while self._count_running(0):
                 self.decoder(input_ids=idle, use_cache=False)
@@ -194,7 +190,7 @@ class Target(TargetShape):
     def _run(
         self, layer_ids: Sequence[int], cache: PositionCache | None = None, **inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._sharded:
+        if self.sharded:
             self._count_running(1)
         if cache is not None:
             inputs[self._cache_argument] = cache
