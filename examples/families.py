@@ -9,7 +9,6 @@ Ends with a table, `families.md`, what it comes from, `families.json`, and one J
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from draft_opd_trl import SpeculationSettings, Target, create_drafter, speculate
 from draft_opd_trl.core.files import write_atomically
+from draft_opd_trl.core.records import Rollout
 from draft_opd_trl.decoding.replay import replay_text
 from draft_opd_trl.evaluation.by_replay import measure_by_replay
 from draft_opd_trl.evaluation.measure import measure_acceptance
@@ -147,53 +147,47 @@ def try_family(family: str) -> dict[str, Any]:
     seeds = range(len(prompts))
 
     def attempt(use: str, trial: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
         try:
             outcome = trial()
-            found[use] = True if outcome is None else outcome
-            return outcome
         except Exception as error:  # whatever a library does
             found[use] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             return None
-        finally:
-            found.setdefault("seconds", {})[use] = round(time.perf_counter() - began, 2)
+        found[use] = outcome if isinstance(outcome, str) else True
+        return outcome
 
-    targets: list[Target] = []
-    attempt("target", lambda: targets.append(tiny_target(family)))
-    if not targets:
+    target = attempt("target", lambda: tiny_target(family))
+    if target is None:
         return found
-    target = targets[0]
     found["reads_anew"] = target.reads_anew
-    drafters: list[Any] = []
     options = {"block_size": 4, "num_hidden_layers": 1, "mask_token_id": VOCAB - 1}
-    attempt("init_dflash", lambda: drafters.append(create_drafter("dflash", target, **options)))
-    attempt("init_eagle3", lambda: create_drafter("eagle3", target, num_draft_tokens=3) and None)
-    if not drafters:
+    drafter = attempt("init_dflash", lambda: create_drafter("dflash", target, **options).eval())
+    attempt("init_eagle3", lambda: create_drafter("eagle3", target, num_draft_tokens=3))
+    if drafter is None:
         return found
-    drafter = drafters[0].eval()
-    texts: list[Any] = []
 
-    def write() -> None:
+    def write() -> Rollout:
         """Its own texts are its argmax along the text, however it decodes."""
         rollout = speculate(target, None, prompts, settings, seeds=seeds)
         said = target.logits(target.forward_text(rollout.tokens, ())[1]).argmax(-1)
         for row, (start, end) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
             assert torch.equal(said[row, start - 1 : end - 1], rollout.tokens[row, start:end]), "not its argmax"
-        texts.append(rollout)
+        return rollout
 
     def replay() -> None:
-        features, _ = target.forward_text(texts[0].tokens, drafter.target_layer_ids)
-        assert len(replay_text(drafter, texts[0], features))
+        features, _ = target.forward_text(texts.tokens, drafter.target_layer_ids)
+        assert len(replay_text(drafter, texts, features))
 
     def speculation() -> str:
         rollout = speculate(target, drafter, prompts, settings, seeds=seeds)
-        pairs = zip(rollout.completions(), texts[0].completions(), strict=True)
+        pairs = zip(rollout.completions(), texts.completions(), strict=True)
         return f"{sum(ours == theirs for ours, theirs in pairs)} of {len(prompts)}"
 
     def by_replay() -> None:
-        counted, decoded = (measure_by_replay, measure_acceptance)
-        ours = counted(target, drafter, prompts, settings, seeds)
-        assert ours.accepted == decoded(target, drafter, prompts, settings, seeds=seeds).accepted, "other counts"
+        ours, theirs = (
+            measure(target, drafter, prompts, settings, seeds=seeds)
+            for measure in (measure_by_replay, measure_acceptance)
+        )
+        assert ours.accepted == theirs.accepted, "other counts"
 
     def rejected() -> None:
         rollout = speculate(target, drafter, prompts, settings, seeds=seeds)
@@ -208,10 +202,10 @@ def try_family(family: str) -> dict[str, Any]:
             expected = target.forward_text(text, ())[1][0, anchor + slot]
             torch.testing.assert_close(scored[block, slot], expected, rtol=1e-3, atol=1e-3)
 
-    attempt("texts", write)
-    if texts:
-        for use, trial in (("replay", replay), ("speculation", speculation)):
-            attempt(use, trial)
+    texts = attempt("texts", write)
+    if texts is not None:
+        attempt("replay", replay)
+        attempt("speculation", speculation)
         attempt("evaluation by replay", by_replay)
         attempt("rejected stream", rejected)
     return found

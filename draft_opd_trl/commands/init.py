@@ -12,10 +12,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.checks import settle
 from ..core.errors import InputError
-from ..core.limits import LIMITS
-from .options import read_chat_kwargs, text_or_any
+from .options import read_chat_kwargs, settle_options
 
 
 def _assignment(value: str) -> str | None:
@@ -53,8 +51,7 @@ class InitArguments:
     seed: int = field(default=0, metadata={"help": "Of weights that start at random."})
 
     def __post_init__(self) -> None:
-        hints = {"chat_template_kwargs": dict | str}
-        settle(self, LIMITS, hints=hints, chat_template_kwargs=text_or_any, set=_assignment)
+        settle_options(self, set=_assignment)
 
 
 ARGUMENTS = (InitArguments,)

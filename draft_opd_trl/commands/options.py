@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-def text_or_any(value: Any) -> str | None:
-    """A rule of a mapping that may come as its text."""
+def _text_or_any(value: Any) -> str | None:
     return text(value) if isinstance(value, str) else None
+
+
+def settle_options(arguments: Any, **rules: Any) -> None:
+    """[`settle`] for options of a command: YAML gives the chat template's settings as a mapping, the shell as text."""
+    hints = {"chat_template_kwargs": dict | str}
+    settle(arguments, LIMITS, hints=hints, chat_template_kwargs=_text_or_any, **rules)
 
 
 @dataclass
@@ -33,8 +38,7 @@ class PairArguments:
     )
 
     def __post_init__(self) -> None:
-        # YAML gives mappings, the command line their text.
-        settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=text_or_any)
+        settle_options(self)
 
 
 @dataclass

@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import settle
 from ..core.errors import InputError
-from ..core.limits import LIMITS
-from .options import QuantizationArguments, read_chat_kwargs, text_or_any
+from .options import QuantizationArguments, read_chat_kwargs, settle_options
 
 
 @dataclass
@@ -37,7 +35,7 @@ class TextsArguments:
     )
 
     def __post_init__(self) -> None:
-        settle(self, LIMITS, hints={"chat_template_kwargs": dict | str}, chat_template_kwargs=text_or_any)
+        settle_options(self)
         if not self.logs:
             raise InputError("`logs` is []; give at least one.")
 

@@ -33,6 +33,12 @@ class Settings(Protocol):
     pad_token_id: int
 
 
+def until_stop(completion: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """A completion up to its first stop token: nothing after it would ever be verified."""
+    ends = [index for index, token in enumerate(completion) if token in stop_token_ids]
+    return list(completion[: ends[0] + 1] if ends else completion)
+
+
 class _OwnDraws(LogitsProcessor):
     """
     Leaves `generate` no choice: every token is the one that [`speculate`] would commit there.
@@ -105,10 +111,8 @@ def write_alone(
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_OwnDraws(settings.sampling, own_seeds)]),
             )
-        stops = set(settings.stop_token_ids)
         for index, completion in zip(batch, written[:, length:].tolist(), strict=True):
-            end = next((place + 1 for place, token in enumerate(completion) if token in stops), len(completion))
-            yield index, completion[:end]
+            yield index, until_stop(completion, settings.stop_token_ids)
 
 
 def rollout_alone(

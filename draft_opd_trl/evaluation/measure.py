@@ -162,10 +162,8 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        if replay:
-            measure_by_replay(target, drafter, missing, settings, seeds, progress, keep)
-        else:
-            measure_acceptance(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
+        measure = measure_by_replay if replay else measure_acceptance
+        measure(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
 

@@ -182,19 +182,23 @@ def first_checkpoint(
     if found is None:
         there = checkpoints_in(output_dir)
         if there:
-            differing = _differing(there[-1], settings)
+            told = _differing(there[-1], settings)
             raise ExistsError(
-                f"{output_dir} holds {there[-1].name} of an earlier run{differing and f' ({differing})'}. Go on with "
+                f"{output_dir} holds {there[-1].name} of an earlier run{told and f' ({told})'}. Go on with "
                 "that run (resume_from_checkpoint=True, or --resume_from_checkpoint), give another output_dir, or "
                 "delete its checkpoints."
             )
-    elif differing := _differing(found, settings):
-        logger.warning_once(f"{found} goes on with other settings than it was saved with: {differing}.")
+    elif told := _differing(found, settings):
+        logger.warning_once(f"{found} goes on with other settings than it was saved with: {told}.")
     return found
 
 
 def _differing(checkpoint: Path, settings: dict[str, Any]) -> str:
-    before = (read_manifest(checkpoint) or {"settings": {}})["settings"]
+    return differing((read_manifest(checkpoint) or {"settings": {}})["settings"], settings)
+
+
+def differing(before: dict[str, Any], settings: dict[str, Any]) -> str:
+    """In words, which of a run's settings are not as they were kept; empty if all are."""
     # As JSON gives them back.
     now = json.loads(json.dumps(settings))
     names = [name for name in now if name in before and before[name] != now[name]]

@@ -20,10 +20,10 @@ from ..core.limits import CHAT_KWARGS
 from ..core.records import Rollout
 from ..core.sampling_params import SamplingParams
 from ..core.target import Target
+from ..decoding.plain import until_stop
 from .authorship import TextFit, describe, text_fit
 from .chat_template import check_rendered, end_of_turn, read_messages, read_tools, templated
 from .prompts import completion_ids, prompt_ids
-from .sources import until_stop
 from .traffic import Turn, Unusable, turns_of
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from ..core.endpoint import ServerError
 from ..core.records import Rollout
 from ..core.seeding import seed_of
+from ..decoding.plain import until_stop
 from .authorship import ShareWatch, TextFit, Watch, describe, likeliest_next, text_fit
 from .server import Answer, CompletionsClient
-from .sources import DecodingSource, Log, prompts_of, until_stop
+from .sources import DecodingSource, Log, prompts_of
 
 
 # What is wrong with a text of a server, as messages say it.

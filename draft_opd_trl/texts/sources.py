@@ -5,7 +5,7 @@ A source is an object with one method, `write`. Knows no servers, no losses and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from ..core.records import Rollout
 from ..core.seeding import seed_of
 from ..core.target import Target
+from ..decoding.plain import until_stop
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
 from .text_cache import TextCache
@@ -42,12 +43,6 @@ class RolloutSource(Protocol):
         Returns:
             [`Rollout`] on the target's device, in the order of `rows`.
         """
-
-
-def until_stop(completion: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
-    """A completion up to its first stop token: nothing after it would ever be verified."""
-    ends = [index for index, token in enumerate(completion) if token in stop_token_ids]
-    return list(completion[: ends[0] + 1] if ends else completion)
 
 
 class DatasetSource:

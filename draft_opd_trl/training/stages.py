@@ -19,7 +19,7 @@ from ..core.errors import ExistsError, InputError
 from ..core.files import write_atomically
 from ..decoding.acceptance import AcceptanceReport
 from ..evaluation.before_after import Measured
-from ..folders.run_state import checkpoints_in, first_checkpoint, settle
+from ..folders.run_state import checkpoints_in, differing, first_checkpoint, settle
 from ..texts.sources import CachedSource
 from .config import DraftOPDConfig
 from .loading import generation_batch_size
@@ -126,10 +126,7 @@ def _where_to_start(args: DraftOPDConfig, sft: DraftOPDConfig) -> Start:
             f"resume_from_checkpoint is {named!r}, but the SFT stage in {sft.output_dir} is finished. Go on with "
             "Draft-OPD (bare --resume_from_checkpoint), or give another output_dir."
         )
-    now = json.loads(json.dumps(settings_of(sft)))
-    differing = [name for name in now if done["settings"].get(name) != now[name]]
-    if differing:
-        told = ", ".join(f"{name} {done['settings'].get(name)} there, {now[name]} here" for name in differing)
+    if told := differing(done["settings"], settings_of(sft)):
         logger.warning_once(f"The SFT stage in {sft.output_dir} is finished, with other settings: {told}.")
     return Start(done, None, _first(named, args))
 
