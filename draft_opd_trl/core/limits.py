@@ -166,6 +166,7 @@ LIMITS: dict[str, Rule] = {
     "rejected_decay": _SHARE,
     "accepted_decay": _DECAY,
     "sft_decay": _DECAY,
+    "dpace_alpha": _DECAY,
     "beta": _SHARE,
     "loss_max_clamp": Within(above=0, high=1_000_000),
     "max_clamp": Within(above=0, high=1_000_000),

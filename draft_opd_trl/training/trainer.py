@@ -273,12 +273,13 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     def source(self) -> RolloutSource:
         """Where texts to train on come from."""
         args = self.args
+        reads_states = args.streams.scores_rejected and args.any_on_policy and args.anchors == "exposed"
         return build_source(
             args,
             self.target,
             self.drafter,
             self.processing_class,
-            self.speculation_settings(keep_states=args.streams.scores_rejected and args.any_on_policy),
+            self.speculation_settings(keep_states=reads_states),
             self.run_log.add,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
         )
