@@ -31,9 +31,10 @@ def test_every_recipe_is_valid_and_unlike_the_others(recipes, temperature):
 
 def test_the_papers_recipe_is_the_papers_preset(recipes):
     """But for what all recipes of the study share."""
+    arms = importlib.import_module("arms")
     ours = recipes.StudyConfig("unused", report_to="none", **recipes.variants(0.0)[recipes.PAPER])
     theirs = DraftOPDConfig("unused", report_to="none", recipe="paper")
-    names = set(recipes.THE_PAPERS) - recipes.SHARED
+    names = set(arms.THE_PAPERS) - arms.SHARED
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
 
 

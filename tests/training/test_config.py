@@ -75,7 +75,7 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
             {"rollout_source": "magic"},
             "`rollout_source` is 'magic'; it must be one of speculation, generate, server, dataset",
         ),
-        ({"recipe": "ours"}, "`recipe` is 'ours'; it must be one of default, paper"),
+        ({"recipe": "ours"}, "`recipe` is 'ours'; it must be one of accepted_length, auf, d"),
         (
             {"label_smoothing_factor": 0.1},
             "`label_smoothing_factor` is 0.1; it cannot be used here: the losses here take the target's distribution",

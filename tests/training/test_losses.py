@@ -188,14 +188,21 @@ def _weighed_by_hand(hidden, states, tokens, weights, heads, settings):
     return torch.stack(blocks)
 
 
-@pytest.mark.parametrize("path", ["one chunk", "chunks", "kernel"])
+DPACE_CASES = [
+    *(
+        (kind, temperature, path)
+        for kind, temperature in (("ce", 0.0), ("lk", 0.7))
+        for path in ("one chunk", "chunks")
+    ),
+    *(("forward_kl", 0.7, path) for path in ("one chunk", "chunks", "kernel")),
+]
+
+
 @pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
-@pytest.mark.parametrize(("kind", "temperature"), [("ce", 0.0), ("forward_kl", 0.7), ("lk", 0.7)])
+@pytest.mark.parametrize(("kind", "temperature", "path"), DPACE_CASES)
 def test_dpace_weighs_slots_as_by_hand(monkeypatch, kind, temperature, reduced, path):
     """Values and gradients, which do not flow through the weights; a clamp is of the loss alone."""
     if path == "kernel":
-        if kind != "forward_kl":
-            pytest.skip("the kernel computes no such loss")
         monkeypatch.setattr("draft_opd_trl.training.losses.uses_kernel", lambda *_: True)
     settings = LossSettings(kind, temperature, max_clamp=2.0, dpace_alpha=0.5)
     weights = torch.tensor([[2.0, 1, 0.5], [1, 1, 0], [1, 0, 0], [0, 0, 0]])

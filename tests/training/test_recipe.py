@@ -155,11 +155,12 @@ def test_the_help_shows_what_the_default_recipe_sets(capsys):
 
 # What two steps of a control train on: all slots of the text, or up to the drafter's own first wrong one.
 CONTROLS = {"sft": False, "dpace": False, "lk": False, "accepted_length": False, "auf": True}
+TEMPERATURES = {"dpace": 1.0, "lk": 1.0}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_trains(name, temperature, tmp_path):
+def test_a_control_trains(name, tmp_path):
+    temperature = TEMPERATURES.get(name, 0.0)
     model = tiny_model("qwen3", vocab_size=32)
     texts = written_texts(model, spelled_prompts(8), temperature)
     trainer = make_trainer(
