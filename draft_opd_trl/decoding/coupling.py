@@ -35,8 +35,8 @@ class Coupling:
     sampling: SamplingParams
     uniforms: torch.Tensor
 
-    def select(self, index: torch.Tensor | slice) -> Coupling:
-        """The same for texts at `index`; views where it is a slice."""
+    def select(self, index: torch.Tensor) -> Coupling:
+        """The same for texts at `index`."""
         return Coupling(self.target, self.states[index], self.sampling, self.uniforms[index])
 
 

@@ -148,11 +148,6 @@ def speculators_block(config: Any, *own: str) -> dict[str, Any]:
     }
 
 
-def as_input(states: torch.Tensor, linear: nn.Module) -> torch.Tensor:
-    """States in the dtype that a linear map reads. Autocast casts by itself, and from float32 it would copy twice."""
-    return states if torch.is_autocast_enabled(states.device.type) else states.to(linear.weight.dtype)
-
-
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on `(B, Q, heads, head_dim)` with tables `(B, Q, head_dim)`."""
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -171,22 +171,19 @@ class BatchMaker:
         generators: list[torch.Generator],
     ) -> DraftBlocks:
         """The blocks that the drafter as it stands has on the on-policy texts."""
-        own = [text for text, drafts in enumerate(on_policy) if drafts]
-        if not own:
+        if not any(on_policy):
             return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device)
-        # A slice where it can be one: features and states are large, and an index would copy them.
-        whole = len(own) == len(on_policy)
-        replayed = slice(len(own)) if whole else torch.tensor(own, device=features.device)
+        replayed = torch.tensor(on_policy, device=features.device).nonzero()[:, 0]
         texts = Rollout(*(part[replayed] for part in (rollout.tokens, rollout.prompt_lengths, rollout.lengths)))
         features = features[replayed, : texts.tokens.shape[1]]
         coupling = None if coupling is None else coupling.select(replayed)
         if self.on_policy.anchors == "exposed":
             blocks = replay_text(self.drafter, texts, features, self.on_policy.num_chains, coupling)
         else:
-            places = random_places(texts, range(len(texts)), self.on_policy.num_anchors, [generators[i] for i in own])
+            own = [generators[text] for text in replayed.tolist()]
+            places = random_places(texts, range(len(texts)), self.on_policy.num_anchors, own)
             blocks = self._draft(texts, places, features, coupling)
-        if not whole:
-            blocks.texts = replayed[blocks.texts]
+        blocks.texts = replayed[blocks.texts]
         return blocks
 
     def _draft(
