@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test docs test-serving test-newest constraints soak quality style
+.PHONY: help venv quickstart test docs test-serving test-newest constraints soak gpu quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -30,6 +30,7 @@ help:
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
+	@echo "make gpu          measure on a GPU what fits into MINUTES (60), and go on where that was"
 	@echo "make quality      check style and imports; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
@@ -83,6 +84,10 @@ test-serving: .venv/installed
 # One thread a process, as it starts one for each core. Its last line is JSON.
 soak: .venv/installed
 	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python examples/soak/soak.py
+
+# Its last line is JSON.
+gpu: .venv/installed
+	env -u CI HF_HUB_OFFLINE=1 .venv/bin/python examples/benchmarks/gpu.py --minutes $(or $(MINUTES),60)
 
 quality: .venv/installed
 	.venv/bin/ruff check .

@@ -41,7 +41,9 @@ from draft_opd_trl import (  # noqa: E402
     stop_token_ids,
 )
 from draft_opd_trl.core.records import Rollout  # noqa: E402
+from draft_opd_trl.core.stopwatch import Stopwatch  # noqa: E402
 from draft_opd_trl.decoding import replay as replay_module  # noqa: E402
+from draft_opd_trl.drafters import Drafter  # noqa: E402
 
 
 ARMS = {
@@ -55,18 +57,16 @@ PARTS = ("rollout", "target_text", "replay", "scoring", "drafter_forward", "head
 
 
 class Arm:
-    """One way of training, a step at a time."""
+    """
+    One way of training, a step at a time.
 
-    def __init__(self, options: dict, args: argparse.Namespace, model, tokenizer, dataset: Dataset, folder: str):
-        config = DraftOPDConfig(
-            output_dir=folder,
-            per_device_train_batch_size=args.batch_size,
-            num_anchors=args.num_anchors,
-            max_completion_length=args.max_new_tokens,
-            report_to="none",
-            **options,
-        )
-        drafter = load_drafter(str(POCKET / f"drafter-{args.drafter}"))
+    Args:
+        config ([`DraftOPDConfig`]): What is special about it.
+        drafter ([`Drafter`]): Trained.
+        model, tokenizer, dataset: The target, its tokenizer, and texts.
+    """
+
+    def __init__(self, config: DraftOPDConfig, drafter: Drafter, model, tokenizer, dataset: Dataset) -> None:
         self.optimizer = MuonWithAdamW(drafter.parameters(), lr=4e-4)
         self.trainer = DraftOPDTrainer(
             drafter,
@@ -77,9 +77,10 @@ class Arm:
             optimizers=(self.optimizer, None),
         )
         self.rows = self._rows()
+        self.watch = Stopwatch(self.trainer.accelerator.device)
         self.forget()
         # The forward pass, split into the drafter's and the losses'.
-        self.draft, drafter.draft = drafter.draft, self._timed_draft
+        drafter.draft = self.watch.timed("drafter_forward", drafter.draft)
 
     def forget(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -89,33 +90,38 @@ class Arm:
         while True:
             yield from self.trainer.get_train_dataloader()
 
-    def _timed_draft(self, *arguments) -> torch.Tensor:
-        start = time.perf_counter()
-        hidden = self.draft(*arguments)
-        self.seconds["drafter_forward"] += time.perf_counter() - start
-        return hidden
-
     def step(self) -> float:
         """One optimizer step; returns its seconds."""
         trainer, rows = self.trainer, next(self.rows)
-        start = time.perf_counter()
-        trainer.training_step(trainer.model, rows)
-        middle = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        end = time.perf_counter()
-        self.seconds["optimizer"] += end - middle
+        with self.watch.measure("whole"):
+            trainer.training_step(trainer.model, rows)
+            with self.watch.measure("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         trainer.state.global_step += 1
-        figures = trainer.window_figures()
-        for name, value in figures.items():
+        figures, seconds = trainer.window_figures(), self.watch.read()
+        for name, value in {**figures, **seconds}.items():
             self.seconds[name.removeprefix("time/")] += value
         self.blocks.append(figures["replay/blocks"])
-        return end - start
+        return seconds["whole"]
 
     def parts(self, steps: int) -> dict[str, float]:
         """Mean milliseconds a step in each part."""
         spent = dict(self.seconds, head=self.seconds["forward"] - self.seconds["drafter_forward"])
         return {name: 1e3 * spent.get(name, 0.0) / steps for name in PARTS}
+
+
+def shipped_arm(options: dict, args: argparse.Namespace, model, tokenizer, dataset: Dataset, folder: str) -> Arm:
+    """An arm of the pocket world."""
+    config = DraftOPDConfig(
+        output_dir=folder,
+        per_device_train_batch_size=args.batch_size,
+        num_anchors=args.num_anchors,
+        max_completion_length=args.max_new_tokens,
+        report_to="none",
+        **options,
+    )
+    return Arm(config, load_drafter(str(POCKET / f"drafter-{args.drafter}")), model, tokenizer, dataset)
 
 
 def chains_table(drafter, target: Target, texts: list[list[int]], lengths: list[int], repeats: int) -> bool:
@@ -187,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": completions})
     rounds: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        arms = {name: Arm(options, args, model, tokenizer, dataset, folder) for name, options in ARMS.items()}
+        arms = {name: shipped_arm(options, args, model, tokenizer, dataset, folder) for name, options in ARMS.items()}
         for arm in arms.values():
             arm.step()
             arm.forget()
