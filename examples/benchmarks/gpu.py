@@ -65,14 +65,14 @@ def parts_of(args: GpuArguments) -> dict[str, Part]:
 
     parts: dict[str, Part] = {
         "invariants": (90, of("invariants", "measure_invariants")),
-        "steps-4B-dflash": (150, of("steps", "measure_steps", "Qwen3-4B", "dflash")),
+        "steps-4B-dflash": (200, of("steps", "measure_steps", "Qwen3-4B", "dflash")),
         "decoding": (180, of("decoding", "measure_decoding")),
         "growth": (120, of("steps", "measure_growth")),
-        "graphs": (240, of("decoding", "measure_graphs")),
         "pocket": (240, of("world", "measure_world", str(HERE.parent / "pocket"), args.gain)),
-        "steps-4B-eagle3": (240, of("steps", "measure_steps", "Qwen3-4B", "eagle3")),
-        "steps-8B-dflash": (240, of("steps", "measure_steps", "Qwen3-8B", "dflash")),
+        "steps-4B-eagle3": (280, of("steps", "measure_steps", "Qwen3-4B", "eagle3")),
+        "steps-8B-dflash": (280, of("steps", "measure_steps", "Qwen3-8B", "dflash")),
         "steps-8B-eagle3": (360, of("steps", "measure_steps", "Qwen3-8B", "eagle3")),
+        "graphs": (420, of("decoding", "measure_graphs")),
     }
     if args.world is not None:
         parts["world"] = (900, of("world", "measure_world", args.world, args.gain))

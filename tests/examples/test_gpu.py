@@ -25,11 +25,12 @@ def arguments(gpu, folder, **options):
 
 
 def test_all_parts_run_once_and_say_what_a_cpu_can(gpu, tmp_path, capsys):
-    args = arguments(gpu, tmp_path)
+    parts = [name for name in gpu.parts_of(arguments(gpu, tmp_path)) if "8B" not in name]  # these differ in size alone
+    args = arguments(gpu, tmp_path, parts=parts)
     line = gpu.main(args, gpu.run_here)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {name: part.get("error") for name, part in results["parts"].items()} == dict.fromkeys(gpu.parts_of(args))
+    assert {name: part.get("error") for name, part in results["parts"].items()} == dict.fromkeys(parts)
     # What needs the device's name or its allocator is not told.
     assert (line["device"], line["mfu"], line["plan_over_peak"]) == ("cpu", None, None)
     assert line["invariants_ok"] is True, results["parts"]["invariants"]["result"]
