@@ -29,8 +29,10 @@ class Round:
         index = torch.arange(len(prompts), device=target.device)
         prompts = torch.tensor(prompts, device=target.device)
         prefill(self.lanes, index, prompts, torch.full_like(index, length), index)
-        self.anchors = torch.full_like(index, length)
-        self.limit = length + drafter.num_draft_tokens + 1
+        # What would stand between is not written: it costs as much to read.
+        anchor = length + new_tokens // 2
+        self.anchors = torch.full_like(index, anchor)
+        self.limit = anchor + drafter.num_draft_tokens + 1
         self.block = prompts[:, -1:].repeat(1, drafter.num_draft_tokens + 1)
         self.positions = self.anchors[:, None] + torch.arange(drafter.num_draft_tokens + 1, device=target.device)
 
