@@ -107,6 +107,13 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             Epochs that a drawn text serves (temperature > 0). At temperature 0 a text is written once.
         text_cache_dir (`str`, *optional*):
             Where written texts are kept, for later epochs and other runs. Default: `_text_cache` in `output_dir`.
+        state_store_gib (`float`, *optional*, defaults to `0.0`):
+            Keep the target's states of texts it has read, up to so many GiB (a process), instead of reading a text
+            anew whenever a step meets it. In memory, or where `state_store_dir` says.
+        state_store_dir (`str`, *optional*):
+            Keep them on disk, for other stages and runs with the same target and drafter taps too.
+        state_store_dtype (`str`, *optional*):
+            Round them to this dtype, such as `bfloat16`; the target's own by default.
         num_texts_to_check (`int`, *optional*, defaults to `16`):
             Texts of the data set that the target reads before training, to warn if they are not its own
             (`rollout_source="dataset"`).
@@ -227,6 +234,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     steps_per_generation: int | None = _field("Micro-steps a set of texts serves.")
     regenerate_every: int = _field("Epochs that a drawn text serves.", 1)
     text_cache_dir: str | None = _field("Where written texts are kept.")
+    state_store_gib: float = _field("GiB for the target's states of texts it has read.", 0.0)
+    state_store_dir: str | None = _field("Keep these on disk, there.")
+    state_store_dtype: str | None = _field("What these are rounded to.")
     num_texts_to_check: int = _field("Texts of the data set the target reads first.", 16)
 
     # Parameters that control the server
