@@ -182,7 +182,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `bf16`: Defaults to `True` where the GPU has it, if `fp16` is not set, instead of `False`.
+    > - `bf16`: Defaults to `True` where a GPU has it, if `fp16` is not set, instead of `False`.
     > - `optim`: Defaults to `"muon"`, Muon on matrices and AdamW on the rest ([`MuonWithAdamW`]), which transformers
     >   has no name for; its own names stand beside it.
     > - `learning_rate`: Defaults to `2e-3` with `muon` on greedy text and `1e-3` on drawn text, and to `3e-4` with any
@@ -330,13 +330,10 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            for name in ("bf16", "fp16"):
-                if getattr(self, name):
-                    raise InputError(
-                        f"{name}=True, but there is no GPU, and drafters train on CPU in float32 here. Leave `{name}` "
-                        "unset or set it to False."
-                    )
-            self.bf16, self.use_cpu = False, True
+            if self.fp16:
+                raise InputError("fp16=True, but there is no GPU. Leave `fp16` unset, or set bf16=True.")
+            # Autocast pays on a CPU with instructions for bfloat16, and costs on others: only where it is asked for.
+            self.bf16, self.use_cpu = bool(self.bf16), True
         elif self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
