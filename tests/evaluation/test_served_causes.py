@@ -141,12 +141,18 @@ SENTENCES = {
     "mask token": ["with mask token 0 instead of 47 it has", "--served_model"],
     "K": ["the engine proposes 2 tokens a verification, and the drafter was trained to propose 4", "Start it with"],
     "target": ["texts are not what --teacher writes", "--load_in_4bit"],
-    "drafter": ["other taps, ", "other mask tokens has the same. So the engine has other weights", "--served_model"],
+    "drafter": [
+        "other taps, ",
+        "other mask tokens has the same counts. So the engine has other weights",
+        "--served_model",
+    ],
 }
 
 
-@pytest.mark.parametrize("tells", ["answer", "counters"])
-@pytest.mark.parametrize("fault", SENTENCES)
+@pytest.mark.parametrize(
+    ("fault", "tells"),
+    [*((fault, "answer") for fault in SENTENCES), *((fault, "counters") for fault in ("taps", "drafter"))],
+)
 def test_each_planted_fault_is_found_by_its_own_sentence(world, fault, tells, capsys):
     engine = _plant(fault, world)
     engine.tells = tells
