@@ -280,8 +280,8 @@ class Explanation:
         return Check(
             "drafter",
             True,
-            f"{told}; {f'none of {tried} has the same counts' if tried else 'taps and mask tokens it has none'}. So the "
-            "engine has other weights, or computes them otherwise",
+            f"{told}; {f'none of {tried} has the same counts' if tried else 'taps and mask tokens it has none'}. "
+            "So the engine has other weights, or computes them otherwise",
             "Start it with the folder of --model; `draft-opd inspect` the one it has, or name it with --served_model.",
         )
 
