@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core.checks import check_value, path
 from ..core.errors import InputError
+from ..evaluation.best_k import in_words
 from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
 
 
@@ -46,6 +47,9 @@ class EvaluateArguments(PairArguments):
             "speculation, unless the target would have to read every text anew at each round.",
             "choices": ["speculation", "replay"],
         },
+    )
+    serve_batch_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "Batch sizes to say for how many proposals to serve with."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
@@ -101,6 +105,11 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
         list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantized
     )
     replay = arguments.by == "replay" or (arguments.by is None and target.reads_anew is not None)
+    if target.reads_anew is not None and arguments.serve_batch_sizes:
+        raise InputError(
+            f"serve_batch_sizes={arguments.serve_batch_sizes} asks for rounds to be timed, but over this target every "
+            "round reads its texts anew, as no engine would. Leave it out."
+        )
     output = Path(arguments.output_dir) if arguments.output_dir else None
     rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
@@ -130,6 +139,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 title,
                 replay=replay,
                 ask_again=ask_again.get(name),
+                serve_batch_sizes=arguments.serve_batch_sizes,
             )
             results.append({"suite": name, "temperature": law.temperature, **measured})
     teacher = arguments.teacher_model_name_or_path
@@ -183,6 +193,9 @@ def _figures(drafter: dict[str, Any]) -> dict[str, str]:
             figures["speedup"] = f"{drafter['speedup']:.2f} {beside}"
         else:
             figures["speedup"] = f"{_with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
+    if drafter["serving"]:
+        told = (f"batch {one['batch_size']}: {in_words(one)}" for one in drafter["serving"])
+        figures["to serve with"] = f"{'; '.join(told)}; foreseen from rounds timed here"
     if drafter["texts"] is not None:
         figures["lossless"] = _losslessness(drafter["texts"])
     if drafter["resumed"]:

@@ -157,6 +157,7 @@ LIMITS: dict[str, Rule] = {
     "max_new_tokens": _COUNT,
     "rollout_batch_size": Within(1, 65536),
     "batch_size": Within(1, 65536),
+    "serve_batch_sizes": Within(1, 65536),
     "pad_token_id": Within(0, 2**31 - 1),
     "stop_token_ids": Within(0, 2**31 - 1),
     # What teaches, and how much

@@ -45,7 +45,9 @@ def _build(home: Path, requirements: Path) -> str | None:
     # The engine without its dependencies, most of which are kernels for a GPU.
     engine = ["--no-deps", "-r", requirements]
     # pip chooses torch's build, of those it can see; what the engine pins comes last, as its pins count.
-    fault = _fault([sys.executable, "-m", "venv", home]) or _fault([*pip, "download", "--no-deps", "-d", wheels, TORCH])
+    fault = _fault([sys.executable, "-m", "venv", home]) or _fault(
+        [*pip, "download", "--no-deps", "-d", wheels, TORCH]
+    )
     if fault:
         return fault
     torch = max(wheels.glob(f"{TORCH.replace('==', '-')}*.whl"), key=lambda wheel: wheel.stat().st_mtime)
