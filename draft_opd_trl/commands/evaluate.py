@@ -77,8 +77,8 @@ class EvaluateArguments:
         check_served_arguments(self)
         if self.server_url and self.serve_batch_sizes:
             raise InputError(
-                f"serve_batch_sizes={self.serve_batch_sizes} asks for rounds to be timed here, beside --server_url. Drop "
-                "one of them."
+                f"serve_batch_sizes={self.serve_batch_sizes} asks for rounds to be timed here, beside --server_url. "
+                "Drop one of them."
             )
         self.suite = check_value("suite", [name for word in self.suite for name in word.split(",")], list[str], path)
         for name in ("suite", "temperature"):

@@ -146,6 +146,8 @@ LIMITS: dict[str, Rule] = {
     "server_timeout": Within(above=0, high=1_000_000),
     "server_concurrency": Within(1, 4096),
     "server_max_retries": Within(0, 1000),
+    "server_reload_steps": _COUNT,
+    "server_reload_command": text,
     "text_cache_dir": path,
     "regenerate_every": Within(1, 1_000_000),
     "num_texts_to_check": _COUNT_OR_NONE,

@@ -46,8 +46,8 @@ def choices(by_slot: Sequence[float], seconds: Mapping[int, float]) -> list[Choi
     """
     if 0 not in seconds or max(seconds) > len(by_slot):
         raise InputError(
-            f"Rounds of K = {sorted(seconds)} cannot be compared by the acceptance of {len(by_slot)} slots. Time K = 0, "
-            "which is decoding without a drafter, and none beyond the slots."
+            f"Rounds of K = {sorted(seconds)} cannot be compared by the acceptance of {len(by_slot)} slots. Time "
+            "K = 0, which is decoding without a drafter, and none beyond the slots."
         )
     lengths = {k: 1 + sum(by_slot[:k]) for k in sorted(seconds)}
     return [Choice(k, tau, seconds[k], tau * seconds[0] / seconds[k]) for k, tau in lengths.items()]

@@ -255,8 +255,8 @@ def evaluate_drafters(
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
-        interval, `texts` from [`changed_texts`], how many were `resumed`, `serving` from [`advice`]); `difference` of τ
-        and its interval.
+        interval, `texts` from [`changed_texts`], how many were `resumed`, `serving` from [`advice`]); `difference` of
+        τ and its interval.
 
     Raises:
         `ValueError`: A results file holds results of other settings.

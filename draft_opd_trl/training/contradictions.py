@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from typing import Any
 
 from ..core.errors import InputError
@@ -43,6 +45,7 @@ def check_together(args: Any) -> None:
             f"{args.server_url and redact_url(args.server_url)!r} do not go together: a server is asked "
             "if and only if both name it. Set both, or neither."
         )
+    _check_reload(args)
     if args.replay_ratio > 0 and args.replay_buffer_size == 0:
         raise InputError(
             f"replay_ratio={args.replay_ratio} draws from a buffer of size 0. Set replay_buffer_size above 0."
@@ -71,4 +74,26 @@ def check_together(args: Any) -> None:
         raise InputError(
             "dataloader_persistent_workers=True keeps workers alive, but dataloader_num_workers=0 starts none. "
             "Set dataloader_num_workers above 0, or leave persistent workers off."
+        )
+
+
+def _check_reload(args: Any) -> None:
+    """The settings that hand the drafter to a server: one without the other, or a command that is not there."""
+    steps, command = args.server_reload_steps, args.server_reload_command
+    if (steps is None) != (command is None) or (steps is not None and args.rollout_source != "server"):
+        raise InputError(
+            f"server_reload_steps={steps}, server_reload_command={command!r} and rollout_source="
+            f"{args.rollout_source!r} do not go together: every so many steps the command has the server that writes "
+            "the texts load the drafter. Set both, and rollout_source='server', or neither."
+        )
+    if command is None:
+        return
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"server_reload_command={command!r} cannot be read ({error}). Correct its quotes.") from error
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(
+            f"server_reload_command={command!r} names no program that can be run. Give its path, and for more than "
+            "one command a script."
         )

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/serving_k.py --drafter drafter-eagle3 --batch_sizes 1 8 32
 
-Greedy. The pocket world on vLLM for CPUs by default; `--python`, `--target` and `--drafter` name a vLLM, and models, of
-your own. Two vLLMs, with the drafter and without, take turns over the same prompts, K after K, `--repeats` times. Ends
-by printing one JSON line.
+Greedy. The pocket world on vLLM for CPUs by default; `--python`, `--target`, `--drafter` and `--prompts_file` name a
+vLLM, models and prompts of your own. Two vLLMs, with the drafter and without, take turns over the same prompts, K after
+K, `--repeats` times. Ends by printing one JSON line.
 
 Foreseen is each K's speed by the acceptance by slot that is measured here, once with rounds timed here, and once with
 those of the engine at the least and the greatest K alone, and a straight line between.
@@ -93,7 +93,7 @@ def sweep(args, engines, ks, prompts, stops) -> dict[int, dict[int, list[dict]]]
     turns = [(args.batch_sizes[0], 0), (args.batch_sizes[0], ks[-1]), *turns]
     for number, (size, k) in enumerate(tqdm(turns, desc="Turns")):
         told = engines[k > 0].turn(
-            prompts=prompts[: args.rounds_of_prompts * size] if args.rounds_of_prompts * size >= 8 else prompts[:8],
+            prompts=prompts[: max(args.batches * size, 8)],
             concurrency=size,
             max_new_tokens=args.max_new_tokens,
             stops=stops,
@@ -113,11 +113,11 @@ def main(args: argparse.Namespace) -> None:
         target.to("cuda" if torch.cuda.is_available() else "cpu")
         drafter = load_drafter(drafter_path, args.dtype).bind(target)
         drafter.to(target.device)
-        prompts = read_prompts(tokenizer, "heldout.jsonl", args.rounds_of_prompts * max(8, *args.batch_sizes))
+        prompts = read_prompts(tokenizer, args.prompts_file, max(args.batches * max(args.batch_sizes), 8))
         stops = stop_token_ids(target.model, tokenizer)
         settings = SpeculationSettings(args.max_new_tokens, stops)
         # Of other prompts than the engine is asked.
-        others = read_prompts(tokenizer, "heldout.jsonl", len(prompts) + args.prompts)[len(prompts) :]
+        others = read_prompts(tokenizer, args.prompts_file, len(prompts) + args.prompts)[len(prompts) :]
         report = measure_acceptance(target, drafter, others, settings, progress="Acceptance")
         ks = [0, *(range(1, drafter.num_draft_tokens) if drafter.config.free_length else []), drafter.num_draft_tokens]
         timed = serving_choices(target, drafter, others, settings, report.acceptance_by_slot, args.batch_sizes)
@@ -138,10 +138,9 @@ def main(args: argparse.Namespace) -> None:
 
 def show(args, turns, ks, report, timed, own) -> None:
     result = {"drafter": args.drafter, "acceptance_by_slot": report.acceptance_by_slot, "batch_sizes": {}}
-    print(
-        "| batch | K | τ measured (foreseen) | tokens/s over plain, median [min, max] | foreseen by rounds of the engine | by rounds here |"
-    )
-    print("|---|---|---|---|---|---|")
+    heads = ("batch", "K", "τ (foreseen)", "tokens/s over plain", "foreseen by rounds of the engine", "by rounds here")
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     for size, by_k in turns.items():
         texts = {json.dumps(turn["texts"]) for some in by_k.values() for turn in some}
         round_of = {
@@ -158,9 +157,9 @@ def show(args, turns, ks, report, timed, own) -> None:
         for k in ks:
             drafts, accepted = (sum(turn[name] for turn in by_k[k]) for name in ("drafts", "accepted"))
             tau = 1 + accepted / drafts if drafts else 1.0
-            median, low, high = statistics.median(speeds[k]), min(speeds[k]), max(speeds[k])
+            spread = f"{statistics.median(speeds[k]):.2f} [{min(speeds[k]):.2f}, {max(speeds[k]):.2f}]"
             print(
-                f"| {size} | {k} | {tau:.3f} ({foreseen[k].acceptance_length:.3f}) | {median:.2f} [{low:.2f}, {high:.2f}] "
+                f"| {size} | {k} | {tau:.3f} ({foreseen[k].acceptance_length:.3f}) | {spread} "
                 f"| {foreseen[k].speedup:.2f} | {here[k].speedup:.2f} |"
             )
         fastest = max(ks, key=lambda k: statistics.median(speeds[k]))
@@ -193,7 +192,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, default=64, help="prompts that acceptance is measured on")
-    parser.add_argument("--rounds_of_prompts", type=int, default=2, help="prompts of a turn, in batches; 8 at least")
+    parser.add_argument("--prompts_file", default="heldout.jsonl", help="of the pocket world, or an absolute path")
+    parser.add_argument("--batches", type=int, default=2, help="prompts of a turn, in batches; 8 prompts at least")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     main(parser.parse_args())

@@ -1,8 +1,8 @@
 """One vLLM that is told again and again what to decode; runs in vLLM's own environment. Usage: SETTINGS as JSON.
 
 Reads a line of JSON for each turn: `prompts` (token ids), `concurrency` (texts under way at once), `max_new_tokens`,
-`stops`, and `num_draft_tokens` (K of this turn). Writes a line of what it took and counted. One process for every K, so
-that turns can alternate and a machine that slows down slows all of them.
+`stops`, and `num_draft_tokens` (K of this turn). Writes a line of what it took and counted. One process serves every
+K, so that turns can alternate and a machine that slows down slows all of them.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 vLLM drafts with DSpark in its second runner alone, which needs Triton. Model, loader, cache, attention and
 verification here are vLLM's own, through the path of DFlash, which has the same backbone; the layout of a block and
-the loop over its slots are written after its `DSparkSpeculator`. So this says that vLLM's model drafts, and is verified,
-as ours, and nothing of the second runner.
+the loop over its slots are written after its `DSparkSpeculator`. So this says that vLLM's model drafts, and is
+verified, as ours, and nothing of the second runner.
 """
 
 import torch
