@@ -1,5 +1,7 @@
 """Rounds are timed as speculation runs them, and nothing of the drafter stays changed."""
 
+import json
+
 import pytest
 from conftest import random_prompts, tiny_drafter, tiny_model
 
@@ -7,6 +9,7 @@ from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate, verify
 from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.evaluation import round_costs
+from draft_opd_trl.evaluation.measure import evaluate_drafters
 from draft_opd_trl.evaluation.round_costs import ROUNDS, WARM_UP, proposing, round_seconds, serving_choices
 
 
@@ -51,6 +54,20 @@ def test_with_fewer_proposals_a_chain_begins_the_same(target, kind):
     assert len(shared) >= len(prompts)
     found = dict(zip(places, short.blocks.draft_tokens[:, 0].tolist(), strict=True))
     assert [found[place] for place in shared] == [proposals[place] for place in shared]
+
+
+def test_an_evaluation_says_what_to_serve_with(target, tmp_path):
+    drafter, prompts = tiny_drafter("eagle3", target), random_prompts(3, seed=1)
+    found = evaluate_drafters(
+        target, {"one": drafter}, prompts, SETTINGS, results=tmp_path / "r", baseline=False, serve_batch_sizes=[1, 2]
+    )
+    told = found["drafters"]["one"]["serving"]
+    assert [one["batch_size"] for one in told] == [1, 2] and json.loads(json.dumps(told)) == told
+    for one in told:
+        by_k = {choice["num_draft_tokens"]: choice for choice in one["choices"]}
+        assert sorted(by_k) == list(range(drafter.num_draft_tokens + 1))
+        assert one["speedup"] == max(choice["speedup"] for choice in one["choices"]) >= 1
+    assert "to serve with at batch 2" in (tmp_path / "r.md").read_text()
 
 
 def test_each_length_that_an_engine_may_be_told_is_judged(target, monkeypatch):
