@@ -3,8 +3,8 @@
     python examples/benchmarks/serving_k.py --drafter drafter-eagle3 --batch_sizes 1 8 32
 
 Greedy. The pocket world on vLLM for CPUs by default; `--python`, `--target`, `--drafter` and `--prompts_file` name a
-vLLM, models and prompts of your own. Two vLLMs, with the drafter and without, take turns over the same prompts, K after
-K, `--repeats` times. Ends by printing one JSON line.
+vLLM, models and prompts of your own. Two vLLMs, with the drafter and without, take turns over the same prompts, one K
+after another, `--repeats` times. Ends by printing one JSON line.
 
 Foreseen is each K's speed by the acceptance by slot that is measured here, once with rounds timed here, and once with
 those of the engine at the least and the greatest K alone, and a straight line between.
