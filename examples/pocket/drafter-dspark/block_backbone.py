@@ -104,6 +104,7 @@ class BlockDrafter(Drafter):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.mask_token_id = config.mask_token_id
         taps = len(config.target_layer_ids)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -174,7 +175,7 @@ class BlockDrafter(Drafter):
         """States `(B, M, K, H)` of blocks at `anchors` `(B, M)` whose anchor tokens are `tokens` `(B, M)`."""
         batch, num_blocks = anchors.shape
         size = self.config.block_size
-        ids = tokens.new_full((batch, num_blocks, size), self.config.mask_token_id)
+        ids = tokens.new_full((batch, num_blocks, size), self.mask_token_id)
         ids[..., 0] = tokens
         slots = torch.arange(size, device=anchors.device)
         positions = (anchors[..., None] + slots).flatten(1)
