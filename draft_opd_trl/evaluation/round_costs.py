@@ -5,7 +5,6 @@ Knows no training state and no engines: the loop that is timed is this package's
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from .best_k import Choice, choices
 
 
 # Rounds of a measurement, and those before it that warm up.
-ROUNDS, WARM_UP = 7, 2
+ROUNDS, WARM_UP = 10, 2
 
 
 @torch.no_grad()
@@ -29,7 +28,8 @@ def round_seconds(
     target: Target, drafter: Drafter | None, prompts: Sequence[Sequence[int]], settings: SpeculationSettings
 ) -> float:
     """
-    Seconds of a round in which every text proposes, verifies and commits: the median of a few.
+    Seconds of a round in which every text proposes, verifies and commits: the least of a few, as whatever else the
+    machine does only adds.
 
     Args:
         target ([`Target`]), drafter ([`Drafter`], *optional*): Bound to each other; without one a round is a token.
@@ -52,7 +52,7 @@ def round_seconds(
             proposals = propose(lanes, int(lanes.lengths.max()))
             commit(lanes, proposals, verify(lanes, proposals))
         seconds.append(stopwatch.read()["round"])
-    return statistics.median(seconds[WARM_UP:])
+    return min(seconds[WARM_UP:])
 
 
 @contextmanager

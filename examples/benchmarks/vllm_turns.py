@@ -26,14 +26,13 @@ def turn(llm, job, name):
     if scheduler.dynamic_sd_lookup is not None:
         scheduler.dynamic_sd_lookup = [job["num_draft_tokens"]] * len(scheduler.dynamic_sd_lookup)
     waiting = list(enumerate(job["prompts"]))[::-1]
-    before, running, texts, rounds = counts(llm), 0, {}, 0
+    before, running, texts = counts(llm), 0, {}
     start = time.perf_counter()
     while waiting or running:
         while waiting and running < job["concurrency"]:
             index, prompt = waiting.pop()
             llm.llm_engine.add_request(f"{name}-{index}", {"prompt_token_ids": prompt}, greedy)
             running += 1
-        rounds += 1
         for output in llm.llm_engine.step():
             if output.finished:
                 texts[int(output.request_id.split("-")[1])] = list(output.outputs[0].token_ids)
@@ -41,7 +40,7 @@ def turn(llm, job, name):
     seconds, after = time.perf_counter() - start, counts(llm)
     drafts, accepted = (int(after.get(name, 0) - before.get(name, 0)) for name in COUNTERS)
     completions = [texts[index] for index in sorted(texts)]
-    return {"seconds": seconds, "rounds": rounds, "drafts": drafts, "accepted": accepted, "texts": completions}
+    return {"seconds": seconds, "drafts": drafts, "accepted": accepted, "texts": completions}
 
 
 def main():
