@@ -33,6 +33,9 @@ from .served_prompts import Check
 
 # A difference of τ below this share is called none: kernels of another dtype swap near-ties.
 NEGLIGIBLE = 0.02
+# A change of the drafter is the engine's only where their verifications differ, part by part, by at most this share:
+# another drafter may have the same τ, and not the same counts.
+SAME_COUNTS = 0.03
 # Mask tokens that are tried, and texts that each try is replayed on.
 NUM_MASKS, NUM_TEXTS = 16, 32
 # Share of the target's greedy tokens from which on a text looks like this model, computed otherwise.
@@ -262,7 +265,7 @@ class Explanation:
         nearest = min(tries, key=lambda one: float((one.verifications - theirs).abs().sum()), default=None)
         if nearest is not None and self._fits(theirs, nearest.verifications):
             gap, rest = (float((one - theirs).abs().sum()) for one in (as_is, nearest.verifications))
-            if rest <= gap / 2:
+            if rest <= min(gap / 2, SAME_COUNTS * float(theirs.sum())):
                 return Check(
                     nearest.cause,
                     True,
@@ -277,8 +280,8 @@ class Explanation:
         return Check(
             "drafter",
             True,
-            f"{told}; {f'none of {tried} has the same' if tried else 'taps and mask tokens it has none'}. So the "
-            "engine has other weights, or computes them otherwise",
+            f"{told}; {f'none of {tried} has the same counts' if tried else 'taps and mask tokens it has none'}. "
+            "So the engine has other weights, or computes them otherwise",
             "Start it with the folder of --model; `draft-opd inspect` the one it has, or name it with --served_model.",
         )
 

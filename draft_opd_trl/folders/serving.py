@@ -52,7 +52,7 @@ def serving_faults(drafter: Drafter, model_type: str) -> list[tuple[str, str, bo
         if served is False:
             told = f"{engine} {version} hands no hidden states of a {model_type} target to a {kind} drafter, and stops"
             if others := kinds_served(engine, model_type):
-                told += f"; with such a target it serves {' and '.join(others)}"
+                told += f"; with such a target it serves {', '.join(others)}"
             faults.append((told, engine, served))
         elif served is None:
             told = f"whether {engine} {version} serves a {model_type} target with a {kind} drafter is not known here"

@@ -141,12 +141,18 @@ SENTENCES = {
     "mask token": ["with mask token 0 instead of 47 it has", "--served_model"],
     "K": ["the engine proposes 2 tokens a verification, and the drafter was trained to propose 4", "Start it with"],
     "target": ["texts are not what --teacher writes", "--load_in_4bit"],
-    "drafter": ["other taps, ", "other mask tokens has the same. So the engine has other weights", "--served_model"],
+    "drafter": [
+        "other taps, ",
+        "other mask tokens has the same counts. So the engine has other weights",
+        "--served_model",
+    ],
 }
 
 
-@pytest.mark.parametrize("tells", ["answer", "counters"])
-@pytest.mark.parametrize("fault", SENTENCES)
+@pytest.mark.parametrize(
+    ("fault", "tells"),
+    [*((fault, "answer") for fault in SENTENCES), *((fault, "counters") for fault in ("taps", "drafter"))],
+)
 def test_each_planted_fault_is_found_by_its_own_sentence(world, fault, tells, capsys):
     engine = _plant(fault, world)
     engine.tells = tells
@@ -201,11 +207,11 @@ def test_the_folder_that_was_served_is_compared(world, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     config["dflash_config"] |= {"mask_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
-    for words, started in (["--served_model", str(folder)], {}), ([], {"speculative_draft_model_path": str(folder)}):
-        engine = EngineServer(target, masked, tokenizer, engine="SGLang", started=started)
-        found = _found(_evaluate(world, engine, capsys, *words))
-        assert list(found) == ["mask token"]
-        assert found["mask token"]["said"] == f"{folder} has the mask_token_id 0, and --model 47"
+    # SGLang names it by itself.
+    started = {"speculative_draft_model_path": str(folder)}
+    found = _found(_evaluate(world, EngineServer(target, masked, tokenizer, "SGLang", started=started), capsys))
+    assert list(found) == ["mask token"]
+    assert found["mask token"]["said"] == f"{folder} has the mask_token_id 0, and --model 47"
     tiny_drafter(KIND, target, seed=5).save_pretrained(tmp_path / "foreign")
     engine = EngineServer(target, masked, tokenizer)
     found = _found(_evaluate(world, engine, capsys, "--served_model", str(tmp_path / "foreign")))

@@ -43,7 +43,7 @@ def test_an_engine_that_refuses_says_what_it_serves_instead(drafter, monkeypatch
     others = kinds_served("SGLang", "llama")
     assert others and drafter.kind not in others and drafter.kind in kinds_served("vLLM", "llama")
     [(told, engine, _)] = serving_faults(drafter, "llama")
-    assert engine == "SGLang" and told.endswith(f"with such a target it serves {' and '.join(others)}")
+    assert engine == "SGLang" and told.endswith(f"with such a target it serves {', '.join(others)}")
 
 
 def test_kinds_speak_of_engines_and_targets_that_are_known(drafter):

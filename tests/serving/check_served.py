@@ -120,12 +120,12 @@ def _edited(world: Path, name: str, change) -> Path:
 
 
 def _rounded(world: Path) -> Path:
-    """The target with its matrices rounded to 4 bits a row."""
+    """The target with its matrices rounded to 6 bits a row."""
     folder = Path(shutil.copytree(world / "target", world / "rounded"))
     tensors = load_file(folder / "model.safetensors")
     for name, weight in tensors.items():
         if weight.dim() == 2 and ".layers." in name:
-            step = weight.abs().amax(1, keepdim=True) / 7
+            step = weight.abs().amax(1, keepdim=True) / 31
             tensors[name] = ((weight / step).round() * step).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -137,7 +137,7 @@ def _planted(world: Path, fault: str) -> tuple:
     if fault == "taps":
         return target, _edited(world, fault, lambda config: config["dflash_config"].update(target_layer_ids=[1]))
     if fault == "mask token":
-        return target, _edited(world, fault, lambda config: config["dflash_config"].update(mask_token_id=0))
+        return target, _edited(world, fault, lambda config: config["dflash_config"].update(mask_token_id=2))
     if fault == "K":
         return target, drafter, 3
     if fault == "target":
@@ -157,7 +157,7 @@ def _planted(world: Path, fault: str) -> tuple:
 
 FAULTS = {
     "taps": "its taps at layers [1] instead of [2]",
-    "mask token": "with mask token 0 instead of 5",
+    "mask token": "with mask token 2 instead of 5",
     "K": "the engine proposes 3 tokens a verification, and the drafter was trained to propose 7",
     "target": "texts are not what --teacher writes",
     "drafter": "So the engine has other weights",

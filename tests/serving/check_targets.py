@@ -19,11 +19,11 @@ ASKS = {"dflash": "blocks", "dspark": "blocks", "eagle3": "eagle3"}
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, tmp_path_factory):
     """Name, and by `model_type` what the engine's class of such a target has."""
-    files = [tmp_path_factory.mktemp(request.param) / name for name in ("asked", "found")]
+    folder, name = tmp_path_factory.mktemp(request.param), request.param.lower()
+    files = [folder / "asked", folder / "found"]
     asked = {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in sorted(KNOWN_TARGETS)}
-    files[0].write_text(json.dumps(sorted(set(asked.values()))))
-    name = request.param.lower()
-    run_driver(name, "targets_driver.py", name, *files)
+    files[0].write_text(json.dumps({"engine": name, "architectures": sorted(set(asked.values()))}))
+    run_driver(name, "targets_driver.py", *files)
     found = json.loads(files[1].read_text())
     return request.param, {model_type: found[architecture] for model_type, architecture in asked.items()}
 

@@ -1,4 +1,4 @@
-"""Which model classes of an engine hand hidden states to drafters. Usage: ENGINE ARCHITECTURES RESULT, JSON files."""
+"""Which model classes of an engine hand hidden states to drafters. Usage: ASKED FOUND, JSON files."""
 
 import json
 import sys
@@ -28,14 +28,15 @@ def sglang(architecture):
 
 
 if __name__ == "__main__":
-    engine, asked, result = sys.argv[1:]
-    library = stub("uvloop", "xgrammar", "llguidance") if engine == "vllm" else stub("tvm_ffi", "vllm")
+    with open(sys.argv[1]) as file:
+        asked = json.load(file)
+    look = {"vllm": vllm, "sglang": sglang}[asked["engine"]]
+    library = stub(*{"vllm": ("uvloop", "xgrammar", "llguidance"), "sglang": ("tvm_ffi", "vllm")}[asked["engine"]])
     found = {}
-    with open(asked) as file:
-        for architecture in json.load(file):
-            try:
-                found[architecture] = {"vllm": vllm, "sglang": sglang}[engine](architecture)
-            except Exception as error:
-                found[architecture] = f"{type(error).__name__}: {error}"
-    with open(result, "w") as file:
+    for architecture in asked["architectures"]:
+        try:
+            found[architecture] = look(architecture)
+        except Exception as error:
+            found[architecture] = f"{type(error).__name__}: {error}"
+    with open(sys.argv[2], "w") as file:
         json.dump(found, file)
