@@ -90,6 +90,11 @@ class ResultsFile(LinesFile):
         self.append_line(_line_of(prompt, report))
 
 
+def read_reports(file: Path) -> dict[int, AcceptanceReport]:
+    """By prompt, the report of its text alone, as a results file holds it."""
+    return dict(_report_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()[1:])
+
+
 def _line_of(prompt: int, report: AcceptanceReport) -> dict[str, Any]:
     return {
         "prompt": prompt,
