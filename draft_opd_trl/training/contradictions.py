@@ -6,6 +6,7 @@ import shlex
 import shutil
 from typing import Any
 
+from ..core.endpoint import printable
 from ..core.errors import InputError
 from ..core.redaction import redact_url
 from .divergences import HARD_LOSSES
@@ -89,9 +90,10 @@ def check_together(args: Any) -> None:
 def _check_reload(args: Any) -> None:
     """The settings that hand the drafter to a server: one without the other, or a command that is not there."""
     steps, command = args.server_reload_steps, args.server_reload_command
+    shown = repr(command and printable(command))
     if (steps is None) != (command is None) or (steps is not None and args.rollout_source != "server"):
         raise InputError(
-            f"server_reload_steps={steps}, server_reload_command={command!r} and rollout_source="
+            f"server_reload_steps={steps}, server_reload_command={shown} and rollout_source="
             f"{args.rollout_source!r} do not go together: every so many steps the command has the server that writes "
             "the texts load the drafter. Set both, and rollout_source='server', or neither."
         )
@@ -100,9 +102,9 @@ def _check_reload(args: Any) -> None:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"server_reload_command={command!r} cannot be read ({error}). Correct its quotes.") from error
+        raise InputError(f"server_reload_command={shown} cannot be read ({error}). Correct its quotes.") from error
     if not words or shutil.which(words[0]) is None:
         raise InputError(
-            f"server_reload_command={command!r} names no program that can be run. Give its path, and for more than "
+            f"server_reload_command={shown} names no program that can be run. Give its path, and for more than "
             "one command a script."
         )
