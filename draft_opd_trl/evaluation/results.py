@@ -92,7 +92,8 @@ class ResultsFile(LinesFile):
 
 def read_reports(file: Path) -> dict[int, AcceptanceReport]:
     """By prompt, the report of its text alone, as a results file holds it."""
-    return dict(_report_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()[1:])
+    lines = file.read_text(encoding="utf-8").splitlines()[1:]
+    return dict(_report_of(json.loads(line)) for line in lines)
 
 
 def _line_of(prompt: int, report: AcceptanceReport) -> dict[str, Any]:

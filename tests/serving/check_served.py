@@ -120,12 +120,12 @@ def _edited(world: Path, name: str, change) -> Path:
 
 
 def _rounded(world: Path) -> Path:
-    """The target with its matrices rounded to 6 bits a row."""
+    """The target with its matrices rounded to 4 bits a row."""
     folder = Path(shutil.copytree(world / "target", world / "rounded"))
     tensors = load_file(folder / "model.safetensors")
     for name, weight in tensors.items():
         if weight.dim() == 2 and ".layers." in name:
-            step = weight.abs().amax(1, keepdim=True) / 31
+            step = weight.abs().amax(1, keepdim=True) / 7
             tensors[name] = ((weight / step).round() * step).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
