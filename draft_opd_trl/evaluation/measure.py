@@ -23,9 +23,11 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
+from .best_k import advice
 from .by_replay import measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
+from .round_costs import serving_choices
 
 
 class _Timed:
@@ -225,6 +227,7 @@ def evaluate_drafters(
     progress: str | None = None,
     replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    serve_batch_sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -247,10 +250,13 @@ def evaluate_drafters(
         ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
             counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
             a baseline, of the first drafter.
+        serve_batch_sizes (`Sequence[int]`, *optional*): Batch sizes to say for how many proposals to serve with, from
+            rounds that are timed here.
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
-        interval, `texts` from [`changed_texts`], how many were `resumed`); `difference` of τ and its interval.
+        interval, `texts` from [`changed_texts`], how many were `resumed`, `serving` from [`advice`]); `difference` of
+        τ and its interval.
 
     Raises:
         `ValueError`: A results file holds results of other settings.
@@ -267,8 +273,14 @@ def evaluate_drafters(
         prompts = [*prompts, *asked]
     reports = {name: join_reports(parts) for name, parts in texts.items()}
     plain = reports.pop("plain", None)
+    serving = {
+        name: advice(
+            serving_choices(target, drafters[name], prompts, settings, report.acceptance_by_slot, serve_batch_sizes)
+        )
+        for name, report in reports.items()
+    }
     if results is not None:
-        save_report(dict(reversed(reports.items())), results)  # differences are first − second
+        save_report(dict(reversed(reports.items())), results, serving)  # differences are first − second
     # Side by side, a text's seconds are those of its neighbours too, and the texts are no sample of anything.
     alone = plain is not None and settings.batch_size == 1
     return {
@@ -281,6 +293,7 @@ def evaluate_drafters(
                 "speedup_interval": list(speedup_interval(texts[name], texts["plain"])) if alone else None,
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
+                "serving": serving[name],
             }
             for name, report in reports.items()
         },
