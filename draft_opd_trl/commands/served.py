@@ -24,11 +24,11 @@ def check_served_arguments(arguments: Any) -> None:
     if arguments.by == "server" and not arguments.server_url:
         raise InputError("`by` is 'server', but no --server_url says where it listens. Give one.")
     if not arguments.server_url:
-        for name, value in (("--model", pair[0]), ("--teacher", pair[1])):
-            if value is None:
+        for name, option in (("model_name_or_path", "--model"), ("teacher_model_name_or_path", "--teacher")):
+            if getattr(arguments, name) is None:
                 raise InputError(
-                    f"evaluate measures a drafter with its target, and {name} is missing. Give it, or measure a "
-                    "running engine with --server_url."
+                    f"evaluate measures a drafter with its target, and `{name}` ({option}) is missing. Give it, or "
+                    "measure a running engine with --server_url."
                 )
         return
     if arguments.by not in (None, "server"):
