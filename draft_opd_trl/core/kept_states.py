@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .rereading import TextStore
 
 
 # Tensors of a cache that grow with the text, and the axis on which they do, not counting the batch's.
 GROWING = {"keys": 1, "values": 1, "indexer_keys": 0}
-NODES = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, DummyLayer)
+NODES = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)
 
 
 class KeptStates(TextStore):

@@ -51,11 +51,11 @@ def test_texts_advance_by_different_lengths_and_lanes_are_taken_anew(kept):
         for store in stores:
             for got, right in zip(kept.forward_cached(block, places, store, 24, (0, 2)), expected, strict=True):
                 rows = right.gather(1, places[..., None].expand(-1, -1, right.shape[-1]))
-                torch.testing.assert_close(got[accepted], rows[accepted], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(got[accepted], rows[accepted], rtol=1e-3, atol=1e-3)
     lane, places = torch.tensor([1]), torch.arange(6)[None]
     got = kept.forward_cached(other[1:, :6], places, stores[0], 24, (0, 2), lane)
     for mine, right in zip(got, of_other, strict=True):
-        torch.testing.assert_close(mine, right[1:, :6], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, right[1:, :6], rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_kept_is_counted_and_bounded(kept):
