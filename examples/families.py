@@ -285,7 +285,7 @@ def _reads(found: dict[str, Any]) -> str:
     """What a round of speculation reads."""
     if found["target"] is not True:
         return ""
-    if found["no_places"] is None:
+    if found.get("no_places") is None:
         return "the block"
     return "the run and the block" if found["reads_anew"] is None else "the whole text"
 
