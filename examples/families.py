@@ -37,11 +37,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd dim lru_width word_embed_proj_dim embedding_size".split(), 32),
     **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers".split(), LAYERS),
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
-    **dict.fromkeys("decoder_attention_heads linear_num_value_heads".split(), 4),
+    **dict.fromkeys("decoder_attention_heads linear_num_value_heads linear_num_heads".split(), 4),
     **dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads".split(), 2),
     **dict.fromkeys("intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim".split(), 48),
     **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16),
-    **dict.fromkeys("head_dim v_head_dim linear_key_head_dim linear_value_head_dim index_head_dim".split(), 8),
+    **dict.fromkeys(
+        "head_dim v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim".split(), 8
+    ),
     **dict.fromkeys("mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim".split(), 8),
     **dict.fromkeys("mamba_d_state state_size ssm_state_size".split(), 8),
     **dict.fromkeys("n_groups mamba_n_groups mamba_ngroups n_mamba_heads n_shared_experts".split(), 1),
@@ -75,8 +77,14 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
-    # Its kernels compute in bfloat16 unless told otherwise.
-    "xlstm": {"embedding_dim": 32, "num_blocks": LAYERS, "autocast_kernel_dtype": "float32"},
+    # Heads are rounded up to 64 together; its kernels compute in bfloat16 unless told otherwise.
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "num_blocks": LAYERS,
+        "qk_dim_factor": 1.0,
+        "autocast_kernel_dtype": "float32",
+    },
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 2},
     "zamba2": {
         "attention_hidden_size": 64,
@@ -188,8 +196,10 @@ def try_family(family: str) -> dict[str, Any]:
     """What works: each use's own word for it, or what went wrong, in a line."""
     found: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
     # Neither encoder-decoders, nor encoders asked as decoders, nor models of which the language model is a part.
-    other = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False) or CONFIG_MAPPING[family].sub_configs
-    found["decoder_only"] = not other and not hasattr(CONFIG_MAPPING[family], "is_decoder")
+    config = CONFIG_MAPPING[family]
+    parts = set(config.sub_configs) - {"attn_config"}  # MPT's, of its attention
+    other = getattr(config, "is_encoder_decoder", False) or parts or hasattr(config, "is_decoder")
+    found["decoder_only"] = not other
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 9]]
     settings = SpeculationSettings(8, [2], batch_size=3)
     seeds = range(len(prompts))
@@ -285,7 +295,7 @@ def _reads(found: dict[str, Any]) -> str:
     """What a round of speculation reads."""
     if found["target"] is not True:
         return ""
-    if found.get("no_places") is None:
+    if found["no_places"] is None:
         return "the block"
     return "the run and the block" if found["reads_anew"] is None else "the whole text"
 
