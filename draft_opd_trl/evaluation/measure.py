@@ -23,9 +23,11 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
+from .best_k import advice
 from .by_replay import measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
+from .round_costs import serving_choices
 
 
 class _Timed:
@@ -167,7 +169,7 @@ def _texts_of(
     return [file.done[index] for index in range(len(prompts))]
 
 
-def _decode_all(
+def decode_all(
     target: Target,
     runs: Mapping[str, Drafter | None],
     prompts: Sequence[Sequence[int]],
@@ -177,7 +179,17 @@ def _decode_all(
     progress: str | None,
     replay: bool,
 ) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
-    """By run, the report of each text alone, and how many were there already."""
+    """
+    By run, the report of each text alone, and how many were there already.
+
+    Args:
+        target ([`Target`]): Of all runs.
+        runs (`Mapping[str, Drafter | None]`): Drafters by name, `None` to decode without one.
+        prompts, settings, seed, results, progress, replay: As for [`evaluate_drafters`].
+
+    Raises:
+        `ValueError`: A results file holds results of other settings.
+    """
     shared = {
         **dataclasses.asdict(settings),
         "seed": seed,
@@ -215,6 +227,7 @@ def evaluate_drafters(
     progress: str | None = None,
     replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    serve_batch_sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -237,16 +250,19 @@ def evaluate_drafters(
         ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
             counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
             a baseline, of the first drafter.
+        serve_batch_sizes (`Sequence[int]`, *optional*): Batch sizes to say for how many proposals to serve with, from
+            rounds that are timed here.
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
-        interval, `texts` from [`changed_texts`], how many were `resumed`); `difference` of τ and its interval.
+        interval, `texts` from [`changed_texts`], how many were `resumed`, `serving` from [`advice`]); `difference` of
+        τ and its interval.
 
     Raises:
         `ValueError`: A results file holds results of other settings.
     """
     runs = {"plain": None, **drafters} if baseline and not replay else drafters
-    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay)
+    decode = partial(decode_all, target, runs, settings=settings, progress=progress, replay=replay)
     texts, resumed = decode(prompts, seed=seed, results=results)
     if ask_again is not None:
         asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])
@@ -257,8 +273,14 @@ def evaluate_drafters(
         prompts = [*prompts, *asked]
     reports = {name: join_reports(parts) for name, parts in texts.items()}
     plain = reports.pop("plain", None)
+    serving = {
+        name: advice(
+            serving_choices(target, drafters[name], prompts, settings, report.acceptance_by_slot, serve_batch_sizes)
+        )
+        for name, report in reports.items()
+    }
     if results is not None:
-        save_report(dict(reversed(reports.items())), results)  # differences are first − second
+        save_report(dict(reversed(reports.items())), results, serving)  # differences are first − second
     # Side by side, a text's seconds are those of its neighbours too, and the texts are no sample of anything.
     alone = plain is not None and settings.batch_size == 1
     return {
@@ -271,6 +293,7 @@ def evaluate_drafters(
                 "speedup_interval": list(speedup_interval(texts[name], texts["plain"])) if alone else None,
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
+                "serving": serving[name],
             }
             for name, report in reports.items()
         },
