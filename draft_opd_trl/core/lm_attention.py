@@ -49,9 +49,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def shared_keys(decoder: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model that attends by `sdpa` copies no keys for the heads that share them; others are as they were."""
+    """
+    Inside, a model that attends by `sdpa` copies no keys for the heads that share them; others are as they were.
+
+    Under gradients all are: a layer whose activations are made anew is run again outside.
+    """
     config, takes_any = decoder.config, getattr(decoder, "_supports_attention_backend", False)
-    if config._attn_implementation != "sdpa" or not takes_any:
+    if config._attn_implementation != "sdpa" or not takes_any or torch.is_grad_enabled():
         yield
         return
     config._attn_implementation = NAME

@@ -236,8 +236,8 @@ def test_without_a_drafter_the_engine_alone_is_measured(world, capsys):
     ("words", "why"),
     [
         (["--by", "server", "--model", "a", "--teacher", "b"], "no --server_url says where it listens"),
-        (["--teacher", "b"], "--model is missing"),
-        (["--model", "a"], "--teacher is missing"),
+        (["--teacher", "b"], "(--model) is missing"),
+        (["--model", "a"], "(--teacher) is missing"),
         (["--server_url", "http://x", "--by", "speculation"], "Drop one of them"),
         (["--server_url", "http://x", "--model", "a"], "--model and --teacher come together"),
         (["--server_url", "http://x", "--served_model", "a"], "Give --model and --teacher"),
