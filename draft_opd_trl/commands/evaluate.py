@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.checks import check_value, path
 from ..core.errors import InputError
 from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
+from .replay_texts import ServerTexts, check_server
 
 
 @dataclass
@@ -47,11 +49,18 @@ class EvaluateArguments(PairArguments):
             "choices": ["speculation", "replay"],
         },
     )
+    server_url: str | None = field(
+        default=None,
+        metadata={"help": "With --by replay: a completions server of the target that writes the texts."},
+    )
+    server_model: str | None = field(default=None, metadata={"help": "Model to ask the server for."})
+    server_token: str | None = field(default=None, metadata={"help": "Bearer token for the server."})
     output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_server(self.server_url, self.by, server_model=self.server_model, server_token=self.server_token)
         self.suite = check_value("suite", [name for word in self.suite for name in word.split(",")], list[str], path)
         for name in ("suite", "temperature"):
             if not getattr(self, name):
@@ -63,7 +72,8 @@ ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
 def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     try:
-        return _measured(arguments, quantization)
+        with TemporaryDirectory() as scratch:
+            return _measured(arguments, quantization, Path(arguments.output_dir or scratch))
     except KeyboardInterrupt as error:
         kept = "nothing was kept. With --output_dir texts are kept as they end, and the same command goes on."
         if arguments.output_dir:
@@ -71,7 +81,7 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
         raise KeyboardInterrupt(f"interrupted; {kept}") from error
 
 
-def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
+def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments, texts_folder: Path) -> dict[str, Any]:
     import json
 
     from accelerate import PartialState
@@ -119,6 +129,9 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 batch_size=arguments.batch_size,
             )
             title = f"{Path(name).stem}-t{law.temperature:g}"
+            write = None
+            if arguments.server_url:
+                write = ServerTexts(target, tokenizer, settings, texts_folder, arguments, chat)
             measured = evaluate_drafters(
                 target,
                 dict(zip(named, drafters, strict=True)),
@@ -130,8 +143,10 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 title,
                 replay=replay,
                 ask_again=ask_again.get(name),
+                write=write,
             )
-            results.append({"suite": name, "temperature": law.temperature, **measured})
+            told = {} if write is None else {"server_texts": dict(write.counts)}
+            results.append({"suite": name, "temperature": law.temperature, **measured, **told})
     teacher = arguments.teacher_model_name_or_path
     result = {"definition": DEFINITION, "teacher": teacher, "drafters": named, "results": results}
     if output:
@@ -211,6 +226,11 @@ def show(result: dict[str, Any]) -> str:
         heads = [f"{name}: {result['drafters'][name]}" for name in figures]
         title = f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"
         parts += ["", title, "", table(["", *heads], lines)]
+        if "server_texts" in measured:
+            asked, dropped = (measured["server_texts"][name] for name in ("asked", "dropped"))
+            parts.append(
+                f"texts of the server: {asked}, of which {dropped} were not the target's, which wrote them anew"
+            )
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
             parts.append(f"{' − '.join(figures)}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")

@@ -23,7 +23,7 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
-from .by_replay import measure_by_replay
+from .by_replay import Writer, measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
 
@@ -152,6 +152,7 @@ def _texts_of(
     file: ResultsFile,
     progress: str | None,
     replay: bool,
+    write: Writer | None,
 ) -> list[AcceptanceReport]:
     """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
     waiting = [index for index in range(len(prompts)) if index not in file.done]
@@ -162,7 +163,7 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        measure = measure_by_replay if replay else measure_acceptance
+        measure = partial(measure_by_replay, write=write) if replay else measure_acceptance
         measure(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
@@ -176,6 +177,7 @@ def _decode_all(
     results: Path | None,
     progress: str | None,
     replay: bool,
+    write: Writer | None,
 ) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
     """By run, the report of each text alone, and how many were there already."""
     shared = {
@@ -186,6 +188,7 @@ def _decode_all(
         "device": target.device.type,
         "prompts": fingerprint_of(prompts)[:16],
         **({"by": "replay"} if replay else {}),
+        **({"texts": "of a server"} if write else {}),
     }
     files = {
         name: ResultsFile(
@@ -197,7 +200,7 @@ def _decode_all(
     resumed = {name: len(file.done) for name, file in files.items()}
     texts = {
         name: _texts_of(
-            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay, write
         )
         for name, drafter in runs.items()
     }
@@ -215,6 +218,7 @@ def evaluate_drafters(
     progress: str | None = None,
     replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    write: Writer | None = None,
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -237,6 +241,8 @@ def evaluate_drafters(
         ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
             counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
             a baseline, of the first drafter.
+        write (`Callable`, *optional*): Writes the texts along which replay counts, instead of the target in this
+            process ([`measure_by_replay`]).
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
@@ -246,7 +252,7 @@ def evaluate_drafters(
         `ValueError`: A results file holds results of other settings.
     """
     runs = {"plain": None, **drafters} if baseline and not replay else drafters
-    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay)
+    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay, write=write)
     texts, resumed = decode(prompts, seed=seed, results=results)
     if ask_again is not None:
         asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])
