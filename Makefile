@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need only Python >= 3.11, make and git: they build .venv themselves.
-.PHONY: help venv quickstart test docs test-serving test-newest constraints soak quality style
+.PHONY: help venv quickstart real real-quick test docs test-serving test-newest constraints soak gpu quality style
 .DEFAULT_GOAL := help
 
 # The first Python that trl and transformers accept; the plain `python3` of some systems is older.
@@ -24,12 +24,15 @@ DRAFTER ?= dflash
 
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
+	@echo "make real-quick   SFT continued against Draft-OPD on SmolLM2-135M-Instruct, a real model: 15 minutes on 2 cores (REAL=options of the script)"
+	@echo "make real         the same from nothing, in a night"
 	@echo "make test         run the tests"
 	@echo "make docs         build the site into docs/build, without a network; a dead link is an error"
 	@echo "make test-serving load drafters with SGLang's and vLLM's own loaders, and serve by vLLM, on a CPU (downloads some 2 GB once)"
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"
+	@echo "make gpu          measure on a GPU what fits into MINUTES (60), and go on where that was"
 	@echo "make quality      check style and imports; make style mends what it can"
 	@echo "make venv         build .venv, which the others do by themselves (PYTHON=..., TORCH=... choose what goes in)"
 
@@ -50,6 +53,14 @@ endef
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
 quickstart: .venv/installed
 	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/quickstart.py --drafter $(DRAFTER)
+
+# Target and prompts are the Hub's, or those of REAL="--target FOLDER --prompts FILE --suites FILE,FILE".
+REAL ?=
+real: .venv/installed
+	OMP_NUM_THREADS=$(CORES) .venv/bin/python examples/smollm/real.py $(REAL)
+
+real-quick: .venv/installed
+	OMP_NUM_THREADS=$(CORES) .venv/bin/python examples/smollm/real.py --quick --output_dir outputs/smollm-quick $(REAL)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
 TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
@@ -83,6 +94,10 @@ test-serving: .venv/installed
 # One thread a process, as it starts one for each core. Its last line is JSON.
 soak: .venv/installed
 	env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python examples/soak/soak.py
+
+# Its last line is JSON.
+gpu: .venv/installed
+	env -u CI HF_HUB_OFFLINE=1 .venv/bin/python examples/benchmarks/gpu.py --minutes $(or $(MINUTES),60)
 
 quality: .venv/installed
 	.venv/bin/ruff check .

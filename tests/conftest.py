@@ -167,11 +167,11 @@ def train_drafter(target, drafter, prompts, steps=100, max_new_tokens=40):
     """A little SFT on the target's own greedy text, so that blocks end in every way: early, late and not at all."""
     rollout = speculate(target, None, prompts, SpeculationSettings(max_new_tokens, [], batch_size=len(prompts)))
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
-    texts = torch.arange(len(prompts)).repeat_interleave(12)
+    texts = torch.arange(len(prompts), device=target.device).repeat_interleave(12)
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     for _ in range(steps):
-        share = torch.rand(len(texts), generator=draws)
+        share = torch.rand(len(texts), generator=draws).to(target.device)
         anchors = rollout.prompt_lengths[texts] + (share * (max_new_tokens - 6)).long()
         blocks = text_blocks(rollout, texts, anchors, drafter.num_draft_tokens)
         logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))

@@ -225,7 +225,7 @@ def evaluate_drafters(
 
     Args:
         target ([`Target`]): Of all drafters.
-        drafters (`dict[str, Drafter]`): One or two by name, bound to the target; two are compared, paired by prompt.
+        drafters (`dict[str, Drafter]`): By name, bound to the target; two are compared, paired by prompt.
         prompts (`Sequence[Sequence[int]]`): Token ids.
         settings ([`SpeculationSettings`]): Law and lengths.
         seed (`int`, *optional*, defaults to `0`): Of draws at temperature > 0.

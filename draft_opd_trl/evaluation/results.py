@@ -50,9 +50,7 @@ class ResultsFile:
         else:
             lines = [json.dumps(settings) + "\n"]
         write_atomically(file, "".join(lines))
-        for line in lines[1:]:
-            prompt, report = _report_of(json.loads(line))
-            self.done[prompt] = report
+        self.done = _reports_of(lines)
 
     def _check(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         differing = [
@@ -72,6 +70,15 @@ class ResultsFile:
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(_line_of(prompt, report)) + "\n")
+
+
+def read_reports(file: Path) -> dict[int, AcceptanceReport]:
+    """By prompt, the report of its text alone, as a results file holds it."""
+    return _reports_of(file.read_text(encoding="utf-8").splitlines())
+
+
+def _reports_of(lines: Sequence[str]) -> dict[int, AcceptanceReport]:
+    return dict(_report_of(json.loads(line)) for line in lines[1:])
 
 
 def _line_of(prompt: int, report: AcceptanceReport) -> dict[str, Any]:

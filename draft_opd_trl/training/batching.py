@@ -15,6 +15,7 @@ from torch.nn import functional
 from ..core.records import DraftBlocks, ReplayBatch, Rollout
 from ..core.sampling_params import SamplingParams
 from ..core.seeding import text_generator
+from ..core.state_store import StateStore
 from ..core.stopwatch import Stopwatch
 from ..core.target import Target
 from ..decoding.coupling import Coupling
@@ -40,6 +41,7 @@ class BatchMaker:
         buffer ([`ErrorBuffer`], *optional*): Error positions of earlier texts.
         proposals ([`SamplingParams`], *optional*): Replay proposals drawn at these settings, the text's own; argmax
             proposals by default.
+        store ([`StateStore`], *optional*): Reads texts in the target's place, where their keys are not wanted.
         stopwatch ([`Stopwatch`], *optional*): Takes the times of the target's pass over the texts (`target_text`), of
             finding and choosing blocks (`replay`) and of what the target says of them (`scoring`).
     """
@@ -53,13 +55,14 @@ class BatchMaker:
         seed: int,
         buffer: ErrorBuffer | None = None,
         proposals: SamplingParams | None = None,
+        store: StateStore | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         if streams.sft_decay is None:
             streams = replace(streams, sft_decay=drafter.sft_decay)
         self.target, self.drafter = target, drafter
         self.streams, self.on_policy, self.seed = streams, on_policy, seed
-        self.buffer, self.proposals = buffer, proposals
+        self.buffer, self.proposals, self.store = buffer, proposals, store
         self.stopwatch = stopwatch or Stopwatch(target.device)
 
     def __call__(
@@ -82,7 +85,10 @@ class BatchMaker:
             # Only now, so that a step draws from earlier ones, into however many micro-steps its texts are split.
             for rollout, blocks in zip(rollouts, drafted, strict=True):
                 self.buffer.add(rollout, blocks)
-        return list(batches), add_counts(map(self._count, batches, rollouts, drafted))
+        counts = add_counts(map(self._count, batches, rollouts, drafted))
+        if self.store is not None:
+            counts["replay/states_kept"] = self.store.take_counts()
+        return list(batches), counts
 
     def _batch(self, rollout: Rollout, step: int, lmbda: float, fresh: bool) -> tuple[ReplayBatch, DraftBlocks]:
         """The batch of one micro-step, and all blocks that the drafter has on its new texts."""
@@ -95,7 +101,10 @@ class BatchMaker:
         cache = self.target.new_cache(*texts.tokens.shape) if scores and not keeps_states else None
 
         with self.stopwatch.measure("target_text"):
-            features, states = self.target.forward_text(texts.tokens, self.drafter.target_layer_ids, cache)
+            if self.store is None or cache is not None:
+                features, states = self.target.forward_text(texts.tokens, self.drafter.target_layer_ids, cache)
+            else:
+                features, states = self.store.read(texts.tokens, texts.lengths)
 
         with self.stopwatch.measure("replay"):
             coupling = self._coupling(texts, states, step)

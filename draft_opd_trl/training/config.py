@@ -107,6 +107,13 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             Epochs that a drawn text serves (temperature > 0). At temperature 0 a text is written once.
         text_cache_dir (`str`, *optional*):
             Where written texts are kept, for later epochs and other runs. Default: `_text_cache` in `output_dir`.
+        state_store_gib (`float`, *optional*, defaults to `0.0`):
+            Keep the target's states of texts it has read, up to so many GiB (a process), instead of reading a text
+            anew whenever a step meets it. In memory, or where `state_store_dir` says.
+        state_store_dir (`str`, *optional*):
+            Keep them on disk, for other stages and runs with the same target and drafter taps too.
+        state_store_dtype (`str`, *optional*):
+            Round them to this dtype, such as `bfloat16`; the target's own by default.
         num_texts_to_check (`int`, *optional*, defaults to `16`):
             Texts of the data set that the target reads before training, to warn if they are not its own
             (`rollout_source="dataset"`).
@@ -175,7 +182,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `bf16`: Defaults to `True` where the GPU has it, if `fp16` is not set, instead of `False`.
+    > - `bf16`: Defaults to `True` where a GPU has it, if `fp16` is not set, instead of `False`.
     > - `optim`: Defaults to `"muon"`, Muon on matrices and AdamW on the rest ([`MuonWithAdamW`]), which transformers
     >   has no name for; its own names stand beside it.
     > - `learning_rate`: Defaults to `2e-3` with `muon` on greedy text and `1e-3` on drawn text, and to `3e-4` with any
@@ -227,6 +234,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     steps_per_generation: int | None = _field("Micro-steps a set of texts serves.")
     regenerate_every: int = _field("Epochs that a drawn text serves.", 1)
     text_cache_dir: str | None = _field("Where written texts are kept.")
+    state_store_gib: float = _field("GiB for the target's states of texts it has read.", 0.0)
+    state_store_dir: str | None = _field("Keep these on disk, there.")
+    state_store_dtype: str | None = _field("What these are rounded to.")
     num_texts_to_check: int = _field("Texts of the data set the target reads first.", 16)
 
     # Parameters that control the server
@@ -320,13 +330,10 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            for name in ("bf16", "fp16"):
-                if getattr(self, name):
-                    raise InputError(
-                        f"{name}=True, but there is no GPU, and drafters train on CPU in float32 here. Leave `{name}` "
-                        "unset or set it to False."
-                    )
-            self.bf16, self.use_cpu = False, True
+            if self.fp16:
+                raise InputError("fp16=True, but there is no GPU. Leave `fp16` unset, or set bf16=True.")
+            # Autocast pays on a CPU with instructions for bfloat16, and costs on others: only where it is asked for.
+            self.bf16, self.use_cpu = bool(self.bf16), True
         elif self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 

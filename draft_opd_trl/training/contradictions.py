@@ -37,6 +37,15 @@ def check_together(args: Any) -> None:
             "rejected_loss='accepted_length' counts slots from the block's first, but the rejected stream begins "
             "later. Use it for the accepted stream only."
         )
+    if args.state_store_gib > 0 and args.streams.scores_rejected:
+        raise InputError(
+            f"state_store_gib={args.state_store_gib}, but the rejected stream (rejected_weight={args.rejected_weight})"
+            " reads the target's keys and values of a text, which are not kept. Set one of them to 0."
+        )
+    if args.state_store_gib == 0 and (args.state_store_dir or args.state_store_dtype):
+        raise InputError(
+            "state_store_dir and state_store_dtype say how states are kept, but state_store_gib=0 keeps none. Set it."
+        )
     if (args.rollout_source == "server") != (args.server_url is not None):
         raise InputError(
             f"rollout_source={args.rollout_source!r} and server_url="

@@ -130,8 +130,12 @@ class Rehearsal:
                 # PyTorch cannot move parameters without data, and PEFT would, to where they are.
                 with patch.object(nn.Module, "to", lambda module, *_, **__: module):
                     self.model = add_adapter(self.drafter, copy.deepcopy(peft_config))
-        if args.activation_checkpointing:
-            self.drafter.activation_checkpointing_enable()
+        # transformers before 5.23 has the older name alone, of the setting and of the method.
+        if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
+            if hasattr(self.drafter, "activation_checkpointing_enable"):
+                self.drafter.activation_checkpointing_enable()
+            else:
+                self.drafter.gradient_checkpointing_enable()
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         new_texts = self.batch_size * args.steps_per_generation
         self.lanes = args.rollout_batch_size if args.eval_strategy != "no" else min(args.rollout_batch_size, new_texts)

@@ -7,8 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..core.state_store import StateStore
 from ..core.target import Target
 from ..decoding.speculation import SpeculationSettings
 from ..drafters.base import Drafter
@@ -22,6 +24,14 @@ from .config import DraftOPDConfig
 def text_folder(args: DraftOPDConfig) -> Path:
     """Where the texts of a run are kept."""
     return Path(args.text_cache_dir or Path(args.output_dir) / "_text_cache")
+
+
+def state_store(args: DraftOPDConfig, target: Target, drafter: Drafter) -> StateStore | None:
+    """Where the states of texts are kept, if they are."""
+    if not args.state_store_gib:
+        return None
+    dtype = args.state_store_dtype and getattr(torch, args.state_store_dtype)
+    return StateStore(target, drafter.target_layer_ids, args.state_store_gib, args.state_store_dir, dtype)
 
 
 def build_source(

@@ -60,7 +60,7 @@ from .optim import MUON, MuonWithAdamW, optimizer_of
 from .planning import announce_plan
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
-from .rollout import build_source
+from .rollout import build_source, state_store
 from .run_log import RunLog
 from .sharding import check_parallelism, shard
 
@@ -204,6 +204,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             args.seed,
             buffer=self.error_buffer if args.replay_buffer_size else None,
             proposals=args.sampling if args.sample_proposals else None,
+            store=state_store(args, self.target, self.drafter),
             stopwatch=self.run_log.stopwatch,
         )
         self.feed = BatchFeed(

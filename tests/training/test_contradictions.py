@@ -24,6 +24,11 @@ from draft_opd_trl.training.config import DraftOPDConfig
             {"rejected_loss": "k3", "rejected_weight": 0.5},
             "rejected_loss='k3' compares distributions, but teacher_temperature=0.*Use one of ce, tv, lk",
         ),
+        (
+            {"state_store_gib": 1.0, "rejected_weight": 0.5},
+            r"state_store_gib=1.0, but the rejected stream \(rejected_weight=0.5\) reads the target's keys.*to 0",
+        ),
+        ({"state_store_dir": "states"}, "state_store_gib=0 keeps none. Set it"),
         ({"replay_ratio": 0.5}, "replay_ratio=0.5 draws from a buffer of size 0. Set replay_buffer_size above 0"),
         (
             {"replay_by_loss": True, "replay_buffer_size": 8},

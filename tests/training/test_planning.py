@@ -152,8 +152,7 @@ def test_weights_and_optimizer_states_are_exact(model, kind):
 def test_mixed_precision_halves_activations(model, kind):
     drafter = drafter_for(model, kind)
     name = "drafter activations and loss chunks"
-    mixed = settings()
-    mixed.bf16 = True  # the config refuses it where there is no GPU
+    mixed = settings(bf16=True)
     plans = [planned(model, drafter, args) for args in (settings(), mixed)]
     full, mixed = (plan.phases["training"][name] for plan in plans)
     assert 0.4 * full < mixed < 0.9 * full

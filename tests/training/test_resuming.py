@@ -291,6 +291,23 @@ def test_texts_written_after_the_checkpoint_change_nothing(world, tmp_path, temp
     assert len(resumed.source.cache) == 16
 
 
+def test_states_that_were_kept_are_read_again_to_the_same_bits(world, tmp_path):
+    """A store in memory is gone with the run, and rows of its batches may meet others when they are read anew."""
+    options = {"replay_buffer_size": 0, "replay_ratio": 0.0, "max_steps": 6, "optim": "sgd"}
+    kept = {**options, "state_store_gib": 0.01}
+    run, plain = build(world, tmp_path / "whole", **kept), build(world, tmp_path / "plain", **options)
+    run.train()
+    plain.train()
+    shares = [log["replay/states_kept"] for log in run.state.log_history if "replay/states_kept" in log]
+    assert shares == [0, 0, 0, 0, 1, 1]
+    for mine, without in zip(weights(run).values(), weights(plain).values(), strict=True):
+        torch.testing.assert_close(mine, without, rtol=1e-4, atol=1e-6)
+    start_from(tmp_path / "whole", tmp_path / "cut", "checkpoint-3")
+    resumed = build(world, tmp_path / "cut", **kept)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(run), weights(resumed))
+
+
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 

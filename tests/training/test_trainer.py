@@ -46,6 +46,18 @@ def test_training_moves_every_drafter_parameter_and_no_target_weight(
     assert {id(p) for p in trainer.model.parameters()}.isdisjoint({id(p) for p in model.parameters()})
 
 
+def test_mixed_precision_on_a_cpu(drafter_folder, model, texts, tmp_path):
+    """Only where it is asked for: the loss is float32's to rounding, and weights stay in float32."""
+    losses = []
+    for bf16 in (None, True):
+        trainer = make_trainer(drafter_folder, model, texts, tmp_path, bf16=bf16, max_steps=1)
+        assert trainer.args.bf16 is bool(bf16)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        assert all(value.dtype == torch.float32 for value in parameters_of(trainer).values())
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
 def test_the_rejected_stream_trains_from_kept_states_as_from_scored_ones(drafter_folder, model, texts, tmp_path):
     """Fresh blocks of a rollout and the replay of the same text are the same batch."""
     options = {"rejected_weight": 1.0, "num_anchors": 100, "shuffle_dataset": False}
