@@ -16,9 +16,7 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     found = model.get_decoder()
     if found is model or isinstance(found, torch.nn.Linear):
         return getattr(model, "model", model.base_model)
-    # Of some multimodal models the part that reads text is a causal LM, head included (Llama 4).
-    whole = isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None
-    return decoder_of(found) if whole else found
+    return found
 
 
 def logit_scale(config: Any) -> float:

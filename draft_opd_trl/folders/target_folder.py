@@ -90,12 +90,16 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
 
 def target_class(config: PreTrainedConfig) -> Any:
     """
-    What makes a target of this config: the class that its checkpoint names, which may be a multimodal model with the
-    text model inside, else the auto class that knows the config.
+    What makes a target of this config: of a multimodal one the text model alone, where transformers has a class of it;
+    else the class that its checkpoint names, which may be the whole with the text model inside; else the auto class
+    that knows the config.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): As it was read.
     """
+    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if text is not None and text.config_class is not type(config):
+        return AutoModelForCausalLM
     for name in config.architectures or ():
         named = getattr(transformers, name, None)
         writes = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()

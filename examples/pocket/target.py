@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hybrid import hybrid_of
+from deltanet import hybrid_of
 from tasks import stream
 from tokenizer import VOCAB_SIZE, build_tokenizer
 from tqdm.auto import tqdm
