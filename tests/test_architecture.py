@@ -29,6 +29,7 @@ TESTED_WITH = {
     "commands/options.py": "commands/test_commands.py",
     "commands/plan.py": "training/test_planning.py",
     "commands/recipes.py": "commands/test_recipe_files.py",
+    "commands/served.py": "evaluation/test_served_causes.py",
     "commands/train.py": "commands/test_commands.py",
     "core/errors.py": "test_cli.py",
     "drafters/block_backbone.py": "drafters/test_dflash.py",

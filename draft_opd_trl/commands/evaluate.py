@@ -2,7 +2,8 @@
 
 Suites: gsm8k, math500, aime25, mbpp, humaneval, mt-bench and swe-bench-lite from the Hub (or from a local copy:
 --suite_path), pocket and pocket-<kind> from the source tree, or any data set with a `prompt` column: an id, a folder,
-a .json, .jsonl or .parquet file.
+a .json, .jsonl or .parquet file. With --server_url a running vLLM or SGLang is measured, and, where --model and
+--teacher are given too, held to what is measured here.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from typing import Any
 
 from ..core.checks import check_value, path
 from ..core.errors import InputError
-from .options import PairArguments, QuantizationArguments, drafters_by_name, read_chat_kwargs
-from .replay_texts import ServerTexts, check_server
+from . import served
+from .options import QuantizationArguments, drafters_by_name, read_chat_kwargs, settle_options, suite_paths
+from .replay_texts import ServerTexts
+from .served import check_served_arguments
 
 
 @dataclass
-class EvaluateArguments(PairArguments):
+class EvaluateArguments:
     """What to measure."""
 
     suite: list[str] = field(metadata={"help": "Suites or data sets, separated by commas or spaces."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Drafter: path or id.", "aliases": ["--model"]}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Target: path or id.", "aliases": ["--teacher", "--teacher_model"]}
+    )
     suite_path: list[str] = field(
         default_factory=list, metadata={"help": "Local copies of suites, as name=path, for use without a network."}
     )
@@ -45,22 +54,29 @@ class EvaluateArguments(PairArguments):
         default=None,
         metadata={
             "help": "speculation, or replay: the target writes alone, and replay counts, without speeds. By default "
-            "speculation, unless the target would have to read every text anew at each round.",
-            "choices": ["speculation", "replay"],
+            "speculation, unless the target would have to read every text anew at each round. server: a running "
+            "engine, which is the default with --server_url.",
+            "choices": ["speculation", "replay", "server"],
         },
     )
     server_url: str | None = field(
         default=None,
-        metadata={"help": "With --by replay: a completions server of the target that writes the texts."},
+        metadata={
+            "help": "A running vLLM or SGLang that speculates, as http://localhost:8000; with --by replay, a "
+            "completions server of the target that writes the texts."
+        },
     )
     server_model: str | None = field(default=None, metadata={"help": "Model to ask the server for."})
     server_token: str | None = field(default=None, metadata={"help": "Bearer token for the server."})
+    served_model: str | None = field(
+        default=None, metadata={"help": "Drafter's folder that the server was started with, held to --model."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Where texts go as they end; resumed if there."})
     seed: int = field(default=0, metadata={"help": "Of draws at temperature > 0."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_server(self.server_url, self.by, server_model=self.server_model, server_token=self.server_token)
+        settle_options(self)
+        check_served_arguments(self)
         self.suite = check_value("suite", [name for word in self.suite for name in word.split(",")], list[str], path)
         for name in ("suite", "temperature"):
             if not getattr(self, name):
@@ -99,10 +115,12 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
 
     if PartialState().num_processes > 1:
         raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
+    if arguments.server_url and arguments.by != "replay":
+        return served.measure(arguments, quantization.quantization_config())
     if arguments.output_dir:
         check_writable(arguments.output_dir)
     names = arguments.suite
-    paths = _paths(arguments.suite_path, names)
+    paths = suite_paths(arguments.suite_path, names)
     sampling = [SamplingParams(value, arguments.top_k, arguments.top_p) for value in arguments.temperature]
     chat, quantized = read_chat_kwargs(arguments.chat_template_kwargs), quantization.quantization_config()
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
@@ -152,14 +170,6 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     if output:
         write_atomically(output / "results.json", json.dumps(result, indent=2))
     return result
-
-
-def _paths(words: list[str], names: list[str]) -> dict[str, str]:
-    paths = dict(word.partition("=")[::2] for word in words)
-    for name, copy in paths.items():
-        if not copy or name not in names:
-            raise InputError(f"--suite_path {name}{'=' if copy else ''}{copy} must be name=path of one of {names}.")
-    return paths
 
 
 def _with_interval(value: float, interval: list[float], style: str) -> str:
@@ -216,6 +226,8 @@ def _losslessness(texts: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> str:
+    if "server" in result:
+        return served.show(result)
     from ..core.terminal import as_text, table
 
     parts = [result["definition"], "Intervals: 95 %, bootstrap over prompts."]

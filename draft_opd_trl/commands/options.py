@@ -134,3 +134,21 @@ def read_chat_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:
     """
     kwargs = read_json("chat_template_kwargs", given) if isinstance(given, str) else given
     return check_value("chat_template_kwargs", kwargs, dict, CHAT_KWARGS)
+
+
+def suite_paths(words: list[str], names: list[str]) -> dict[str, str]:
+    """
+    Local copies of suites by name.
+
+    Args:
+        words (`list[str]`): Of `--suite_path`, as `name=path`.
+        names (`list[str]`): Of the suites.
+
+    Raises:
+        `ValueError`: Not such a word, or of another suite.
+    """
+    paths = dict(word.partition("=")[::2] for word in words)
+    for name, copy in paths.items():
+        if not copy or name not in names:
+            raise InputError(f"--suite_path {name}{'=' if copy else ''}{copy} must be name=path of one of {names}.")
+    return paths

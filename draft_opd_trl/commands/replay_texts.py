@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import InputError
-
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,17 +69,3 @@ class ServerTexts:
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Rollout:
         """Texts by prompt, see [`measure_by_replay`]. A drawn text depends on its prompt and the run's seed."""
         return self.source.write([{"prompt_ids": list(prompt)} for prompt in prompts])
-
-
-def check_server(server_url: str | None, by: str | None, **others: str | None) -> None:
-    """
-    Raises:
-        `ValueError`: A server where none writes, or what only a server is told.
-    """
-    if server_url and by != "replay":
-        raise InputError(
-            f"server_url is given, and by is {by!r}: a server writes texts for evaluation by replay alone. Add "
-            "--by replay."
-        )
-    if given := [name for name, value in others.items() if value and not server_url]:
-        raise InputError(f"`{given[0]}` is for a server, and none is named. Give --server_url, or leave it out.")

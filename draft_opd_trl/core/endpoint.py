@@ -115,11 +115,17 @@ class Endpoint:
         Raises:
             `ServerError`: No answer, one of more bytes, or one that is compressed.
         """
-        data = json.dumps(body).encode()
+        return self._ask("POST", json.dumps(body).encode(), limit)
+
+    def get(self, limit: int) -> Response:
+        """As [`post`], and nothing is sent."""
+        return self._ask("GET", None, limit)
+
+    def _ask(self, method: str, data: bytes | None, limit: int) -> Response:
         for attempt in range(self.max_retries + 1):
             pause = BACKOFF * 2**attempt * (1 + random.random())
             try:
-                response = self._exchange(data, limit)
+                response = self._exchange(method, data, limit)
             except (OSError, HTTPException, UnicodeError) as error:  # the last: no name of a host
                 if attempt == self.max_retries:
                     raise ServerError(
@@ -169,10 +175,10 @@ class Endpoint:
         for sock in list(self._sockets):
             _hang_up(sock)
 
-    def _exchange(self, data: bytes, limit: int) -> Response:
+    def _exchange(self, method: str, data: bytes | None, limit: int) -> Response:
         """One request and its answer, within `timeout` seconds and `limit` bytes."""
         with self._connection() as connection:
-            connection.request("POST", self._path, data, self._headers)
+            connection.request(method, self._path, data, self._headers)
             answer = connection.getresponse()
             encoding = answer.getheader("Content-Encoding", "identity")
             if encoding != "identity":

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
+from .lm_attention import shared_keys
 from .packing import pack_by_text
 from .records import DraftBlocks
 from .rereading import TextStore
@@ -195,9 +196,9 @@ class Target(TargetShape):
         if cache is not None:
             inputs[self._cache_argument] = cache
         tapped = [index + 1 for index in layer_ids]
-        output = self.decoder(output_hidden_states=tapped or False, **inputs)
-        features = [output.hidden_states[index] for index in tapped]
-        states = output.last_hidden_state
+        with shared_keys(self.decoder):
+            output = self.decoder(output_hidden_states=tapped or False, **inputs)
+        features, states = [output.hidden_states[index] for index in tapped], output.last_hidden_state
         return (torch.cat(features, dim=-1) if features else states[..., :0]), states
 
     @torch.no_grad()

@@ -131,8 +131,8 @@ class AcceptanceReport:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95 % interval of each statistic, by bootstrap over prompts ([`bootstrap_interval`])."""
         numerators, denominators = (torch.stack(part, dim=1) for part in zip(*self._ratios.values(), strict=True))
-        values = _resampled(numerators, denominators, RESAMPLES, seed=0)
-        return {name: _interval_of(one, LEVEL) for name, one in zip(self._ratios, values.T, strict=True)}
+        values = resampled(numerators, denominators, RESAMPLES, seed=0)
+        return {name: interval_of(one, LEVEL) for name, one in zip(self._ratios, values.T, strict=True)}
 
     @property
     def committed(self) -> list[int]:
@@ -224,8 +224,8 @@ def join_reports(reports: Sequence[AcceptanceReport], at_once: bool = False) -> 
     return AcceptanceReport(**joined)
 
 
-def _resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
-    """Ratios of sums `(resamples, M)` over prompts drawn with replacement, from `(B, M)` each."""
+def resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+    """Ratios of sums `(resamples, M)`, float64, over prompts drawn with replacement, from `(B, M)` each."""
     count = len(numerators)
     draws = torch.Generator().manual_seed(seed)
     ratios = []
@@ -237,7 +237,7 @@ def _resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: 
     return torch.cat(ratios)
 
 
-def _interval_of(values: torch.Tensor, level: float) -> tuple[float, float]:
+def interval_of(values: torch.Tensor, level: float) -> tuple[float, float]:
     """Percentile interval of resampled values `(resamples,)`."""
     values, tail = values.sort().values, (1 - level) / 2
     return float(values[int(tail * len(values))]), float(values[min(int((1 - tail) * len(values)), len(values) - 1)])
@@ -274,8 +274,8 @@ def bootstrap_interval(
     # Both as columns of one resampling: the same prompts are drawn for both.
     pairs = [report._ratios["acceptance_length"] for report in reports]
     numerators, denominators = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
-    values = _resampled(numerators, denominators, resamples, seed)
-    return _interval_of(values[:, 0] - (values[:, 1] if second is not None else 0), level)
+    values = resampled(numerators, denominators, resamples, seed)
+    return interval_of(values[:, 0] - (values[:, 1] if second is not None else 0), level)
 
 
 def difference(first: AcceptanceReport, second: AcceptanceReport) -> dict[str, float]:
@@ -301,5 +301,5 @@ def speedup_interval(
     sides = (texts, plain)
     tokens = torch.tensor([[float(report.tokens) for report in side] for side in sides], dtype=torch.float64)
     seconds = torch.tensor([[report.seconds for report in side] for side in sides], dtype=torch.float64)
-    speeds = _resampled(tokens.T, seconds.T, resamples, seed)
-    return _interval_of(speeds[:, 0] / speeds[:, 1], LEVEL)
+    speeds = resampled(tokens.T, seconds.T, resamples, seed)
+    return interval_of(speeds[:, 0] / speeds[:, 1], LEVEL)

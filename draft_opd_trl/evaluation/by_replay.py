@@ -60,7 +60,7 @@ def measure_by_replay(
                 rollout = speculate(target, None, prompts[part], settings, seeds=seeds[part])
             else:
                 rollout = texts.part(first, min(part.stop, len(texts)))
-            found = _read(target, drafter, rollout, settings, seeds[part])
+            found = replay_along(target, drafter, rollout, settings, seeds[part])
             seconds = (time.perf_counter() - began) / len(found)
             for text, (completion, accepted) in enumerate(found, start=first):
                 stopped = completion[-1] in settings.stop_token_ids
@@ -75,11 +75,26 @@ def measure_by_replay(
     return join_reports(reports)
 
 
-def _read(
-    target: Target, drafter: Drafter, rollout: Rollout, settings: SpeculationSettings, seeds: Sequence[int]
+@torch.no_grad()
+def replay_along(
+    target: Target,
+    drafter: Drafter,
+    rollout: Rollout,
+    settings: SpeculationSettings,
+    seeds: Sequence[int],
+    layers: Sequence[int] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """Each text's completion, and the accepted run of each of its blocks, in order."""
-    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids)
+    """
+    Each text's completion, and the accepted run of each of its blocks, in order.
+
+    Args:
+        target ([`Target`]), drafter ([`Drafter`]): Bound to each other.
+        rollout ([`Rollout`]): Texts of this target, whoever wrote them down.
+        settings ([`SpeculationSettings`]): Their distribution, and whether proposals are drawn.
+        seeds (`Sequence[int]`): One a text.
+        layers (`Sequence[int]`, *optional*): Layers that the drafter is given instead of those it was trained on.
+    """
+    features, states = target.forward_text(rollout.tokens, drafter.target_layer_ids if layers is None else layers)
     coupling = None
     if settings.sample_proposals and not settings.sampling.greedy:
         coupling = Coupling(target, states, settings.sampling, _uniforms(rollout, drafter.num_draft_tokens, seeds))

@@ -168,7 +168,7 @@ def _texts_of(
     return [file.done[index] for index in range(len(prompts))]
 
 
-def _decode_all(
+def decode_all(
     target: Target,
     runs: Mapping[str, Drafter | None],
     prompts: Sequence[Sequence[int]],
@@ -177,9 +177,19 @@ def _decode_all(
     results: Path | None,
     progress: str | None,
     replay: bool,
-    write: Writer | None,
+    write: Writer | None = None,
 ) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
-    """By run, the report of each text alone, and how many were there already."""
+    """
+    By run, the report of each text alone, and how many were there already.
+
+    Args:
+        target ([`Target`]): Of all runs.
+        runs (`Mapping[str, Drafter | None]`): Drafters by name, `None` to decode without one.
+        prompts, settings, seed, results, progress, replay, write: As for [`evaluate_drafters`].
+
+    Raises:
+        `ValueError`: A results file holds results of other settings.
+    """
     shared = {
         **dataclasses.asdict(settings),
         "seed": seed,
@@ -252,7 +262,7 @@ def evaluate_drafters(
         `ValueError`: A results file holds results of other settings.
     """
     runs = {"plain": None, **drafters} if baseline and not replay else drafters
-    decode = partial(_decode_all, target, runs, settings=settings, progress=progress, replay=replay, write=write)
+    decode = partial(decode_all, target, runs, settings=settings, progress=progress, replay=replay, write=write)
     texts, resumed = decode(prompts, seed=seed, results=results)
     if ask_again is not None:
         asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])

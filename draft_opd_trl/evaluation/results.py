@@ -21,16 +21,16 @@ def fingerprint_of(prompts: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
-class ResultsFile:
+class LinesFile:
     """
-    Texts measured so far.
+    What was measured so far.
 
     Args:
-        file (`Path`, *optional*): JSON lines, resumed if it is there; without one, texts are kept in memory only.
+        file (`Path`, *optional*): JSON lines, resumed if it is there; without one, lines are kept in memory only.
         settings (`dict`): JSON-able; what the results depend on.
 
     Attributes:
-        done (`dict[int, AcceptanceReport]`): By prompt, the report of its text alone.
+        lines (`list[dict]`): Those there are.
 
     Raises:
         `ValueError`: The file holds results of other settings.
@@ -38,7 +38,7 @@ class ResultsFile:
 
     def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
         self.file = file
-        self.done: dict[int, AcceptanceReport] = {}
+        self.lines: list[dict[str, Any]] = []
         settings = json.loads(json.dumps(settings))
         if file is None:
             return
@@ -50,7 +50,7 @@ class ResultsFile:
         else:
             lines = [json.dumps(settings) + "\n"]
         write_atomically(file, "".join(lines))
-        self.done = _reports_of(lines)
+        self.lines = [json.loads(line) for line in lines[1:]]
 
     def _check(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         differing = [
@@ -64,21 +64,36 @@ class ResultsFile:
                 "directory, or delete the file to measure anew."
             )
 
+    def append_line(self, line: dict[str, Any]) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+class ResultsFile(LinesFile):
+    """
+    Texts measured so far; see [`LinesFile`].
+
+    Attributes:
+        done (`dict[int, AcceptanceReport]`): By prompt, the report of its text alone.
+    """
+
+    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
+        super().__init__(file, settings)
+        self.done: dict[int, AcceptanceReport] = dict(map(_report_of, self.lines))
+
     def append(self, prompt: int, report: AcceptanceReport) -> None:
         """Keep the report of one text."""
         self.done[prompt] = report
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(_line_of(prompt, report)) + "\n")
+        self.append_line(_line_of(prompt, report))
 
 
 def read_reports(file: Path) -> dict[int, AcceptanceReport]:
     """By prompt, the report of its text alone, as a results file holds it."""
-    return _reports_of(file.read_text(encoding="utf-8").splitlines())
-
-
-def _reports_of(lines: Sequence[str]) -> dict[int, AcceptanceReport]:
-    return dict(_report_of(json.loads(line)) for line in lines[1:])
+    lines = file.read_text(encoding="utf-8").splitlines()[1:]
+    return dict(_report_of(json.loads(line)) for line in lines)
 
 
 def _line_of(prompt: int, report: AcceptanceReport) -> dict[str, Any]:

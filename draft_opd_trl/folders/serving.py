@@ -9,6 +9,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from ..drafters import DRAFTERS
 from ..drafters.parts import KNOWN_TARGETS
 
 
@@ -34,6 +35,15 @@ def serves(engine: str, drafter: Drafter, model_type: str) -> bool | None:
     return model_type in served
 
 
+def kinds_served(engine: str, model_type: str) -> list[str]:
+    """Kinds of drafters with which an engine serves targets of this type."""
+    return [
+        kind
+        for kind, drafter_class in DRAFTERS.items()
+        if model_type in drafter_class.config_class.served_targets.get(engine, ())
+    ]
+
+
 def serving_faults(drafter: Drafter, model_type: str) -> list[tuple[str, str, bool | None]]:
     """What stands between a drafter and each engine, as far as the target's type tells: words, engine, [`serves`]."""
     faults, kind = [], drafter.kind
@@ -41,6 +51,8 @@ def serving_faults(drafter: Drafter, model_type: str) -> list[tuple[str, str, bo
         served = serves(engine, drafter, model_type)
         if served is False:
             told = f"{engine} {version} hands no hidden states of a {model_type} target to a {kind} drafter, and stops"
+            if others := kinds_served(engine, model_type):
+                told += f"; with such a target it serves {', '.join(others)}"
             faults.append((told, engine, served))
         elif served is None:
             told = f"whether {engine} {version} serves a {model_type} target with a {kind} drafter is not known here"

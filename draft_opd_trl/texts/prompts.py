@@ -110,6 +110,15 @@ def completion_ids(
     return whole[len(start) :]
 
 
+def row_prompt(row: dict) -> Any:
+    """What a row asks, text or messages: of a whole conversation, all but an answer at its end."""
+    if "messages" not in row:
+        return row.get("prompt")
+    messages = read_messages(row["messages"])
+    ends = len(messages) > 1 and messages[-1]["role"] == "assistant"
+    return messages[:-1] if ends else messages
+
+
 def check_columns(dataset: Dataset, needs_completions: bool, name: str) -> None:
     """
     Raises:
@@ -186,10 +195,10 @@ class _Rows:
         """Where a row's prompts end and its completions are."""
         if "messages" not in row:
             return [(row.get("prompt"), row.get("completion"))]
+        if not self.completions:
+            return [(row_prompt(row), None)]
         messages = read_messages(row["messages"])
         turns = [index for index in range(1, len(messages)) if messages[index]["role"] == "assistant"]
-        if not self.completions:
-            return [(messages[: turns[-1]] if turns and turns[-1] == len(messages) - 1 else messages, None)]
         if not turns:
             raise InputError(
                 "The conversation has no answer of an assistant, so there is nothing to learn from. Drop such rows, "

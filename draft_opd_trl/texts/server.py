@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.endpoint import Endpoint, Response, ServerError, printable
 from ..core.sampling_params import SamplingParams
+from .engine_counts import Verified, verified_in
 
 
 # Answers are handed on at least this often, in seconds.
@@ -37,6 +38,7 @@ class Answer:
         stopped (`bool`): Ended by a stop token, not by its length.
         stop_token_id (`int`, *optional*): Which stop token, where the server says so.
         num_tokens (`int`, *optional*): Tokens the server counted, stop token included.
+        verified ([`Verified`], *optional*): What verification said of this text, where the server tells.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Answer:
     stopped: bool
     stop_token_id: int | None
     num_tokens: int | None
+    verified: Verified | None = None
 
 
 class CompletionsClient:
@@ -190,6 +193,7 @@ class CompletionsClient:
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
             "return_token_ids": True,
+            "return_spec_tokens_details": True,  # SGLang's; vLLM is told at its start
         }
 
     def _body_of_text(self, text: str, seed: int) -> dict[str, Any]:
@@ -244,4 +248,5 @@ def read_answer(data: bytes) -> Answer:
         stopped=need(choice.get("finish_reason"), "choices[0].finish_reason", str, type(None)) == "stop",
         stop_token_id=matched if type(matched) is int else None,
         num_tokens=need(usage.get("completion_tokens"), "usage.completion_tokens", int, type(None)),
+        verified=verified_in(body),
     )

@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.limits import LIMITS
 from ..core.redaction import KeepsSecrets
 from ..core.sampling_params import SamplingParams
-from .block_choice import OnPolicySettings
+from .block_choice import ANCHORS, OnPolicySettings
 from .contradictions import check_together
 from .divergences import LOSSES, LossSettings, StreamLosses
 from .optim import MUON, peak_rate
@@ -65,7 +65,8 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
 
     Parameters:
         recipe (`str`, *optional*, defaults to `"default"`):
-            Where what is not given comes from: `default` is ours; `paper` is what Draft-OPD was published with.
+            Where what is not given comes from: `default` is ours; `paper` is what Draft-OPD was published with; `sft`,
+            `auf`, `dpace`, `lk` and `accepted_length` are controls.
 
         > Parameters that control the drafter and the target
 
@@ -136,6 +137,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             Probability that a text is replayed on-policy: 1 is Draft-OPD, 0 is SFT on random anchors of the same text.
         lmbda_end (`float`, *optional*):
             What `lmbda` goes to, linearly over the steps of the run. Constant by default.
+        anchors (`str`, *optional*, defaults to `"exposed"`):
+            Where on-policy blocks start: `exposed`, where verification of the current drafter exposed an anchor, or
+            `random`, at `num_anchors` places of each text, with the drafter's own proposals (Spec-AUF).
         num_anchors (`int`, *optional*, defaults to `512`):
             Most blocks trained on, a text: those with an error first. Also the number of random anchors of SFT.
         num_chains (`int`, *optional*, defaults to `8`):
@@ -164,6 +168,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             γ of the rejected stream; 0 leaves its first slot alone.
         sft_decay (`float`, *optional*):
             Weight of slot k of SFT blocks is `sft_decay ** (k − 1)`; the architecture's own recipe by default.
+        dpace_alpha (`float`, *optional*):
+            α of D-PACE, in (0, 1]: slots of the accepted stream and of SFT blocks weigh by how likely the drafter is
+            to be right up to them and behind, in place of both decays. Off by default; published with 0.5.
         beta (`float`, *optional*, defaults to `0.5`):
             Interpolation of `jsd`.
         loss_max_clamp, log_prob_min_clamp (`float`, *optional*):
@@ -250,6 +257,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     # Parameters that control what is replayed
     lmbda: float = _of_recipe("On-policy share: 1 is Draft-OPD, 0 is SFT.")
     lmbda_end: float | None = _field("What lmbda goes to over the run.")
+    anchors: str = _of_recipe(f"Where on-policy blocks start: {' or '.join(ANCHORS)}.")
     num_anchors: int = _field("Most blocks trained on, a text.", 512)
     num_chains: int = _field("Anchors a text drafted at once; speed only.", 8)
     replay_buffer_size: int = _field("Texts whose error positions are remembered.", 0)
@@ -264,7 +272,8 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     rejected_weight: float = _of_recipe("Weight of the rejected stream.")
     accepted_decay: float = _of_recipe("Decay along the accepted stream.")
     rejected_decay: float = _of_recipe("Decay along the rejected stream.")
-    sft_decay: float | None = _field("Decay along SFT blocks.")
+    sft_decay: float | None = _of_recipe("Decay along SFT blocks.")
+    dpace_alpha: float | None = _of_recipe("Weights by D-PACE instead of both decays.")
     beta: float = _field("Interpolation of jsd: 0 forward, 1 reverse KL.", 0.5)
     loss_max_clamp: float | None = _of_recipe("Ceiling of a slot's loss.")
     log_prob_min_clamp: float | None = _of_recipe("Floor of sampled log-probabilities.")
@@ -295,6 +304,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             defaults=defaults,
             optim=one_of(MUON, *(name.value for name in OptimizerNames)),
             rollout_source=one_of(*ROLLOUT_SOURCES),
+            anchors=one_of(*ANCHORS),
             accepted_loss=one_of(*LOSSES),
             rejected_loss=one_of(*LOSSES),
             report_to=one_of("none", "all", *TRACKERS),
@@ -348,7 +358,10 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     def on_policy(self) -> OnPolicySettings:
         """Which blocks are replayed."""
         return OnPolicySettings(
-            num_anchors=self.num_anchors, num_chains=self.num_chains, replay_ratio=self.replay_ratio
+            anchors=self.anchors,
+            num_anchors=self.num_anchors,
+            num_chains=self.num_chains,
+            replay_ratio=self.replay_ratio,
         )
 
     @property
@@ -359,7 +372,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             rejected_weight=self.rejected_weight,
             rejected_decay=self.rejected_decay,
             accepted_decay=self.accepted_decay,
-            sft_decay=self.sft_decay,
+            sft_decay=self.sft_decay if self.dpace_alpha is None else 1.0,
         )
 
     @property
@@ -374,6 +387,7 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
                 beta=self.beta,
                 max_clamp=self.loss_max_clamp,
                 log_prob_min_clamp=self.log_prob_min_clamp,
+                dpace_alpha=self.dpace_alpha if name == "accepted" else None,
             )
             for name, weight in streams.items()
         }

@@ -58,6 +58,18 @@ def check_together(args: Any) -> None:
         )
     if args.replay_by_loss and args.replay_ratio == 0:
         raise InputError("replay_by_loss=True, but replay_ratio=0 draws nothing. Set replay_ratio above 0.")
+    if args.anchors == "random" and not args.any_on_policy:
+        raise InputError(
+            "anchors='random' says where on-policy blocks start, but lmbda=0 (SFT) has none; its own anchors are "
+            "random anyway. Leave anchors at 'exposed', or set lmbda above 0."
+        )
+    if args.anchors == "random" and args.replay_ratio > 0:
+        raise InputError(
+            f"replay_ratio={args.replay_ratio} draws positions that verification exposed, but anchors='random' "
+            "exposes none. Set replay_ratio to 0, or anchors to 'exposed'."
+        )
+    if args.dpace_alpha is not None:
+        _check_dpace(args)
     if args.replay_ratio > 0 and not args.any_on_policy:
         raise InputError("lmbda=0 (SFT) exposes no error positions for replay_ratio > 0 to draw. Set one of them.")
     if args.sample_proposals and args.sampling.greedy:
@@ -80,4 +92,18 @@ def check_together(args: Any) -> None:
         raise InputError(
             "dataloader_persistent_workers=True keeps workers alive, but dataloader_num_workers=0 starts none. "
             "Set dataloader_num_workers above 0, or leave persistent workers off."
+        )
+
+
+def _check_dpace(args: Any) -> None:
+    for name in ("accepted_decay", "sft_decay"):
+        if getattr(args, name) not in (None, 1.0):
+            raise InputError(
+                f"{name}={getattr(args, name)} and dpace_alpha={args.dpace_alpha} both weigh the slots of a block. "
+                "Leave one of them out."
+            )
+    if args.accepted_loss == "accepted_length":
+        raise InputError(
+            f"accepted_loss='accepted_length' weighs slots as dpace_alpha={args.dpace_alpha} does, by its gradient. "
+            "Leave dpace_alpha out, or choose another loss."
         )

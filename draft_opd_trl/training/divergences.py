@@ -57,6 +57,8 @@ class LossSettings:
             Ceiling of a slot's loss.
         log_prob_min_clamp (`float`, *optional*):
             Floor of the log-probabilities the sampled estimators read.
+        dpace_alpha (`float`, *optional*):
+            α of [`dpace_weights`], by which [`stream_loss`] weighs slots.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class LossSettings:
     beta: float = 0.5
     max_clamp: float | None = None
     log_prob_min_clamp: float | None = None
+    dpace_alpha: float | None = None
 
     def __post_init__(self) -> None:
         settle(self, LIMITS, kind=one_of(*LOSSES))

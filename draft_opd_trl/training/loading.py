@@ -22,6 +22,7 @@ from ..drafters.base import Drafter
 from ..folders.adapters import AdaptedDrafter
 from ..folders.checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config
 from ..folders.hub import check_hub_access
+from ..folders.serving import serving_faults
 from ..folders.target_folder import HUB, read_target, read_target_config, read_tokenizer, target_class, told
 from ..texts.authorship import describe_misfit, text_fit
 from ..texts.prompts import tokenize_dataset
@@ -171,6 +172,14 @@ def warn_about_quantization(target: Target) -> None:
             f"llm_int8_threshold={config.llm_int8_threshold} looks for outliers over the whole batch, so a text "
             "depends on those beside it, and speculation changes texts. Set it to 0."
         )
+
+
+def warn_about_serving(drafter: Drafter, target: Target) -> None:
+    """Say, once and before any step, which engines do not serve such a drafter with such a target."""
+    faults = serving_faults(drafter, target.config.model_type)
+    refusing = [told for told, _, served in faults if served is False]
+    if refusing:
+        logger.warning_once(f"Not every engine will serve this drafter: {'. '.join(refusing)}.")
 
 
 def choose_pad_token(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:

@@ -18,6 +18,7 @@ from .._trl_compat import ChunkedDivergenceFunction
 from ..core.records import ReplayBatch
 from ..core.vocabulary import to_draft_ids
 from .divergences import LossSettings, StreamLosses, divergence
+from .streams import dpace_weights
 
 
 # Those that TRL's kernel computes.
@@ -198,7 +199,8 @@ def stream_loss(
         hidden (`torch.Tensor` of shape `(N, K, …)`): Drafter states.
         states (`torch.Tensor` of shape `(N, K, H)`, *optional*): Target states, as in [`slot_losses`].
         tokens (`torch.LongTensor` of shape `(N, K)`): Target ids, as in [`divergence`].
-        weights (`torch.Tensor` of shape `(N, K)`): 0 leaves a slot out.
+        weights (`torch.Tensor` of shape `(N, K)`): 0 leaves a slot out. With `dpace_alpha` they are multiplied by
+            [`dpace_weights`], which read the drafter as it stands and so are no part of the denominator.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, differentiable even when no slot is supervised; and by name, detached,
@@ -218,6 +220,11 @@ def stream_loss(
     by_slot[chosen] = losses
     if settings.kind == "accepted_length":
         by_slot = 1 - (1 - by_slot).cumprod(-1)
+    if settings.dpace_alpha is not None:
+        sure = token_probabilities(hidden, tokens, heads, chunk_size)
+        confidence = torch.zeros_like(by_slot)
+        confidence[chosen] = sure if inside is None else sure.masked_fill(~inside, 0.0)
+        weights = weights * dpace_weights(confidence, chosen, settings.dpace_alpha)
     by_block = (by_slot * weights).sum(-1)
     if not auxiliary:
         return by_block, {}
@@ -227,6 +234,19 @@ def stream_loss(
         by_block = by_block + (own * weights).sum(-1)
     slot_weights = weights[chosen]
     return by_block, {name: (values.detach() * slot_weights).sum() for name, values in auxiliary.items()}
+
+
+@torch.no_grad()
+def token_probabilities(
+    hidden: torch.Tensor, tokens: torch.Tensor, heads: Heads, chunk_size: int = 256
+) -> torch.Tensor:
+    """The drafter's probability `(S,)` of tokens of its vocabulary, in the chunks of [`slot_losses`]."""
+    found = hidden.new_zeros(len(tokens), dtype=torch.float32)
+    for start in range(0, len(tokens), chunk_size):
+        part = slice(start, start + chunk_size)
+        logps = heads.draft_logits(hidden[part]).float().log_softmax(-1)
+        found[part] = logps.gather(-1, tokens[part, None])[:, 0].exp()
+    return found
 
 
 def draft_loss(drafter: Any, target: Any, batch: ReplayBatch, losses: StreamLosses) -> dict[str, Any]:

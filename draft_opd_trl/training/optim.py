@@ -109,8 +109,8 @@ def peak_rate(optim: str, greedy: bool, new: bool = False) -> float:
     The learning rate where none is given.
 
     Args:
-        optim (`str`): Muon's rates are those that the study of recipes chose (docs/source/benchmarks.md); any other
-            optimizer gets the papers'.
+        optim (`str`): Muon's rates are those that the study of recipes chose (docs/source/benchmarks_gains.md); any
+            other optimizer gets the papers'.
         greedy (`bool`): Whether the target's text is; drawn text bears less.
         new (`bool`, *optional*, defaults to `False`): For a drafter that has learnt nothing yet, by SFT: the rates
             that the pocket world's drafters and DFlash's own were trained at.

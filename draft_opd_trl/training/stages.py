@@ -56,6 +56,7 @@ def sft_config(args: DraftOPDConfig, steps: int, epochs: float, learning_rate: f
         learning_rate=learning_rate,
         lmbda=0.0,
         lmbda_end=None,
+        anchors="exposed",
         replay_buffer_size=0,
         replay_ratio=0.0,
         replay_by_loss=False,

@@ -64,3 +64,21 @@ def stream_weights(
     in_rejected = (behind >= 0) & (blocks.has_error & on_policy)[:, None]
     rejected = torch.where(in_rejected, streams.rejected_weight * streams.rejected_decay ** behind.clamp(min=0), 0.0)
     return accepted.float(), rejected.float()
+
+
+def dpace_weights(confidence: torch.Tensor, taught: torch.Tensor, alpha: float) -> torch.Tensor:
+    """
+    Weights of D-PACE (arXiv 2605.18810): Σ_{m ≥ j} Π_{i ≤ m} ((1 − α) q_i + α) for slot j, over the slots taught.
+
+    What a slot's log-probability adds to the expected accepted run, where α is 0; α keeps late slots from vanishing.
+
+    Args:
+        confidence (`torch.Tensor` of shape `(N, K)`): q, the drafter's probability of each slot's token.
+        taught (`torch.BoolTensor` of shape `(N, K)`): Slots of the stream, a leading run of each block.
+        alpha (`float`): α.
+
+    Returns:
+        `torch.Tensor` of shape `(N, K)`, at most K; 0 where nothing is taught.
+    """
+    reached = ((1 - alpha) * confidence + alpha).cumprod(-1) * taught
+    return reached.flip(-1).cumsum(-1).flip(-1)

@@ -54,6 +54,7 @@ from .loading import (
     load_tokenizer,
     tokenize,
     warn_about_quantization,
+    warn_about_serving,
 )
 from .losses import draft_loss
 from .optim import MUON, MuonWithAdamW, optimizer_of
@@ -135,6 +136,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             revision = (args.teacher_model_init_kwargs or {}).get("revision")
             self.target_revision = cached_revision(teacher_model, revision)
         self.drafter: Drafter = drafter.bind(self.target)
+        warn_about_serving(self.drafter, self.target)
         self.stop_token_ids = stop_token_ids(teacher, tokenizer)
         self._check_fit(train_dataset, eval_dataset, args)
         self._pad_token_id = choose_pad_token(teacher, tokenizer, self.stop_token_ids)
@@ -274,12 +276,13 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     def source(self) -> RolloutSource:
         """Where texts to train on come from."""
         args = self.args
+        reads_states = args.streams.scores_rejected and args.any_on_policy and args.anchors == "exposed"
         return build_source(
             args,
             self.target,
             self.drafter,
             self.processing_class,
-            self.speculation_settings(keep_states=args.streams.scores_rejected and args.any_on_policy),
+            self.speculation_settings(keep_states=reads_states),
             self.run_log.add,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
         )

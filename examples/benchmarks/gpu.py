@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 # What the package and its tests import beside torch, transformers, accelerate and peft, with what that needs in turn,
-# where a machine may lack it; docs/source/benchmarks.md says how to carry it.
+# where a machine may lack it; docs/source/benchmarks_gpu.md says how to carry it.
 CARRIED = (
     "trl", "datasets", "evaluate", "lazy_loader", "multiprocess", "dill", "xxhash", "pyarrow", "pandas", "rich",
     "matplotlib", "pytest",
@@ -200,7 +200,7 @@ def refuse_unknown(args: GpuArguments, parts: dict[str, Part], here: dict[str, A
 def main(args: GpuArguments, run: Callable[..., None] = run_apart) -> dict[str, Any]:
     """Run what fits and has not been run; returns the last line."""
     if missing := [name for name in CARRIED if importlib.util.find_spec(name) is None]:
-        raise SystemExit(f"Missing here: {', '.join(missing)}. docs/source/benchmarks.md says how to carry them.")
+        raise SystemExit(f"Missing here: {', '.join(missing)}. docs/source/benchmarks_gpu.md says how to carry them.")
     from draft_opd_trl.core.files import write_atomically
 
     began, parts, here = time.monotonic(), parts_of(args), machine(args)

@@ -3,10 +3,10 @@
     python examples/benchmarks/recipes.py             # every recipe; leading ones on every seed
     python examples/benchmarks/recipes.py --quick     # leading recipes on one seed, rates as the study chose them
 
-Two worlds: the target writes and verifies greedily (T = 0), and it draws (T = 1). In each, the learning rate of SFT
-and of the default recipe is chosen among the same rates, on prompts that nothing else is measured on. Every run is a
-process of its own on one core and a file of its own, so that a study that was stopped goes on where it was. Ends by
-writing tables and a picture, and by printing one JSON line.
+Two worlds: the target writes and verifies greedily (T = 0), and it draws (T = 1). In each, the learning rates of the
+default recipe and of every control are chosen among the same, on prompts that nothing else is measured on. Every run
+is a process of its own on one core and a file of its own, so that a study that was stopped goes on where it was. Ends
+by writing tables and a picture, and by printing one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arms import (  # noqa: E402
+    ADAMW,
+    AUF,
+    CONTROLS,
+    DEFAULT,
+    DPACE,
+    EQUAL_TIME,
+    LEADING,
+    PAPER,
+    SFT,
+    SOFT,
+    START,
+    TUNED,
+    StudyConfig,
+    variants,
+)
 from pocket import POCKET, read_prompts  # noqa: E402
 
 from draft_opd_trl import (  # noqa: E402
-    DraftOPDConfig,
     DraftOPDTrainer,
     SamplingParams,
     SpeculationSettings,
@@ -48,23 +63,8 @@ from draft_opd_trl import (  # noqa: E402
 from draft_opd_trl.core.files import atomic_folder, write_atomically  # noqa: E402
 from draft_opd_trl.drafters.base import Drafter  # noqa: E402
 from draft_opd_trl.evaluation.report import COLORS, new_figure, save_figure  # noqa: E402
-from draft_opd_trl.training.block_choice import OnPolicySettings  # noqa: E402
-from draft_opd_trl.training.divergences import HARD_LOSSES  # noqa: E402
-from draft_opd_trl.training.recipe import read_recipe  # noqa: E402
-from draft_opd_trl.training.streams import StreamSettings  # noqa: E402
 
 
-START, SFT, EQUAL_TIME = "start", "SFT continued", "SFT continued, equal time"
-SOFT, DEFAULT, PAPER = "SFT continued, soft targets", "default recipe", "the paper's preset"
-# On every seed. The paper's preset is one for greedy texts; where the target draws, SFT may learn its law instead.
-LEADING = {0.0: (SFT, DEFAULT, PAPER), 1.0: (SFT, DEFAULT, SOFT)}
-TUNED = (SFT, DEFAULT)
-THE_PAPERS = read_recipe("paper")
-# Recipes with AdamW instead of Muon, and its rate. The first is the paper's.
-ADAMW = {PAPER: THE_PAPERS["learning_rate"], "AdamW at 3e-4": 3e-4, "AdamW at 1e-3": 1e-3}
-# Of the paper's preset: the same for every recipe here.
-SHARED = {"temperature", "max_completion_length", "num_train_epochs"}
-SHARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
 # Temperature, recipe, learning rate, seed, steps.
 Job = tuple[float, str, float, int, int]
 MEASURES = {"T = 0": (0.0, False), "T = 1, argmax": (1.0, False), "T = 1, drawn": (1.0, True)}
@@ -104,55 +104,6 @@ class StudyArguments:
     def measures(self, temperature: float, options: dict[str, Any]) -> dict[str, tuple[float, bool]]:
         """How a recipe's drafter is judged. Proposals are served as they were trained: drawn, or the argmax."""
         return {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
-
-
-@dataclass
-class StudyConfig(DraftOPDConfig):
-    """Settings, and those that only tell one effect from another."""
-
-    anchors: str = field(default="exposed", metadata={"help": "Where on-policy blocks start: exposed or random."})
-    whole_blocks: bool = field(default=False, metadata={"help": "Teach the text behind the first rejection too."})
-
-    @property
-    def on_policy(self) -> OnPolicySettings:
-        return replace(super().on_policy, anchors=self.anchors)
-
-    @property
-    def streams(self) -> StreamSettings:
-        return replace(super().streams, whole_blocks=self.whole_blocks)
-
-
-def variants(temperature: float) -> dict[str, dict[str, Any]]:
-    """What each recipe changes of the default one."""
-    own = DraftOPDConfig("unused", temperature=temperature, report_to="none")
-    table: dict[str, dict[str, Any]] = {
-        SFT: {"lmbda": 0.0, "accepted_loss": "ce"},
-        SOFT: {"lmbda": 0.0, "accepted_loss": "forward_kl", "teacher_temperature": 1.0},
-        DEFAULT: {},
-        PAPER: {name: value for name, value in THE_PAPERS.items() if name not in SHARED},
-        "random anchors, own proposals": {"anchors": "random"},
-        "whole blocks": {"whole_blocks": True},
-        "rejected stream at 0.1": {"rejected_weight": 0.1},
-        "rejected stream at 1": {"rejected_weight": 1.0},
-    }
-    losses = {name for name in THE_PAPERS if any(part in name for part in ("loss", "clamp", "decay", "weight"))}
-    paper = {name: THE_PAPERS[name] for name in losses | {"teacher_temperature"}}
-    table["the paper's losses, our optimizer"] = paper
-    teachers = dict.fromkeys(HARD_LOSSES, temperature) | dict.fromkeys(("forward_kl", "reverse_kl", "jsd"), 1.0)
-    if temperature > 0:
-        teachers["log_acceptance"] = temperature
-    for kind, teacher in teachers.items():
-        if kind != own.accepted_loss:
-            table[f"{kind}, teacher at {teacher:g}"] = {"accepted_loss": kind, "teacher_temperature": teacher}
-    if temperature > 0:
-        return table | {"tv, drawn proposals": {"accepted_loss": "tv", "sample_proposals": True}}
-    return table | {
-        "rejected stream at 0.3": {"rejected_weight": 0.3},
-        "rejected stream at 0.3, first slot": {"rejected_weight": 0.3, "rejected_decay": 0.0},
-        "earlier slots weigh more": {"accepted_decay": 0.8},
-        "half of it SFT": {"lmbda": 0.5},
-        **{recipe: {} for recipe in ADAMW if recipe != PAPER},
-    }
 
 
 def load_world(folder: str | Path = POCKET / "target") -> tuple[Any, Target]:
@@ -218,7 +169,7 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
     ways = args.measures(temperature, options)
     own = {name: how for name, how in ways.items() if how[0] == temperature}
     parts = {"tau": (prompts[: args.eval_prompts], ways)}
-    if len(args.rates) > 1 and recipe in TUNED and (seed, steps) == (args.seeds[0], args.steps):
+    if len(args.rates) > 1 and recipe in TUNED[temperature] and (seed, steps) == (args.seeds[0], args.steps):
         parts["tau_choosing"] = (prompts[args.eval_prompts :], own)
     result = {"recipe": recipe, "rate": rate, "seed": seed, "steps": steps, "seconds": seconds}
     for part, (chosen, measured) in parts.items():
@@ -295,7 +246,7 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
 
     def sweep_jobs(temperature: float) -> list[Job]:
         rates = args.rates if len(args.rates) > 1 else []
-        return [(temperature, recipe, rate, *first, args.steps) for recipe in TUNED for rate in rates]
+        return [(temperature, recipe, rate, *first, args.steps) for recipe in TUNED[temperature] for rate in rates]
 
     sweep = study.everywhere("learning rates", sweep_jobs)
     rate = {temperature: chosen_rates(args, sweep[temperature], temperature) for temperature in args.temperatures}
@@ -327,10 +278,10 @@ def run_study(study: Study) -> dict[float, dict[str, list[dict[str, Any]]]]:
 
 def chosen_rates(args: StudyArguments, sweep: list[dict[str, Any]], temperature: float) -> dict[str, float]:
     """Rates of recipes that do not take the default one's; of the tuned, the best on the prompts for choosing."""
-    chosen = dict.fromkeys(TUNED, args.rates[0])
+    chosen = dict.fromkeys(TUNED[temperature], args.rates[0])
     for one in sorted(sweep, key=lambda one: own_tau(one, temperature, "tau_choosing")):
         chosen[one["recipe"]] = one["rate"]
-    return chosen | ADAMW | {SOFT: chosen[SFT], EQUAL_TIME: chosen[SFT], START: 0.0}
+    return {SOFT: chosen[SFT]} | chosen | ADAMW | {EQUAL_TIME: chosen[SFT], START: 0.0}
 
 
 def spread(values: list[float], form: str) -> str:
@@ -420,6 +371,36 @@ def gain(results: list[dict[str, Any]], recipe: str, control: str, temperature: 
     return statistics.mean(gains(results, recipe, control, temperature))
 
 
+def headline(worlds: dict[float, dict[str, list[dict[str, Any]]]]) -> dict[str, float | None]:
+    """Mean relative gains over SFT continued, and over the best control; paired by seed, `None` where not run."""
+    found = {}
+    for temperature, leading in LEADING.items():
+        runs = worlds.get(temperature, {}).get("every seed", [])
+        pairs = {
+            "gain_t{}": (DEFAULT, SFT),
+            "gain_t{}_equal_time": (DEFAULT, EQUAL_TIME),
+            "auf_gain_t{}": (AUF, SFT),
+            "dpace_gain_t{}": (DPACE, SFT),
+            "opd_over_best_control_t{}": (DEFAULT, best_control(runs, temperature)),
+        }
+        if PAPER in leading:
+            pairs["paper_gain_t{}"] = (PAPER, SFT)
+        for name, pair in pairs.items():
+            there = all(of_recipe(runs, recipe) for recipe in pair)
+            found[name.format(f"{temperature:g}")] = gain(runs, *pair, temperature) if there else None
+    return found
+
+
+def best_control(runs: list[dict[str, Any]], temperature: float) -> str:
+    """Of the controls that were run, the one of the highest mean τ; else the first."""
+
+    def mean(recipe: str) -> float:
+        taus = [own_tau(one, temperature) for one in of_recipe(runs, recipe)]
+        return statistics.mean(taus) if taus else -1.0
+
+    return max(CONTROLS[temperature], key=mean)
+
+
 def main(args: StudyArguments) -> None:
     if args.quick:
         args.seeds, args.rates, args.long_steps = args.seeds[:1], [args.quick_rate], args.long_steps // 4
@@ -435,14 +416,7 @@ def main(args: StudyArguments) -> None:
     write_atomically(study.folder / "results.json", json.dumps(worlds, indent=2))
     plot(worlds, study.folder / "recipes.png")
     print("\n\n".join(tables))
-    summary: dict[str, Any] = {"seeds": args.seeds}
-    for temperature, parts in worlds.items():
-        leading = parts["every seed"]
-        summary[f"gain_t{temperature:g}"] = gain(leading, DEFAULT, SFT, temperature)
-        summary[f"gain_t{temperature:g}_equal_time"] = gain(leading, DEFAULT, EQUAL_TIME, temperature)
-        if PAPER in LEADING[temperature]:
-            summary[f"paper_gain_t{temperature:g}"] = gain(leading, PAPER, SFT, temperature)
-    print(json.dumps(summary))
+    print(json.dumps({"seeds": args.seeds, **headline(worlds)}))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from draft_opd_trl.training.block_choice import OnPolicySettings
 from draft_opd_trl.training.divergences import LossSettings
 from draft_opd_trl.training.loading import load_pair
 from draft_opd_trl.training.losses import Heads, hard_tokens, stream_loss
-from draft_opd_trl.training.streams import StreamSettings, stream_weights
+from draft_opd_trl.training.streams import StreamSettings, dpace_weights, stream_weights
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
@@ -53,6 +53,7 @@ CLASSES = ("accepted", "first rejected", "suffix")
 # A suffix is judged given the drafted prefix. SFT teaches the same slots given the text.
 TAUGHT_SUFFIX = "suffix, given the text"
 RANDOM_ANCHORS = 32
+CE, DPACE_ALPHA = LossSettings("ce", 0.0), 0.5
 
 
 @dataclass
@@ -207,7 +208,7 @@ def examine_batch(
     sft_blocks = text_blocks(texts, random.blocks.texts, random.blocks.anchors, origin.num_draft_tokens)
     off_policy = torch.zeros_like(sft_blocks.texts, dtype=torch.bool)
     sft_weights, _ = stream_weights(sft_blocks, off_policy, StreamSettings(sft_decay=origin.sft_decay))
-    found = {}
+    found: dict[str, dict[str, Slots]] = {}
     for name, drafter in drafters.items():
         own = start if drafter is origin else exposed(drafter)
         found[name] = {
@@ -219,7 +220,14 @@ def examine_batch(
         if drafter is origin:
             for key, batch in (("start_text", start), ("random", random)):
                 found[name][key].values["entropy"] = entropies(target, batch, sampling.temperature)
+            found[name] |= controls_of(found[name]["random"], random, taught(drafter, texts, random, [CE])["ce"])
     return found
+
+
+def controls_of(sft: Slots, random: ReplayBatch, ce: torch.Tensor) -> dict[str, Slots]:
+    """What controls make of SFT's blocks: `cut` at the own first wrong slot (Spec-AUF), or weighed by D-PACE."""
+    weighed = dpace_weights((-ce).exp(), sft.weights > 0, DPACE_ALPHA)
+    return {"cut": replace(sft, weights=random.accepted_weights), "dpace": replace(sft, weights=weighed)}
 
 
 @torch.no_grad()
@@ -243,7 +251,8 @@ def examine(
     Returns:
         By drafter, four sets of [`Slots`]: its `own` blocks and the `start`'s, given what was drafted; and the
         start's exposed anchors (`start_text`) and random ones (`random`), given the text. But for `own`, classes are
-        those of the start's proposals. Weights are SFT's in `random`, else those of the accepted stream.
+        those of the start's proposals. Weights are SFT's in `random`, else those of the accepted stream. Of the start
+        also [`controls_of`] its `random`.
     """
     batches, first_texts = [], range(0, len(texts), batch_size)
     for first in tqdm(first_texts, desc="Replaying", leave=False):
@@ -306,9 +315,10 @@ def summarise(found: Mapping[str, Mapping[str, Slots]], texts: Rollout, stops: S
         for label in (kinds[0], "entropy")
         for where, key in (("random", "random"), ("exposed", "start_text"))
     }
+    arms = {"SFT": start["random"], "D-PACE": start["dpace"], "Spec-AUF": start["cut"], "Draft-OPD": start["own"]}
     make_up = {
         f"{arm}, {what}": part.shares(part.weights * values)
-        for arm, part in (("SFT", start["random"]), ("Draft-OPD", start["own"]))
+        for arm, part in arms.items()
         for what, values in (("weight", torch.ones_like(part.weights)), ("loss", part.values[kinds[0]]))
     }
     return {"drafters": summary, "anchors": anchors, "make_up": make_up}

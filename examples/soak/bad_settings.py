@@ -29,7 +29,7 @@ POSITIVE = (0, 1e15)
 _FROM_ZERO, _SHARE, _FROM_ONE = (-1e-9, 1e15), (-1e-9, 1 + 1e-9), (1, 1e15)
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lmbda", "lmbda_end", "beta", "rejected_decay", "accepted_decay", "top_p"), _SHARE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "sft_decay"), _SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "sft_decay", "dpace_alpha"), _SHARE),
     **dict.fromkeys(("temperature", "teacher_temperature", "accepted_weight", "rejected_weight"), _FROM_ZERO),
     **dict.fromkeys(("replay_ratio", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), _FROM_ZERO),
     **dict.fromkeys(("server_timeout", "adam_epsilon", "num_train_epochs", "loss_max_clamp"), POSITIVE),
@@ -46,7 +46,7 @@ FLAGS = (
     "bf16 fp16 push_to_hub load_best_model_at_end save_only_model eval_on_start"
 ).split()
 WORDS = (
-    "recipe rollout_source accepted_loss rejected_loss optim lr_scheduler_type save_strategy eval_strategy "
+    "recipe rollout_source anchors accepted_loss rejected_loss optim lr_scheduler_type save_strategy eval_strategy "
     "logging_strategy hub_strategy log_level"
 ).split()
 TEXTS = "output_dir text_cache_dir server_model server_token run_name hub_model_id".split()
@@ -67,6 +67,8 @@ EDGES: dict[str, tuple] = {
     "rejected_decay": (0.0, 1.0),
     "accepted_decay": (1e-6, 1.0),
     "sft_decay": (None, 1e-6, 1.0),
+    "dpace_alpha": (None, 1e-6, 1.0),
+    "anchors": ("exposed", "random"),
     "beta": (0.0, 0.5, 1.0),
     "loss_max_clamp": (None, 1e-3, 1e6),
     "log_prob_min_clamp": (None, -1e-3, -1e6),

@@ -7,6 +7,7 @@ import time
 import pytest
 from completions_server import CompletionsServer
 from conftest import tiny_tokenizer
+from engine_server import EngineServer
 
 from draft_opd_trl.core import endpoint
 from draft_opd_trl.core.endpoint import Endpoint, ServerError, printable
@@ -48,6 +49,13 @@ def test_what_may_pass_is_asked_again_as_often_as_allowed(fault):
             with pytest.raises(ServerError, match="did not answer.*Check that the server runs"):
                 asked(server.url, max_retries=1).post(BODY, LIMIT)
     assert server.faults == []
+
+
+def test_a_page_is_got_without_sending_anything():
+    with EngineServer(None, None, None) as server:
+        pages = {path: Endpoint(server.url + "/v1", path, None, 5.0, 0).get(1000) for path in ("/version", "/gone")}
+    assert json.loads(pages["/version"].data) == {"version": "0.32.0"}
+    assert pages["/gone"].status == 404
 
 
 def test_what_cannot_pass_is_not_asked_again():

@@ -1,6 +1,7 @@
 """The comparison of kinds: its recipes are settings of their own, and gains are told seed by seed."""
 
 import importlib
+import json
 
 import pytest
 from conftest import ROOT
@@ -49,3 +50,17 @@ def test_what_is_told_of_two_kinds(kinds):
         "| other | default recipe | 5 | 6.300 ± 0.424 | +20.0% [" in tables[0]
         and "| 8 | 3.00 | 4.00 | 1.25 |" in tables[-1]
     )
+
+
+def test_the_page_has_the_tables_of_the_results(kinds):
+    source = ROOT / "docs" / "source"
+    kept = json.loads((source / "results" / "kinds.json").read_text(encoding="utf-8"))
+    runs, costs = (
+        {name: {float(t): found for t, found in by_world.items()} for name, by_world in kept[part].items()}
+        for part in ("runs", "step_costs")
+    )
+    times = {name: spent for name, spent in kept["blocks"].items() if name in runs}
+    tables, _ = kinds.told(runs, times, costs)
+    page = (source / "benchmarks_kinds.md").read_text(encoding="utf-8")
+    lines = [line for table in tables for line in table.splitlines() if line.startswith("|")]
+    assert [line for line in lines if line not in page] == [] and len(lines) > 30

@@ -31,15 +31,33 @@ def test_every_recipe_is_valid_and_unlike_the_others(recipes, temperature):
 
 def test_the_papers_recipe_is_the_papers_preset(recipes):
     """But for what all recipes of the study share."""
+    arms = importlib.import_module("arms")
     ours = recipes.StudyConfig("unused", report_to="none", **recipes.variants(0.0)[recipes.PAPER])
     theirs = DraftOPDConfig("unused", report_to="none", recipe="paper")
-    names = set(recipes.THE_PAPERS) - recipes.SHARED
+    names = set(arms.THE_PAPERS) - arms.SHARED
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
 
 
+def test_a_control_is_the_packages_recipe(recipes):
+    arms = importlib.import_module("arms")
+    for temperature, names in arms.CONTROLS.items():
+        for name in set(names) & set(arms.RECIPES):
+            given = recipes.variants(temperature)[name]
+            ours = recipes.StudyConfig("unused", temperature=temperature, report_to="none", **given)
+            theirs = DraftOPDConfig(
+                "unused",
+                temperature=temperature,
+                report_to="none",
+                recipe=arms.RECIPES[name],
+                accepted_loss=ours.accepted_loss,
+            )
+            own = asdict(ours) | {"recipe": arms.RECIPES[name]}
+            differing = {key for key, value in asdict(theirs).items() if own[key] != value}
+            assert not differing - {"run_name", "logging_dir"}, (name, differing)
+
+
 def test_what_only_the_study_turns_reaches_the_rooms(recipes):
-    config = recipes.StudyConfig("unused", report_to="none", anchors="random", whole_blocks=True, num_anchors=3)
-    assert (config.on_policy.anchors, config.on_policy.num_anchors) == ("random", 3)
+    config = recipes.StudyConfig("unused", report_to="none", whole_blocks=True)
     assert config.streams.whole_blocks and not DraftOPDConfig("unused", report_to="none").streams.whole_blocks
 
 
@@ -82,3 +100,16 @@ def test_finished_runs_are_read_and_not_made_again(recipes, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(result))
     assert study.results([job], "test") == [result]
+
+
+def test_the_headline_is_paired_and_null_where_not_run(recipes):
+    taus = {recipes.SFT: (4.0, 2.0), recipes.AUF: (4.4, 2.1), recipes.DPACE: (4.2, 2.6), recipes.DEFAULT: (5.0, 3.0)}
+    runs = [_result(name, seed, tau) for name, pair in taus.items() for seed, tau in enumerate(pair)]
+    found = recipes.headline({0.0: {"every seed": runs}})
+    assert found["auf_gain_t0"] == pytest.approx((0.1 + 0.05) / 2)
+    assert found["dpace_gain_t0"] == pytest.approx((0.05 + 0.3) / 2)
+    # D-PACE's mean is the highest of the controls that were run.
+    assert found["opd_over_best_control_t0"] == pytest.approx((5 / 4.2 + 3 / 2.6) / 2 - 1)
+    assert found["gain_t0"] == pytest.approx((0.25 + 0.5) / 2)
+    absent = ("gain_t0_equal_time", "paper_gain_t0", "gain_t1", "opd_over_best_control_t1")
+    assert [found[name] for name in absent] == [None] * 4

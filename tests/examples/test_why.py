@@ -137,6 +137,8 @@ def test_nothing_changes_without_training(why, qwen_target, qwen_drafter, prompt
     assert start == after
     assert {mean for kind in after["change_from_start"].values() for mean, _ in kind.values()} == {0.0}
     assert make_up["Draft-OPD, weight"]["suffix"] == 0 < make_up["SFT, weight"]["suffix"]
+    # D-PACE moves weight forward and keeps a suffix; Spec-AUF cuts it off.
+    assert make_up["Spec-AUF, weight"]["suffix"] == 0 < make_up["D-PACE, weight"]["suffix"]
     for shares in (start["shares"], *make_up.values()):
         assert sum(shares.values()) == pytest.approx(1.0)
 

@@ -10,7 +10,14 @@ from conftest import ANY_KIND, KINDS, tiny_drafter, tiny_model
 from draft_opd_trl.commands import inspect as inspect_command
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.folders.inspection import inspect_drafter
-from draft_opd_trl.folders.serving import ENGINES, KNOWN_TARGETS, launch_commands, serves, serving_faults
+from draft_opd_trl.folders.serving import (
+    ENGINES,
+    KNOWN_TARGETS,
+    kinds_served,
+    launch_commands,
+    serves,
+    serving_faults,
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -29,6 +36,14 @@ def test_what_an_engine_serves_is_what_the_kind_says_of_targets_that_were_looked
     assert told["SGLang"][1] is False and f"SGLang {ENGINES['SGLang']} hands no hidden states" in told["SGLang"][0]
     assert told["vLLM"][1] is None and f"with a {drafter.kind} drafter is not known here" in told["vLLM"][0]
     assert serving_faults(drafter, "qwen3") == [(told["vLLM"][0].replace("llama", "qwen3"), "vLLM", None)]
+
+
+def test_an_engine_that_refuses_says_what_it_serves_instead(drafter, monkeypatch):
+    monkeypatch.setattr(type(drafter.config), "served_targets", {"SGLang": frozenset(), "vLLM": frozenset({"llama"})})
+    others = kinds_served("SGLang", "llama")
+    assert others and drafter.kind not in others and drafter.kind in kinds_served("vLLM", "llama")
+    [(told, engine, _)] = serving_faults(drafter, "llama")
+    assert engine == "SGLang" and told.endswith(f"with such a target it serves {', '.join(others)}")
 
 
 def test_kinds_speak_of_engines_and_targets_that_are_known(drafter):

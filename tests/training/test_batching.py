@@ -1,8 +1,10 @@
 """From texts to training batches: what is in them, and independence of batch layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import random_prompts, tiny_drafter
+from conftest import ScriptedDrafter, counting_target, random_prompts, tiny_drafter
 
 from draft_opd_trl.core.records import Rollout
 from draft_opd_trl.core.sampling_params import SamplingParams
@@ -86,6 +88,48 @@ def test_gradients_do_not_depend_on_the_batch_layout(qwen_target, kind, rollout)
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_dpace_does_not_depend_on_the_batch_layout(qwen_target, qwen_drafter, rollout, lmbda):
+    """Invariant 6: weights are a block's own, and the denominator counts slots before any is weighed."""
+    losses = StreamLosses(replace(HARD, dpace_alpha=0.5), SOFT)
+    found = []
+    for layout in ([rollout], [rollout.part(0, 4), rollout.part(4, 8)]):
+        maker = BatchMaker(qwen_target, qwen_drafter, StreamSettings(), OnPolicySettings(num_anchors=5), seed=3)
+        batches, _ = maker(layout, step=2, lmbda=lmbda)
+        total = sum(batch.denominator for batch in batches)
+        assert total == sum((batch.accepted_weights > 0).sum() for batch in batches)
+        for batch in batches:
+            batch.denominator = total
+        with torch.no_grad():
+            parts = [draft_loss(qwen_drafter, qwen_target, batch, losses)["loss"] for batch in batches]
+        found.append(sum(parts).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 0
+
+
+def test_random_anchors_are_cut_at_the_own_first_wrong_slot():
+    """Spec-AUF by hand: the target counts, and the drafter is wrong behind every token 3 and 7."""
+    proposals = [[(token + slot) % 12 for slot in (1, 2, 3)] for token in range(12)]
+    for token in range(12):
+        for slot in (1, 2, 3):
+            if (token + slot) % 12 in (4, 8):
+                proposals[token][slot - 1] = 0
+    texts = Rollout.from_ids([[1, 2]], [[3, 4, 5, 6, 7, 8, 9, 10]])
+    maker = BatchMaker(
+        counting_target(),
+        ScriptedDrafter(proposals),
+        StreamSettings(sft_decay=1.0),
+        OnPolicySettings("random"),
+        seed=0,
+    )
+    (batch,), _ = maker([texts], step=0, lmbda=1.0)
+    taught = dict(zip(batch.blocks.anchors.tolist(), batch.accepted_weights.sum(1).tolist(), strict=True))
+    # The token at place i is i + 1. All places are anchors, not those alone that verification would stop at.
+    assert taught == {2: 1, 3: 3, 4: 3, 5: 2, 6: 1, 7: 2, 8: 1}
+    assert batch.denominator == 13
+    errors = batch.labels[batch.blocks.has_error, batch.blocks.num_accepted[batch.blocks.has_error]]
+    assert set(errors.tolist()) == {4, 8}, "and there the text's token is what is taught"
 
 
 def test_lmbda_decides_the_kind_of_block(qwen_target, qwen_drafter, rollout):

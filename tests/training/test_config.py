@@ -75,7 +75,7 @@ def test_a_machine_without_gpu_trains_in_float32(tmp_path):
             {"rollout_source": "magic"},
             "`rollout_source` is 'magic'; it must be one of speculation, generate, server, dataset",
         ),
-        ({"recipe": "ours"}, "`recipe` is 'ours'; it must be one of default, paper"),
+        ({"recipe": "ours"}, "`recipe` is 'ours'; it must be one of accepted_length, auf, d"),
         (
             {"label_smoothing_factor": 0.1},
             "`label_smoothing_factor` is 0.1; it cannot be used here: the losses here take the target's distribution",
@@ -135,6 +135,7 @@ def test_rooms_get_what_was_set(tmp_path):
     blocks = {"num_anchors": 5, "num_chains": 2, "replay_ratio": 0.5}
     on_policy = dataclasses.asdict(_config(tmp_path, replay_buffer_size=3, **blocks).on_policy)
     assert on_policy == {**blocks, "anchors": "exposed"}
+    assert _config(tmp_path, anchors="random").on_policy.anchors == "random"
     streams = {"accepted_weight": 0.5, "rejected_weight": 0.25, "rejected_decay": 0.5, "accepted_decay": 0.75}
     streams["sft_decay"] = 0.125
     assert dataclasses.asdict(_config(tmp_path, **streams).streams) == {**streams, "whole_blocks": False}
@@ -143,7 +144,10 @@ def test_rooms_get_what_was_set(tmp_path):
     losses = _config(tmp_path, loss_chunk_size=7, **settings, **kinds).losses
     assert (losses.accepted.kind, losses.rejected.kind, losses.chunk_size) == ("jsd", "tv", 7)
     for loss in (losses.accepted, losses.rejected):
-        assert [*dataclasses.astuple(loss)][1:] == list(settings.values())
+        assert [*dataclasses.astuple(loss)][1:] == [*settings.values(), None]
+    weighed = _config(tmp_path, dpace_alpha=0.25, rejected_weight=0.5)
+    assert (weighed.losses.accepted.dpace_alpha, weighed.losses.rejected.dpace_alpha) == (0.25, None)
+    assert weighed.streams.sft_decay == 1, "and not the architecture's own"
 
 
 def test_what_is_asked_of_settings_has_one_answer(tmp_path):

@@ -38,6 +38,23 @@ from draft_opd_trl.training.config import DraftOPDConfig
             {"lmbda": 0.0, "replay_ratio": 0.5, "replay_buffer_size": 8},
             r"lmbda=0 \(SFT\) exposes no error positions for replay_ratio > 0",
         ),
+        (
+            {"lmbda": 0.0, "anchors": "random"},
+            r"anchors='random' says where.*lmbda=0 \(SFT\) has none.*Leave anchors at 'exposed', or set lmbda above 0",
+        ),
+        (
+            {"anchors": "random", "replay_ratio": 0.5, "replay_buffer_size": 8},
+            "replay_ratio=0.5 draws positions that verification exposed.*Set replay_ratio to 0, or anchors to",
+        ),
+        (
+            {"dpace_alpha": 0.5, "sft_decay": 0.9},
+            "sft_decay=0.9 and dpace_alpha=0.5 both weigh.*Leave one of them out",
+        ),
+        ({"dpace_alpha": 0.5, "accepted_decay": 0.9}, "accepted_decay=0.9 and dpace_alpha=0.5 both weigh"),
+        (
+            {"dpace_alpha": 0.5, "accepted_loss": "accepted_length"},
+            "accepted_loss='accepted_length' weighs slots as dpace_alpha=0.5 does.*Leave dpace_alpha out, or choose",
+        ),
         ({"sample_proposals": True}, "sample_proposals=True needs temperature > 0"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True patches the models that Liger knows.*Leave it off"),
         (

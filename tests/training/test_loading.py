@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STOPS, tiny_model, tiny_tokenizer
+from accelerate import PartialState
+from conftest import KINDS, STOPS, tiny_drafter, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
@@ -24,6 +25,7 @@ from draft_opd_trl.training.loading import (
     load_pair,
     load_target,
     load_tokenizer,
+    warn_about_serving,
 )
 from draft_opd_trl.training.rollout import DatasetSource
 
@@ -142,3 +144,18 @@ def test_texts_to_check_are_spread_over_the_data_set(model, monkeypatch):
     source = SimpleNamespace(write=lambda rows: read.extend(row["prompt_ids"][0] for row in rows))
     check_texts(Dataset.from_dict({"prompt_ids": [[row] for row in range(10)]}), 4, source, None, SamplingParams())
     assert read == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_that_will_not_serve_the_drafter_is_named_once(kind, model, caplog, monkeypatch):
+    PartialState()  # the logger of accelerate asks it
+    target = Target(model)
+    drafter = tiny_drafter(kind, target)
+    warn_about_serving(drafter, target)
+    assert "will serve" not in caplog.text
+    monkeypatch.setattr(type(drafter.config), "served_targets", {"vLLM": frozenset({"qwen3"}), "SGLang": frozenset()})
+    for _ in range(2):  # as stages of one command do
+        warn_about_serving(drafter, target)
+    [told] = [record.message for record in caplog.records]
+    assert "Not every engine will serve this drafter: SGLang " in told and f"to a {kind} drafter" in told
+    assert "with such a target it serves" in told and "vLLM" not in told

@@ -164,6 +164,73 @@ def test_the_soft_cap_of_the_target_is_honoured():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+# -- D-PACE --------------------------------------------------------------------------------------------------------
+
+
+def _weighed_by_hand(hidden, states, tokens, weights, heads, settings):
+    """Block by block: slot losses of the reference, weights from detached probabilities of the tokens."""
+    blocks = []
+    for block in range(len(tokens)):
+        total, count = torch.zeros(()), int((weights[block] > 0).sum())
+        ids, inside = tokens[block], torch.ones(len(tokens[block]), dtype=torch.bool)
+        if heads.vocab_map is not None:
+            inside = (ids[:, None] == heads.vocab_map).any(-1)
+            ids = torch.searchsorted(heads.vocab_map, ids).clamp(max=len(heads.vocab_map) - 1)
+        losses = _reference(hidden[block], states[block], ids, heads, settings)
+        if settings.reads_token:
+            losses = losses * inside
+        q = (hidden[block] @ heads.draft_weight.T).softmax(-1)[torch.arange(len(ids)), ids].detach() * inside
+        smooth = (1 - settings.dpace_alpha) * q + settings.dpace_alpha
+        for j in range(count):
+            weight = sum(smooth[: m + 1].prod() for m in range(j, count))
+            total = total + weights[block, j] * weight * losses[j]
+        blocks.append(total)
+    return torch.stack(blocks)
+
+
+DPACE_CASES = [
+    *(
+        (kind, temperature, path)
+        for kind, temperature in (("ce", 0.0), ("lk", 0.7))
+        for path in ("one chunk", "chunks")
+    ),
+    *(("forward_kl", 0.7, path) for path in ("one chunk", "chunks", "kernel")),
+]
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
+@pytest.mark.parametrize(("kind", "temperature", "path"), DPACE_CASES)
+def test_dpace_weighs_slots_as_by_hand(monkeypatch, kind, temperature, reduced, path):
+    """Values and gradients, which do not flow through the weights; a clamp is of the loss alone."""
+    if path == "kernel":
+        monkeypatch.setattr("draft_opd_trl.training.losses.uses_kernel", lambda *_: True)
+    settings = LossSettings(kind, temperature, max_clamp=2.0, dpace_alpha=0.5)
+    weights = torch.tensor([[2.0, 1, 0.5], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    results = []
+    for by_hand in (True, False):
+        hidden, states, _, heads = _problem(reduced, slots=12)
+        tokens = torch.tensor([[1, 4, 7], [2, 10, 3], [5, 0, 0], [0, 0, 0]])
+        blocks = hidden.view(4, 3, -1), states.view(4, 3, -1), tokens, weights, heads, settings
+        losses = _weighed_by_hand(*blocks) if by_hand else stream_loss(*blocks, 256 if path == "one chunk" else 2)[0]
+        losses.sum().backward()
+        results.append((losses.detach(), hidden.grad, heads.draft_weight.grad))
+    assert results[0][0][:3].min() > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_without_smoothing_dpace_is_the_gradient_of_the_expected_run():
+    """Σ_k Π q and Σ_j w_j log q_j move the drafter alike."""
+    gradients = []
+    for kind, alpha in (("accepted_length", None), ("ce", 1e-12)):
+        hidden, states, tokens, heads = _problem(False, slots=12)
+        settings = LossSettings(kind, 0.0, dpace_alpha=alpha)
+        blocks = hidden.view(4, 3, -1), None, tokens.view(4, 3), torch.ones(4, 3), heads, settings
+        stream_loss(*blocks)[0].sum().backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 # -- streams and batches -------------------------------------------------------------------------------------------
 
 

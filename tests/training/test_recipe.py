@@ -7,12 +7,15 @@ import pickle
 
 import pytest
 import yaml
+from conftest import tiny_drafter, tiny_model
+from runs import make_trainer, parameters_of, spelled_prompts, written_texts
 from transformers import HfArgumentParser
 from trl import TrlParser
 
 from draft_opd_trl import DraftOPDConfig
 from draft_opd_trl.cli import CommandParser
 from draft_opd_trl.commands import train
+from draft_opd_trl.core.target import Target
 from draft_opd_trl.training.recipe import FOLDER, OfRecipe, read_recipe, recipe_names
 
 
@@ -134,7 +137,10 @@ def test_muon_is_a_name_like_those_of_transformers():
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match="`recipe` is 'papr'; it must be one of default, paper. Did you mean paper"):
+    with pytest.raises(
+        ValueError,
+        match="`recipe` is 'papr'; it must be one of accepted_length, auf.* Did you mean paper",
+    ):
         DraftOPDConfig("out", recipe="papr")
     with pytest.raises(TypeError, match="`recipe` is 3, of type int"):
         DraftOPDConfig("out", recipe=3)
@@ -145,3 +151,31 @@ def test_the_help_shows_what_the_default_recipe_sets(capsys):
     assert "Weight of the rejected stream. (default: 0.0)" in text
     assert "Ceiling of a slot's loss. --" in text  # nothing to show
     assert "recipe.OfRecipe" not in text
+
+
+# What two steps of a control train on: all slots of the text, or up to the drafter's own first wrong one.
+CONTROLS = {"sft": False, "dpace": False, "lk": False, "accepted_length": False, "auf": True}
+TEMPERATURES = {"dpace": 1.0, "lk": 1.0}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_trains(name, tmp_path):
+    temperature = TEMPERATURES.get(name, 0.0)
+    model = tiny_model("qwen3", vocab_size=32)
+    texts = written_texts(model, spelled_prompts(8), temperature)
+    trainer = make_trainer(
+        tiny_drafter("dflash", Target(model)), model, texts, tmp_path, recipe=name, temperature=temperature
+    )
+    before, seen = parameters_of(trainer), []
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda drafter, batch: seen.append(batch) or compute(drafter, batch)
+    trainer.train()
+    assert trainer.state.global_step == len(seen) == 2
+    for batch in seen:
+        blocks, taught = batch.blocks, (batch.accepted_weights > 0).sum(1)
+        until = blocks.num_accepted + 1 if CONTROLS[name] else blocks.num_valid
+        assert taught.tolist() == until.minimum(blocks.num_valid).tolist()
+        assert blocks.has_error.any() == CONTROLS[name] and batch.draft_states is None
+    assert all((before[key] != value).any() for key, value in parameters_of(trainer).items())
+    # A step has no verification of whole texts to count.
+    assert not any("acceptance/length" in log for log in trainer.state.log_history)

@@ -1,10 +1,12 @@
 """Weights of the two streams, by hand."""
 
+import math
+
 import pytest
 import torch
 
 from draft_opd_trl.core.records import DraftBlocks
-from draft_opd_trl.training.streams import StreamSettings, stream_weights
+from draft_opd_trl.training.streams import StreamSettings, dpace_weights, stream_weights
 
 
 def _block(num_accepted, num_valid, num_draft_tokens=4):
@@ -72,3 +74,30 @@ def test_both_kinds_of_blocks_in_one_batch():
 def test_the_rejected_stream_alone_is_scored():
     assert not StreamSettings().scores_rejected
     assert StreamSettings(accepted_weight=0.0, rejected_weight=0.1).scores_rejected
+
+
+def slow_dpace(confidence, taught, alpha):
+    """As published: a sum over slots behind, each a product over slots before."""
+    weights = []
+    for row, inside in zip(confidence.tolist(), taught.tolist(), strict=True):
+        slots = [slot for slot in range(len(row)) if inside[slot]]
+        reach = {m: math.prod((1 - alpha) * row[i] + alpha for i in slots if i <= m) for m in slots}
+        weights.append([sum(reach[m] for m in slots if m >= j) if inside[j] else 0.0 for j in range(len(row))])
+    return torch.tensor(weights)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_dpace_weights_equal_the_sum_of_products(alpha):
+    draws = torch.Generator().manual_seed(0)
+    confidence = torch.rand(5, 4, generator=draws)
+    taught = torch.arange(4) < torch.tensor([4, 3, 1, 0, 4])[:, None]
+    got = dpace_weights(confidence, taught, alpha)
+    torch.testing.assert_close(got, slow_dpace(confidence, taught, alpha))
+    if alpha == 1:
+        assert got[0].tolist() == [4, 3, 2, 1] and got[1].tolist() == [3, 2, 1, 0]
+
+
+def test_dpace_weights_by_hand():
+    # Smoothed: 1, 0.5, 0.75, so the block is reached with 1, 0.5, 0.375.
+    got = dpace_weights(torch.tensor([[1.0, 0.0, 0.5, 0.9]]), torch.tensor([[True, True, True, False]]), 0.5)
+    assert got[0].tolist() == pytest.approx([1.875, 0.875, 0.375, 0])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from .attention import attend, mask_for
 from .base import Drafter, Proposal
 from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, rotate
 
@@ -27,6 +28,7 @@ class BlockAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_sizes = heads, kv_heads, self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.attention_bias)
@@ -41,8 +43,9 @@ class BlockAttention(nn.Module):
         self, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normed, rotated keys and values `(B, Q, kv_heads, head_dim)` of states `(B, Q, H)`."""
-        keys = self.k_norm(self._split(self.k_proj(states)))
-        return rotate(keys, *rotary), self._split(self.v_proj(states))
+        values = self._split(self.v_proj(states))
+        # Norms and rotation are float32 under autocast, and attention is not.
+        return rotate(self.k_norm(self._split(self.k_proj(states))), *rotary).to(values.dtype), values
 
     def forward(
         self,
@@ -52,11 +55,9 @@ class BlockAttention(nn.Module):
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        queries = rotate(self.q_norm(self._split(self.q_proj(noise))), *rotary)
-        attended = nn.functional.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, enable_gqa=True
-        )
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        queries = rotate(self.q_norm(self._split(self.q_proj(noise))), *rotary).to(values.dtype)
+        attended = attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)
+        return self.o_proj(attended.flatten(2))
 
 
 class BlockLayer(nn.Module):
@@ -104,6 +105,7 @@ class BlockDrafter(Drafter):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.mask_token_id = config.mask_token_id
         taps = len(config.target_layer_ids)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -174,7 +176,7 @@ class BlockDrafter(Drafter):
         """States `(B, M, K, H)` of blocks at `anchors` `(B, M)` whose anchor tokens are `tokens` `(B, M)`."""
         batch, num_blocks = anchors.shape
         size = self.config.block_size
-        ids = tokens.new_full((batch, num_blocks, size), self.config.mask_token_id)
+        ids = tokens.new_full((batch, num_blocks, size), self.mask_token_id)
         ids[..., 0] = tokens
         slots = torch.arange(size, device=anchors.device)
         positions = (anchors[..., None] + slots).flatten(1)
@@ -185,7 +187,8 @@ class BlockDrafter(Drafter):
         sees_context = key_positions < anchors.repeat_interleave(size, dim=1)[..., None]
         block_ids = torch.arange(num_blocks, device=anchors.device).repeat_interleave(size)
         sees_block = (block_ids[:, None] == block_ids).expand(batch, -1, -1)
-        mask = torch.cat([sees_context, sees_block], dim=-1)[:, None]
+        sees = torch.cat([sees_context, sees_block], dim=-1)[:, None]
+        mask = mask_for(sees, context[0][1].dtype, *self.layers[0].self_attn.head_sizes)
 
         for layer, (keys, values) in zip(self.layers, context, strict=True):
 
