@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.checks import check_value, path
 from ..core.errors import InputError
+from ..evaluation.best_k import in_words
 from . import served
 from .options import QuantizationArguments, drafters_by_name, read_chat_kwargs, settle_options, suite_paths
 from .replay_texts import ServerTexts
@@ -59,6 +60,9 @@ class EvaluateArguments:
             "choices": ["speculation", "replay", "server"],
         },
     )
+    serve_batch_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "Batch sizes to say for how many proposals to serve with."}
+    )
     server_url: str | None = field(
         default=None,
         metadata={
@@ -77,6 +81,11 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         settle_options(self)
         check_served_arguments(self)
+        if self.server_url and self.serve_batch_sizes:
+            raise InputError(
+                f"serve_batch_sizes={self.serve_batch_sizes} asks for rounds to be timed here, beside --server_url. "
+                "Drop one of them."
+            )
         self.suite = check_value("suite", [name for word in self.suite for name in word.split(",")], list[str], path)
         for name in ("suite", "temperature"):
             if not getattr(self, name):
@@ -129,6 +138,11 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
         list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantized
     )
     replay = arguments.by == "replay" or (arguments.by is None and target.reads_anew is not None)
+    if target.reads_anew is not None and arguments.serve_batch_sizes:
+        raise InputError(
+            f"serve_batch_sizes={arguments.serve_batch_sizes} asks for rounds to be timed, but over this target every "
+            "round reads its texts anew, as no engine would. Leave it out."
+        )
     output = Path(arguments.output_dir) if arguments.output_dir else None
     rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
@@ -162,6 +176,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
                 replay=replay,
                 ask_again=ask_again.get(name),
                 write=write,
+                serve_batch_sizes=arguments.serve_batch_sizes,
             )
             told = {} if write is None else {"server_texts": dict(write.counts)}
             results.append({"suite": name, "temperature": law.temperature, **measured, **told})
@@ -208,6 +223,9 @@ def _figures(drafter: dict[str, Any]) -> dict[str, str]:
             figures["speedup"] = f"{drafter['speedup']:.2f} {beside}"
         else:
             figures["speedup"] = f"{_with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
+    if drafter.get("serving"):
+        told = (f"batch {one['batch_size']}: {in_words(one)}" for one in drafter["serving"])
+        figures["to serve with"] = f"{'; '.join(told)}; foreseen from rounds timed here"
     if drafter["texts"] is not None:
         figures["lossless"] = _losslessness(drafter["texts"])
     if drafter["resumed"]:

@@ -146,6 +146,8 @@ LIMITS: dict[str, Rule] = {
     "server_timeout": Within(above=0, high=1_000_000),
     "server_concurrency": Within(1, 4096),
     "server_max_retries": Within(0, 1000),
+    "server_reload_steps": _COUNT,
+    "server_reload_command": text,
     "text_cache_dir": path,
     "state_store_gib": Within(0, 1_000_000, reason="0 keeps none"),
     "state_store_dir": path,
@@ -160,6 +162,7 @@ LIMITS: dict[str, Rule] = {
     "max_new_tokens": _COUNT,
     "rollout_batch_size": Within(1, 65536),
     "batch_size": Within(1, 65536),
+    "serve_batch_sizes": Within(1, 65536),
     "pad_token_id": Within(0, 2**31 - 1),
     "stop_token_ids": Within(0, 2**31 - 1),
     # What teaches, and how much

@@ -43,6 +43,7 @@ class CausalLMConfig(DrafterConfig, PreTrainedConfig):
     # The engines ask nothing of a target that they would not for plain decoding.
     served_targets = {"SGLang": KNOWN_TARGETS, "vLLM": KNOWN_TARGETS}
     card_notes = "`target.generate(..., assistant_model=drafter)` decodes with it in transformers, one text at a time."
+    free_length = True
 
     def __init__(self, num_draft_tokens: int = 4, model_type: str = "qwen3", **fields: Any) -> None:
         check_fields({"num_draft_tokens": num_draft_tokens, **fields})

@@ -29,11 +29,15 @@ class DrafterConfig:
         usual_draft_vocab_size (`int`, *optional*):
             Tokens that published drafters of this kind can propose, where their targets have more; `None` where that
             is all of them.
+        free_length (`bool`):
+            Whether an engine may be told fewer proposals a block than the config's `num_draft_tokens`: a chain, which
+            drafts one token after the other and the same whatever comes behind.
     """
 
     served_targets: ClassVar[dict[str, frozenset[str]]] = {}
     card_notes: ClassVar[str] = ""
     usual_draft_vocab_size: ClassVar[int | None] = None
+    free_length: ClassVar[bool] = False
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **options: Any) -> DrafterConfig:

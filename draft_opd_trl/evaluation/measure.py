@@ -23,9 +23,11 @@ from ..core.target import Target
 from ..decoding.acceptance import AcceptanceReport, difference, join_reports, speedup_interval
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
+from .best_k import advice
 from .by_replay import Writer, measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
+from .round_costs import serving_choices
 
 
 class _Timed:
@@ -229,6 +231,7 @@ def evaluate_drafters(
     replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
     write: Writer | None = None,
+    serve_batch_sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
     Measure drafters on the same prompts, beside decoding without one.
@@ -253,10 +256,13 @@ def evaluate_drafters(
             a baseline, of the first drafter.
         write (`Callable`, *optional*): Writes the texts along which replay counts, instead of the target in this
             process ([`measure_by_replay`]).
+        serve_batch_sizes (`Sequence[int]`, *optional*): Batch sizes to say for how many proposals to serve with, from
+            rounds that are timed here.
 
     Returns:
         JSON-able `dict`: `plain` (speed); `drafters` (by name the [`AcceptanceReport.summary`], `speedup` and its
-        interval, `texts` from [`changed_texts`], how many were `resumed`); `difference` of τ and its interval.
+        interval, `texts` from [`changed_texts`], how many were `resumed`, `serving` from [`advice`]); `difference` of
+        τ and its interval.
 
     Raises:
         `ValueError`: A results file holds results of other settings.
@@ -273,8 +279,14 @@ def evaluate_drafters(
         prompts = [*prompts, *asked]
     reports = {name: join_reports(parts) for name, parts in texts.items()}
     plain = reports.pop("plain", None)
+    serving = {
+        name: advice(
+            serving_choices(target, drafters[name], prompts, settings, report.acceptance_by_slot, serve_batch_sizes)
+        )
+        for name, report in reports.items()
+    }
     if results is not None:
-        save_report(dict(reversed(reports.items())), results)  # differences are first − second
+        save_report(dict(reversed(reports.items())), results, serving)  # differences are first − second
     # Side by side, a text's seconds are those of its neighbours too, and the texts are no sample of anything.
     alone = plain is not None and settings.batch_size == 1
     return {
@@ -287,6 +299,7 @@ def evaluate_drafters(
                 "speedup_interval": list(speedup_interval(texts[name], texts["plain"])) if alone else None,
                 "texts": changed_texts(target, prompts, plain, report) if plain and settings.sampling.greedy else None,
                 "resumed": resumed[name],
+                "serving": serving[name],
             }
             for name, report in reports.items()
         },

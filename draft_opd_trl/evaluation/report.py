@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..core.files import atomic_file, write_atomically
 from ..decoding.acceptance import DEFINITION, AcceptanceReport, difference
+from .best_k import in_words
 
 
 # Okabe–Ito colours, and a marker each, as colour alone does not tell lines apart for everyone.
@@ -25,18 +27,26 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 POSITION_BINS = 12
 
 
-def save_report(reports: Mapping[str, AcceptanceReport], stem: Path) -> None:
+def save_report(
+    reports: Mapping[str, AcceptanceReport],
+    stem: Path,
+    serving: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
     """Save [`acceptance_table`] as `<stem>.md` and [`plot_acceptance`]'s picture as `<stem>.png`."""
-    write_atomically(stem.with_name(stem.name + ".md"), acceptance_table(reports) + "\n")
+    write_atomically(stem.with_name(stem.name + ".md"), acceptance_table(reports, serving) + "\n")
     plot_acceptance(reports, stem.with_name(stem.name + ".png"))
 
 
-def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
+def acceptance_table(
+    reports: Mapping[str, AcceptanceReport], serving: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> str:
     """
     Drafters side by side in Markdown, fit for a model card; the first is what the others are compared with.
 
     Args:
         reports (`Mapping[str, AcceptanceReport]`): By drafter, over the same prompts.
+        serving (`Mapping[str, Sequence[Mapping]]`, *optional*): By drafter, what [`advice`] says, of the same batch
+            sizes.
     """
     first, *others = reports.values()
     summaries = [report.summary() for report in reports.values()]
@@ -57,6 +67,8 @@ def acceptance_table(reports: Mapping[str, AcceptanceReport]) -> str:
         ]
         figures.append((f"blocks with ≥ {slot + 1} accepted", cells))
     figures.append(("blocks accepted whole", [f"{one['blocks_fully_accepted']['value']:.1%}" for one in summaries]))
+    for told in zip(*(serving[name] for name in reports), strict=True) if serving else ():
+        figures.append((f"to serve with at batch {told[0]['batch_size']}", list(map(in_words, told))))
     lines = [f"| | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in figures]
     return "\n".join([*lines, "", f"{DEFINITION} Intervals: 95 % bootstrap over {len(first)} prompts."])

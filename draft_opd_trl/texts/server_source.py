@@ -16,10 +16,13 @@ from ..core.records import Rollout
 from ..core.seeding import seed_of
 from ..decoding.plain import until_stop
 from .authorship import ShareWatch, TextFit, Watch, describe, likeliest_next, text_fit
+from .engine_counts import Counters, EngineStats
 from .server import Answer, CompletionsClient
 from .sources import DecodingSource, Log, prompts_of
 
 
+# As what the τ of a server's own speculation is logged.
+SERVED = "rollout/served_acceptance_length"
 # What is wrong with a text of a server, as messages say it.
 STRANGE = "not what the target writes"
 # Shares of texts that are wrong: what happens at worst with a right server (kernels of other noise than we know; odd
@@ -45,6 +48,8 @@ class ServerSource:
             a test is in doubt, texts wait.
         log (`Callable`): Takes a metric's name, and how many of how many.
         progress (`bool`): Show a progress bar.
+        stats (`Callable`, *optional*): Makes an [`EngineStats`] of this server, which is asked for what its
+            speculation came to where the answers do not tell.
     """
 
     def __init__(
@@ -55,7 +60,9 @@ class ServerSource:
         keep: Callable[[list[list[int]], list[list[int]], int], None],
         log: Log,
         progress: bool = False,
+        stats: Callable[[], EngineStats] | None = None,
     ) -> None:
+        self.make_stats, self.stats = stats, None
         self.client, self.tokenizer, self.fallback = client, tokenizer, fallback
         self.target, self.settings = fallback.target, fallback.settings
         self.keep, self.log, self.progress = keep, log, progress
@@ -76,6 +83,8 @@ class ServerSource:
         seeds = [seed_of(self.fallback.seed, draw, prompt) for prompt in prompts]
         texts: dict[int, list[int]] = {}
         held: list[int] = []  # arrived, but a running test is in doubt
+        answers: list[Answer] = []
+        before = self._counters()
 
         def keep_held() -> None:
             self.keep([prompts[index] for index in held], [texts[index] for index in held], draw)
@@ -84,6 +93,7 @@ class ServerSource:
         with tqdm(total=len(rows), desc="Server", disable=not self.progress, leave=False) as bar:
             try:
                 for group in self.client.stream(prompts, seeds):
+                    answers += [answer for _, answer in group if answer is not None]
                     accepted = self._accepted(prompts, dict(group))
                     texts |= accepted
                     held += accepted
@@ -101,6 +111,7 @@ class ServerSource:
                     "asked for again."
                 ) from error
         keep_held()
+        self._log_served(before, answers)
         dropped = [index for index in range(len(rows)) if index not in texts]
         self.log("rollout/dropped", len(dropped), len(rows))
         if dropped:
@@ -108,6 +119,29 @@ class ServerSource:
             texts |= dict(zip(dropped, written, strict=True))
         completions = [texts[index] for index in range(len(rows))]
         return Rollout.from_ids(prompts, completions, self.settings.pad_token_id, self.target.device)
+
+    def _counters(self) -> Counters:
+        """The server's, all `None` where it shows none: that it does not must end no run."""
+        try:
+            if self.stats is None and self.make_stats is not None:
+                self.stats = self.make_stats()
+            return Counters() if self.stats is None else self.stats.counters()
+        except ServerError:
+            return Counters()
+
+    def _log_served(self, before: Counters, answers: list[Answer]) -> None:
+        """τ of the server's own speculation, from what its answers tell, else from its counters, if it speculates."""
+        if answers and all(answer.verified and answer.num_tokens for answer in answers):
+            tokens, requests = sum(answer.num_tokens for answer in answers), len(answers)
+            verifications = sum(answer.verified.verifications for answer in answers)
+        elif answers and before.verifications is not None:
+            counted = self.stats.since(before, len(answers))
+            tokens, requests, verifications = counted.tokens, counted.requests, counted.verifications
+        else:
+            return
+        if tokens is not None and requests is not None and verifications:
+            # A text's first token comes from the prefill.
+            self.log(SERVED, tokens - requests, verifications)
 
     def _accepted(self, prompts: list[list[int]], answers: dict[int, Answer | None]) -> dict[int, list[int]]:
         """Completions that may be trained on. Every answer counts for or against the server, and may be the last."""

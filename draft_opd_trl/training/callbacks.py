@@ -22,6 +22,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..core.errors import InputError
 from ..evaluation.traces import Trace
 from ..evaluation.viewer import marked_text, print_traces
+from ..texts.server_source import SERVED
 
 
 class AcceptanceProgressCallback(ProgressCallback):
@@ -32,16 +33,19 @@ class AcceptanceProgressCallback(ProgressCallback):
 
     Args:
         acceptance_length (`Callable`): Returns it, or `None` while there is none.
+        served (`Callable`, *optional*): Returns that of the server that wrote texts last, or `None`.
     """
 
-    def __init__(self, acceptance_length: Callable[[], float | None]) -> None:
+    def __init__(
+        self, acceptance_length: Callable[[], float | None], served: Callable[[], float | None] = lambda: None
+    ) -> None:
         super().__init__()
-        self.acceptance_length = acceptance_length
+        self.figures = {"τ": acceptance_length, "served τ": served}
 
     def on_step_end(self, args, state, control, **kwargs):
-        tau = self.acceptance_length()
-        if self.training_bar is not None and tau is not None:
-            self.training_bar.set_postfix_str(f"τ {tau:.2f}", refresh=False)
+        shown = {name: value for name, figure in self.figures.items() if (value := figure()) is not None}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items()), False)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -68,6 +72,7 @@ def _counts(state: TrainerState) -> tuple[int, int]:
 TRAINING_FIGURES = {
     "loss": "loss {:.4g}",
     "acceptance/length": "τ {:.3f}",
+    SERVED: "served τ {:.3f}",
     "acceptance/slot_1": "first proposal {:.1%}",
     "learning_rate": "lr {:.2e}",
     "step_time": "{:.2f} s/step",
@@ -77,7 +82,8 @@ TRAINING_FIGURES = {
 
 def log_line(logs: Mapping[str, float]) -> str | None:
     """
-    A log in a line for people: six figures of training; of an evaluation τ with its interval, and the change.
+    A log in a line for people: six figures of training, and a seventh where a server speculates; of an
+    evaluation τ with its interval, and the change.
 
     Args:
         logs (`Mapping[str, float]`): As the Trainer has it.

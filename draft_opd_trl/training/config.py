@@ -130,6 +130,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             Seconds an answer may take.
         server_concurrency, server_max_retries (`int`, *optional*, default to `64`, `5`):
             Requests under way at once, and repetitions of a failed one with exponential back-off; a process.
+        server_reload_steps, server_reload_command (`int`, `str`, *optional*):
+            Every so many steps the drafter is written to `_served_drafter` in `output_dir`, and the command is run,
+            with this folder behind its words. It has the server load the folder, and returns when the server answers.
 
         > Parameters that control what is replayed
 
@@ -253,6 +256,8 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     server_timeout: float = _field("Seconds an answer of the server may take.", 600.0)
     server_concurrency: int = _field("Requests under way at once, a process.", 64)
     server_max_retries: int = _field("Repetitions of a failed request.", 5)
+    server_reload_steps: int | None = _field("Steps between drafters handed to the server.")
+    server_reload_command: str | None = _field("What has the server load the folder behind it.")
 
     # Parameters that control what is replayed
     lmbda: float = _of_recipe("On-policy share: 1 is Draft-OPD, 0 is SFT.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from typing import Any
 
+from ..core.endpoint import printable
 from ..core.errors import InputError
 from ..core.redaction import redact_url
 from .divergences import HARD_LOSSES
@@ -52,6 +55,7 @@ def check_together(args: Any) -> None:
             f"{args.server_url and redact_url(args.server_url)!r} do not go together: a server is asked "
             "if and only if both name it. Set both, or neither."
         )
+    _check_reload(args)
     if args.replay_ratio > 0 and args.replay_buffer_size == 0:
         raise InputError(
             f"replay_ratio={args.replay_ratio} draws from a buffer of size 0. Set replay_buffer_size above 0."
@@ -106,4 +110,27 @@ def _check_dpace(args: Any) -> None:
         raise InputError(
             f"accepted_loss='accepted_length' weighs slots as dpace_alpha={args.dpace_alpha} does, by its gradient. "
             "Leave dpace_alpha out, or choose another loss."
+        )
+
+
+def _check_reload(args: Any) -> None:
+    """The settings that hand the drafter to a server: one without the other, or a command that is not there."""
+    steps, command = args.server_reload_steps, args.server_reload_command
+    shown = repr(command and printable(command))
+    if (steps is None) != (command is None) or (steps is not None and args.rollout_source != "server"):
+        raise InputError(
+            f"server_reload_steps={steps}, server_reload_command={shown} and rollout_source="
+            f"{args.rollout_source!r} do not go together: every so many steps the command has the server that writes "
+            "the texts load the drafter. Set both, and rollout_source='server', or neither."
+        )
+    if command is None:
+        return
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"server_reload_command={shown} cannot be read ({error}). Correct its quotes.") from error
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(
+            f"server_reload_command={shown} names no program that can be run. Give its path, and for more than "
+            "one command a script."
         )

@@ -5,21 +5,26 @@ Knows no losses, no rollouts and no batches.
 
 from __future__ import annotations
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 
 from ..core.errors import InputError
+from ..core.files import atomic_folder
 from ..decoding.acceptance import AcceptanceReport, join_reports
 from ..decoding.speculation import SpeculationSettings
 from ..drafters.base import in_eval_mode
 from ..evaluation.before_after import BeforeAfter
 from ..evaluation.by_replay import measure_by_replay
 from ..evaluation.measure import measure_acceptance, text_seeds
+from ..folders.hub import merged
 from .hub_trainer import HubTrainer
 from .sharding import gathered
 
@@ -48,6 +53,15 @@ class EvaluatingTrainer(HubTrainer):
         """Eval mode and whole weights, on all ranks at once."""
         with in_eval_mode(self.model), gathered(self.model):
             yield
+
+    def save_served(self, folder: Path) -> None:
+        """The drafter as it stands, adapters in its weights, in place of what `folder` holds; by all ranks at once."""
+        with self._drafter_as_served():
+            if self.is_world_process_zero():
+                drafter = merged(self.model) if isinstance(self.model, PeftModel) else self.drafter
+                with atomic_folder(folder) as part:
+                    drafter.save_pretrained(part)
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, eval_dataset: Dataset | None = None, progress: str | None = None) -> AcceptanceReport:
         """`eval_dataset` (tokenised, see `prompt_ids`), decoded speculatively by all ranks together (where the

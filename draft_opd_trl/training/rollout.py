@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,16 @@ from ..core.state_store import StateStore
 from ..core.target import Target
 from ..decoding.speculation import SpeculationSettings
 from ..drafters.base import Drafter
+from ..texts.engine_counts import EngineStats
 from ..texts.server import CompletionsClient
 from ..texts.server_source import ServerSource
 from ..texts.sources import CachedSource, DatasetSource, DecodingSource, Log, RolloutSource
 from ..texts.text_cache import TextCache
 from .config import DraftOPDConfig
+
+
+# Seconds that a server's page of counters may take.
+STATS_TIMEOUT = 10.0
 
 
 def text_folder(args: DraftOPDConfig) -> Path:
@@ -74,7 +80,9 @@ def build_source(
             concurrency=args.server_concurrency,
             max_retries=args.server_max_retries,
         )
-        source = ServerSource(client, tokenizer, source, cache.add, log, progress)
+        # Asked beside the texts, and so not for long.
+        stats = partial(EngineStats, args.server_url, args.server_token, timeout=STATS_TIMEOUT, max_retries=0)
+        source = ServerSource(client, tokenizer, source, cache.add, log, progress, stats)
     return CachedSource(source, cache, log, settings.pad_token_id, target.device)
 
 

@@ -29,6 +29,7 @@ from ..folders.adapters import check_reach
 from ..folders.checkpoints import load_drafter
 from ..folders.model_card import cached_revision
 from ..texts.prompts import check_fit, warn_of_open_ends
+from ..texts.server_source import SERVED
 from ..texts.sources import RolloutSource
 from .batching import BatchMaker
 from .callbacks import (
@@ -59,6 +60,7 @@ from .loading import (
 from .losses import draft_loss
 from .optim import MUON, MuonWithAdamW, optimizer_of
 from .planning import announce_plan
+from .reloading import ReloadCallback
 from .replay_counts import Counts, count_texts
 from .resuming import ResumingTrainer
 from .rollout import build_source, state_store
@@ -184,11 +186,14 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
     def _set_up_callbacks(self) -> None:
         args, others = self.args, self.callback_handler.callbacks
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(AcceptanceProgressCallback(lambda: self.last_acceptance_length))
+            shown = (lambda: self.last_acceptance_length, lambda: self.last_served_length)
+            self.add_callback(AcceptanceProgressCallback(*shown))
         self.remove_callback(PrinterCallback)
         self.add_callback(TraceCallback(self.example_traces, others))
         self.add_callback(FiniteWeightsCallback())
         self.add_callback(UpdateSizeCallback())
+        if args.server_reload_steps:
+            self.add_callback(ReloadCallback(self.save_served, args))
         # A loss that is not finite ends the run; the filter would wait for the device at every micro-step to hide it.
         args.logging_nan_inf_filter = False
         open_in_run_folder(others, args)
@@ -218,7 +223,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             accumulation_steps=args.gradient_accumulation_steps,
         )
         set_seed(args.seed, device_specific=True)
-        self.last_acceptance_length: float | None = None
+        self.last_acceptance_length = self.last_served_length = None
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -357,6 +362,8 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
         if "acceptance/length" in totals:
             committed, verifications = totals["acceptance/length"]
             self.last_acceptance_length = committed / verifications
+        if SERVED in totals:
+            self.last_served_length = totals[SERVED][0] / totals[SERVED][1]
         for name in ("loss/accepted", "loss/rejected"):
             if name in totals and not math.isfinite(totals[name][0]):
                 raise not_finite(f"{name} is {totals[name][0]}", self.state.global_step + 1, self.args)

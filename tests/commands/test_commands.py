@@ -49,6 +49,14 @@ def test_shown_with_definition_and_intervals(result):
     assert "earlier run" not in text and "paired" not in text
 
 
+def test_what_to_serve_with_is_shown_where_it_was_asked_for(result):
+    assert "to serve with" not in show(result)
+    told = [{"batch_size": 1, "num_draft_tokens": 2, "speedup": 1.75}, {"batch_size": 32, "num_draft_tokens": 0}]
+    result["results"][0]["drafters"]["drafter"]["serving"] = told
+    text = " ".join(show(result).split())
+    assert "batch 1: K = 2 (1.75 times plain); batch 32: no drafter; foreseen from rounds timed here" in text
+
+
 def test_counts_of_replay_are_shown_without_speeds(result):
     measured = result["results"][0]["drafters"]["drafter"]
     measured |= {"replayed": True, "speedup": None, "texts": None}
@@ -123,6 +131,11 @@ def test_texts_beyond_the_context_are_found_before_decoding(capsys):
         (["--suite", "pocket", "--suite_path", "pocket"], "--suite_path pocket must be name=path of one of"),
         (["--suite", "pocket,gone.jsonl"], "gone.jsonl is not a file here"),
         (["--suite", "pocket", "--temperature", "0", "-1"], "`temperature` is -1.0"),
+        (
+            ["--suite", "pocket", "--server_url", "http://x", "--serve_batch_sizes", "1", "8"],
+            "serve_batch_sizes=[1, 8] asks for rounds to be timed here, beside --server_url. Drop one of them",
+        ),
+        (["--suite", "pocket", "--serve_batch_sizes", "0"], "`serve_batch_sizes` is 0"),
         (["--suite", "pocket", "--chat_template_kwargs", "{on"], "`chat_template_kwargs` is '{on', which is not JSON"),
     ],
 )

@@ -127,7 +127,9 @@ ALSO = {
     "resume_from_checkpoint": {"true"},  # the newest one
     "stop_token_ids": {"[]", "0"},  # none: texts that end by their length alone
     **dict.fromkeys(
-        "suite_path set optim_target_modules label_names include_for_metrics lora_target_modules".split(), {"[]"}
+        "suite_path set optim_target_modules label_names include_for_metrics lora_target_modules "
+        "serve_batch_sizes".split(),
+        {"[]"},
     ),
     "teacher_model_init_kwargs": {"{object}"},  # such as a quantisation config
 }

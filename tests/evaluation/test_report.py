@@ -32,6 +32,16 @@ def test_table_of_one_drafter_compares_nothing():
     assert "change" not in acceptance_table({"only": AFTER})
 
 
+def test_the_table_says_what_to_serve_with():
+    def at(size, k, speedup):
+        return {"batch_size": size, "num_draft_tokens": k, "speedup": speedup}
+
+    serving = {"after": [at(1, 2, 1.75), at(32, 0, 1.0)], "before": [at(1, 1, 1.5), at(32, 1, 1.0625)]}
+    lines = acceptance_table({"before": BEFORE, "after": AFTER}, serving).splitlines()
+    assert lines[-4] == "| to serve with at batch 1 | K = 1 (1.50 times plain) | K = 2 (1.75 times plain) |"
+    assert lines[-3] == "| to serve with at batch 32 | K = 1 (1.06 times plain) | no drafter |"
+
+
 def test_errors_by_position_by_hand():
     # Of BEFORE they stand at 1, 3, 4, 5 and 1, 2, 3, of AFTER at 5 and 1, 3. The first token, at 0, cannot be one.
     edges = np.array([1, 2, 4, 6, 9])

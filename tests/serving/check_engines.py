@@ -101,7 +101,7 @@ SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "conf
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
 
-def _edit(folder: Path, change) -> Path:
+def edit(folder: Path, change) -> Path:
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
@@ -146,7 +146,7 @@ def _launch(drafter: Drafter) -> dict:
 
 
 @torch.no_grad()
-def _ours(folder: Path, dtype: str) -> dict:
+def ours(folder: Path, dtype: str) -> dict:
     """A block drafted here, and all that an engine needs to draft the same."""
     model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=getattr(torch, dtype))
     target = Target(model)
@@ -180,12 +180,11 @@ def _ours(folder: Path, dtype: str) -> dict:
     }
 
 
-@pytest.fixture(scope="session")
-def jobs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
+def make_folders(root: Path, made: dict) -> dict[str, Path]:
+    """The shipped folders, and new ones with weights that are not zero anywhere."""
     target = Target(AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32))
     folders = {name: POCKET / name for name in SHIPPED}
-    for name, (kind, options) in {**MADE, **ODD}.items():
+    for name, (kind, options) in made.items():
         torch.manual_seed(0)
         drafter = create_drafter(kind, target, **options)
         with torch.no_grad():
@@ -193,19 +192,26 @@ def jobs(tmp_path_factory):
                 parameter.add_(0.02 * torch.randn_like(parameter))
         folders[name] = root / name
         drafter.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    folders = make_folders(root, {**MADE, **ODD})
     jobs = {}
     odd = {name: folders.pop(name) for name in ODD}
     for name, (base, change) in CHANGES.items():
-        odd[name] = _edit(shutil.copytree({**folders, **odd}[base], root / name), change)
+        odd[name] = edit(shutil.copytree({**folders, **odd}[base], root / name), change)
     odd["tables"] = shutil.copytree(folders["eagle3-whole"], root / "tables")
     tensors = load_file(odd["tables"] / "model.safetensors")
     tensors |= {"d2t": torch.zeros(1024, dtype=torch.long), "t2d": torch.ones(1024, dtype=torch.bool)}
     save_file(tensors, odd["tables"] / "model.safetensors", metadata={"format": "pt"})
     for name, folder in odd.items():
-        jobs[f"odd: {name}"] = {**_ours(folder, "float32"), "folder": str(folder)}
+        jobs[f"odd: {name}"] = {**ours(folder, "float32"), "folder": str(folder)}
     for name, folder in folders.items():
         for dtype in TOLERANCE if name in SHIPPED else ["float32"]:
-            jobs[f"{name}, {dtype}"] = {**_ours(folder, dtype), "folder": str(folder)}
+            jobs[f"{name}, {dtype}"] = {**ours(folder, dtype), "folder": str(folder)}
         right = jobs[f"{name}, float32"]
         jobs[f"{name}, remote code"] = {**right, "trust_remote_code": True}
         if name in IN_SPECULATORS:
@@ -214,7 +220,7 @@ def jobs(tmp_path_factory):
             jobs[f"{name}, speculators"] = {**right, "folder": str(spec)}
         for fault in _faults(right["kind"]):
             wrong = shutil.copytree(folder, root / f"{name}-{fault}")
-            jobs[f"{name}, {fault}"] = {**right, "folder": str(_edit(wrong, FAULTS[fault]))}
+            jobs[f"{name}, {fault}"] = {**right, "folder": str(edit(wrong, FAULTS[fault]))}
         partial = shutil.copytree(folder, root / f"{name}-partial")
         tensors = load_file(partial / "model.safetensors")
         del tensors[_norm(name)]
@@ -233,7 +239,7 @@ def engine(request, jobs, tmp_path_factory):
     return request.param, torch.load(files[1])
 
 
-def _error(job, result):
+def relative_error(job, result):
     assert "error" not in result, result["error"]
     ours, theirs = job["logits"].float(), result["logits"].float()
     finite = ours.isfinite()
@@ -241,18 +247,18 @@ def _error(job, result):
     return float((ours[finite] - theirs[finite]).norm() / ours[finite].norm())
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     return MADE[name][0] if name in MADE else drafter_class_of(read_config(POCKET / name), name).kind
 
 
 def _norm(name: str) -> str:
     """The name of the last norm's weight, in a drafter's folder and in error messages."""
-    return "norm.weight" if DRAFTERS[_kind(name)].code_travels else "model.norm.weight"
+    return "norm.weight" if DRAFTERS[kind(name)].code_travels else "model.norm.weight"
 
 
 NAMES = [*SHIPPED, *MADE]
 IN_SPECULATORS = [
-    name for name in NAMES if DRAFTERS[_kind(name)].config_class.to_speculators is not DrafterConfig.to_speculators
+    name for name in NAMES if DRAFTERS[kind(name)].config_class.to_speculators is not DrafterConfig.to_speculators
 ]
 RIGHT = [f"{name}, {dtype}" for name in SHIPPED for dtype in TOLERANCE] + [f"{name}, float32" for name in MADE]
 RIGHT += [f"{name}, remote code" for name in NAMES]
@@ -263,7 +269,7 @@ JUDGED = [f"{name}, speculators" for name in IN_SPECULATORS] + [f"odd: {name}" f
 def test_the_engine_drafts_what_we_draft(engine, jobs, name):
     engine, results = engine
     job, result = jobs[name], results[name]
-    error = _error(job, result)
+    error = relative_error(job, result)
     print(f"{engine}: {name}: relative error {error:.2g}")
     assert error <= TOLERANCE[job["dtype"]]
     assert result["unset"] == LENT[engine, job["kind"]]
@@ -284,7 +290,7 @@ def test_inspection_says_what_the_engine_does(engine, jobs, name):
     engine, results = engine
     job, result = jobs[name], results[name]
     told = inspect_drafter(job["folder"], job["target"])
-    error = None if "error" in result else _error(job, result)
+    error = None if "error" in result else relative_error(job, result)
     print(f"{engine}: {name}: relative error {error}")
     works = (
         error is not None and error <= TOLERANCE["float32"] and set(result["unset"]) <= set(LENT[engine, job["kind"]])
@@ -306,12 +312,12 @@ def test_vllm_serves_a_speculators_folder_by_itself(engine, jobs, name):
     assert speculation["num_speculative_tokens"] == len(job["draft_tokens"])
 
 
-@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in NAMES for fault in _faults(_kind(name))])
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in NAMES for fault in _faults(kind(name))])
 def test_a_wrong_folder_is_seen(engine, jobs, name, fault):
     """The comparison above can fail, in each dtype in which it is made."""
     _, results = engine
     bound = TOLERANCE["bfloat16"] if name in SHIPPED else 100 * TOLERANCE["float32"]
-    assert _error(jobs[f"{name}, {fault}"], results[f"{name}, {fault}"]) > bound
+    assert relative_error(jobs[f"{name}, {fault}"], results[f"{name}, {fault}"]) > bound
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,11 @@ from vllm import LLM, SamplingParams
 
 
 def serve(job):
+    speculation = job["speculation"]
+    if speculation and speculation["method"] == "dspark":
+        from dspark_on_cpu import as_dflash
+
+        speculation = as_dflash(speculation)
     llm = LLM(
         model=job["target"],
         dtype="float32",
@@ -15,7 +20,7 @@ def serve(job):
         kv_cache_memory_bytes=2**28,
         enforce_eager=True,
         disable_log_stats=False,
-        speculative_config=job["speculation"],
+        speculative_config=speculation,
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False)
     greedy.stop_token_ids = job["stops"]

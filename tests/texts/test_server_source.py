@@ -1,16 +1,20 @@
 """A server that serves the target, or something like it, is believed only so far."""
 
+from functools import partial
+
 import pytest
 import torch
 from completions_server import CompletionsServer
-from conftest import STOPS, tiny_model, tiny_tokenizer
+from conftest import ANY_KIND, STOPS, tiny_drafter, tiny_model, tiny_tokenizer
+from engine_server import EngineServer
 
 from draft_opd_trl import SamplingParams, SpeculationSettings, Target, speculate
 from draft_opd_trl.core import endpoint
 from draft_opd_trl.core.seeding import seed_of
 from draft_opd_trl.texts import server
+from draft_opd_trl.texts.engine_counts import EngineStats
 from draft_opd_trl.texts.server import Answer, CompletionsClient, ServerError
-from draft_opd_trl.texts.server_source import ServerSource
+from draft_opd_trl.texts.server_source import SERVED, ServerSource
 from draft_opd_trl.texts.sources import CachedSource, DecodingSource
 from draft_opd_trl.texts.text_cache import TextCache
 from draft_opd_trl.training.rollout import _faithful_text
@@ -55,6 +59,27 @@ def source_of(url, target, keep=lambda *kept: None, log=lambda *logged: None, sa
 
 def rows_of(prompts):
     return [{"prompt_ids": prompt} for prompt in prompts]
+
+
+@pytest.mark.parametrize("tells", ["answer", "counters", "nothing"])
+def test_what_a_server_that_speculates_came_to_is_logged(target, tells):
+    logged, drafter = {}, tiny_drafter(ANY_KIND, target)
+    with EngineServer(target, drafter, TOKENIZER, tells=tells) as serving:
+        source = source_of(serving.url, target, log=lambda name, *count: logged.update({name: count}))
+        source.make_stats = partial(EngineStats, serving.url)
+        for part in (LETTERS[:8], LETTERS[8:]):
+            before = list(serving.reports)
+            source.write(rows_of(part))
+            reports = serving.reports[len(before) :]
+            counted = sum(report.tokens - 1 for report in reports), sum(len(one.accepted[0]) for one in reports)
+            assert logged.pop(SERVED, None) == (None if tells == "nothing" else counted)
+
+
+def test_a_server_that_shows_no_counters_still_writes(target):
+    with serving(target) as server:
+        source = source_of(server.url, target)
+        source.make_stats = partial(EngineStats, "http://127.0.0.1:9", max_retries=0)
+        assert source.write(rows_of(LETTERS)).completions() == own_texts(target, LETTERS)
 
 
 def own_texts(target, prompts):

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.evaluation.traces import trace_texts
 from draft_opd_trl.evaluation.viewer import marked_text
+from draft_opd_trl.texts.server_source import SERVED
 from draft_opd_trl.training import callbacks
 from draft_opd_trl.training.callbacks import AcceptanceProgressCallback, TraceCallback, log_line, slot_shares
 
@@ -87,6 +88,20 @@ def test_a_run_shows_a_line_a_log_and_no_box_is_torn(model, tmp_path, capsys):
         trainer.train()
     assert callback.training_bar is None and len(standing) == STEPS
     assert all(not "".join(ends).strip() for ends in standing), standing
+
+
+def test_the_bar_shows_what_a_server_came_to():
+    figures = {"own": None, "served": None}
+    callback = AcceptanceProgressCallback(lambda: figures["own"], lambda: figures["served"])
+    state, control, shown = TrainerState(max_steps=9), TrainerControl(), []
+    callback.on_train_begin(SimpleNamespace(), state, control)
+    callback.training_bar.set_postfix_str = lambda text, refresh: shown.append(text)
+    for own, served in [(None, None), (2.0, None), (2.0, 1.5)]:
+        figures.update(own=own, served=served)
+        callback.on_step_end(SimpleNamespace(), state, control)
+    callback.on_train_end(SimpleNamespace(), state, control)
+    assert shown == ["τ 2.00", "τ 2.00, served τ 1.50"]
+    assert log_line({"loss": 1.0, "acceptance/length": 2.0, SERVED: 1.5}) == "loss 1, τ 2.000, served τ 1.500"
 
 
 def test_tokens_a_second_are_those_of_the_window():

@@ -5,12 +5,28 @@ import pytest
 from draft_opd_trl.training.config import DraftOPDConfig
 
 
+RELOADING = {"rollout_source": "server", "server_url": "http://x", "server_reload_steps": 4}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rejected_weight": 1.0, "rejected_loss": "accepted_length"}, "Use it for the accepted stream only"),
         ({"rollout_source": "server"}, "rollout_source='server' and server_url=None do not go together.*Set both"),
         ({"server_url": "http://x"}, "rollout_source='speculation' and server_url='http://x' do not go together"),
+        (
+            {"server_reload_steps": 4, "server_reload_command": "true"},
+            "server_reload_steps=4, server_reload_command='true' and rollout_source='speculation' do not go together",
+        ),
+        (
+            {"rollout_source": "server", "server_url": "http://x", "server_reload_steps": 4},
+            "server_reload_command=None and rollout_source='server' do not go together.*Set both",
+        ),
+        (
+            {**RELOADING, "server_reload_command": "no-such-program --now"},
+            "server_reload_command='no-such-program --now' names no program.*Give its path",
+        ),
+        ({**RELOADING, "server_reload_command": "sh 'open"}, "cannot be read .*Correct its quotes"),
         (
             {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
             "steps_per_generation=6 is not a multiple of gradient_accumulation_steps=4, so a text.*Make it one",

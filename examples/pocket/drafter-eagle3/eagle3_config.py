@@ -72,6 +72,7 @@ class Eagle3Config(DrafterConfig, LlamaConfig):
         "vLLM": TAPPED_BY_VLLM,
     }
     usual_draft_vocab_size = 32_000
+    free_length = True
 
     def __init__(
         self,
