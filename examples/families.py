@@ -37,11 +37,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd dim lru_width word_embed_proj_dim embedding_size".split(), 32),
     **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers".split(), LAYERS),
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
-    **dict.fromkeys("decoder_attention_heads linear_num_value_heads".split(), 4),
+    **dict.fromkeys("decoder_attention_heads linear_num_value_heads linear_num_heads".split(), 4),
     **dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads".split(), 2),
     **dict.fromkeys("intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim".split(), 48),
     **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16),
-    **dict.fromkeys("head_dim v_head_dim linear_key_head_dim linear_value_head_dim index_head_dim".split(), 8),
+    **dict.fromkeys(
+        "head_dim v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim".split(), 8
+    ),
     **dict.fromkeys("mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim".split(), 8),
     **dict.fromkeys("mamba_d_state state_size ssm_state_size".split(), 8),
     **dict.fromkeys("n_groups mamba_n_groups mamba_ngroups n_mamba_heads n_shared_experts".split(), 1),
@@ -75,8 +77,57 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    # Heads are rounded up to 64 together; its kernels compute in bfloat16 unless told otherwise.
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "num_blocks": LAYERS,
+        "qk_dim_factor": 1.0,
+        "autocast_kernel_dtype": "float32",
+    },
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 2},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 64,
+        "num_key_value_heads": 4,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "longcat_flash": {"qk_head_dim": 8, "zero_expert_num": 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "qwen4_exp_text": {
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+    },
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
 }
+# Where what is derived from sizes cannot be set afterwards: sizes that are given at the start, beside those above.
+GIVEN: dict[str, dict[str, Any]] = {
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "shared_experts_intermediate_size": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 8,
+        "swa_qk_nope_head_dim": 4,
+        "swa_v_head_dim": 8,
+    },
+}
+# How a target is refused that reads both ways, whatever its class is called: it is no causal language model.
+BOTH_WAYS = "no decoder that reads from left to right"
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_types", "no_rope_layers")
 
 
@@ -84,12 +135,17 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_types"
 class FamiliesArguments:
     """Which."""
 
-    families: list[str] = field(default_factory=list, metadata={"help": "Model types; all by default."})
+    families: list[str] = field(
+        default_factory=list, metadata={"help": "Model types, tried anew; by default all not tried yet."}
+    )
     output_dir: str = field(default="outputs/families", metadata={"help": "Where the table goes; resumed if there."})
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
     """A family's own default config, made small: every sort of layer that it has, once or more."""
+    if family in GIVEN:
+        known = {name: value for name, value in SIZES.items() if hasattr(CONFIG_MAPPING[family], name)}
+        return AutoConfig.for_model(family, **{**known, **GIVEN[family]})
     config = AutoConfig.for_model(family)
     for part in (config, config.get_text_config()):
         _shrink(part)
@@ -121,7 +177,7 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
     # Some are computed from others, and cannot be set.
     try:
         setattr(config, name, value)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
         return
 
 
@@ -140,8 +196,10 @@ def try_family(family: str) -> dict[str, Any]:
     """What works: each use's own word for it, or what went wrong, in a line."""
     found: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
     # Neither encoder-decoders, nor encoders asked as decoders, nor models of which the language model is a part.
-    other = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False) or CONFIG_MAPPING[family].sub_configs
-    found["decoder_only"] = not other and not hasattr(CONFIG_MAPPING[family], "is_decoder")
+    config = CONFIG_MAPPING[family]
+    parts = set(config.sub_configs) - {"attn_config"}  # MPT's, of its attention
+    other = getattr(config, "is_encoder_decoder", False) or parts or hasattr(config, "is_decoder")
+    found["decoder_only"] = not other
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 9]]
     settings = SpeculationSettings(8, [2], batch_size=3)
     seeds = range(len(prompts))
@@ -157,7 +215,9 @@ def try_family(family: str) -> dict[str, Any]:
 
     target = attempt("target", lambda: tiny_target(family))
     if target is None:
+        found["decoder_only"] &= BOTH_WAYS not in found["target"]
         return found
+    found["no_places"] = target.no_places
     found["reads_anew"] = target.reads_anew
     options = {"block_size": 4, "num_hidden_layers": 1, "mask_token_id": VOCAB - 1}
     drafter = attempt("init_dflash", lambda: create_drafter("dflash", target, **options).eval())
@@ -227,9 +287,17 @@ def table(families: dict[str, dict[str, Any]]) -> str:
         if not found["decoder_only"]:
             continue
         cells = ["✓" if works(found, use) else "–" for use in USES]
-        reads = "" if found["target"] is not True else "the block" if found["reads_anew"] is None else "the whole text"
-        lines.append(f"| `{family}` | {' | '.join(cells)} | {reads} |")
+        lines.append(f"| `{family}` | {' | '.join(cells)} | {_reads(found)} |")
     return "\n".join(lines)
+
+
+def _reads(found: dict[str, Any]) -> str:
+    """What a round of speculation reads."""
+    if found["target"] is not True:
+        return ""
+    if found["no_places"] is None:
+        return "the block"
+    return "the run and the block" if found["reads_anew"] is None else "the whole text"
 
 
 def main(args: FamiliesArguments) -> None:
@@ -238,8 +306,8 @@ def main(args: FamiliesArguments) -> None:
     folder = Path(args.output_dir)
     results = folder / "families.json"
     families = json.loads(results.read_text()) if results.is_file() else {}
-    wanted = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    with tqdm([family for family in wanted if family not in families], unit="family") as bar:
+    wanted = args.families or [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in families]
+    with tqdm(wanted, unit="family") as bar:
         for family in bar:
             bar.set_postfix_str(family)
             families[family] = try_family(family)

@@ -25,11 +25,11 @@ def check_served_arguments(arguments: Any) -> None:
         raise InputError("`by` is 'server', but no --server_url says where it listens. Give one.")
     # By replay, a server writes texts for a drafter that runs here.
     if not arguments.server_url or arguments.by == "replay":
-        for name, value in (("--model", pair[0]), ("--teacher", pair[1])):
-            if value is None:
+        for name, option in (("model_name_or_path", "--model"), ("teacher_model_name_or_path", "--teacher")):
+            if getattr(arguments, name) is None:
                 raise InputError(
-                    f"evaluate measures a drafter with its target, and {name} is missing. Give it, or measure a "
-                    "running engine with --server_url."
+                    f"evaluate measures a drafter with its target, and `{name}` ({option}) is missing. Give it, or "
+                    "measure a running engine with --server_url."
                 )
         return
     if arguments.by not in (None, "server"):

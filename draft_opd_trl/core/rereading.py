@@ -7,9 +7,17 @@ every position what a cache would. It costs a text's length a round.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .errors import InputError
+from .records import DraftBlocks
+
+
+# Texts that are read side by side to score a block each; bounds memory.
+BLOCKS_READ_AT_ONCE = 8
 
 
 class TextStore:
@@ -54,6 +62,30 @@ class TextStore:
         self.tokens[lanes[:, None], positions] = tokens
         return self.tokens[lanes, :limit]
 
+    def read(
+        self,
+        target: Any,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        limit: int,
+        layer_ids: Sequence[int],
+        lanes: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`Target.forward_cached`] by reading the texts from their start."""
+        texts = self.write(tokens, positions, limit, lanes)
+        features, states = (_at(part, positions) for part in target.forward_text(texts, layer_ids))
+        return features, states
+
+    def score(self, target: Any, blocks: DraftBlocks, block: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """States `(I, H)` after drafted token `offset + 1` of each `block`, both `(I,)`: each block's text is read."""
+        states = torch.empty((len(block), target.hidden_size), dtype=target.dtype, device=block.device)
+        for own in block.unique().split(BLOCKS_READ_AT_ONCE):
+            texts = self.with_blocks(blocks.texts[own], blocks.anchors[own], blocks.draft_tokens[own])
+            mine = torch.isin(block, own)
+            row = torch.searchsorted(own, block[mine])
+            states[mine] = target.forward_text(texts, ())[1][row, blocks.anchors[block[mine]] + 1 + offset[mine]]
+        return states
+
     def with_blocks(self, texts: torch.Tensor, anchors: torch.Tensor, draft_tokens: torch.Tensor) -> torch.Tensor:
         """
         Texts with a block of proposals in place of what follows an anchor; what is held stays as it is.
@@ -70,3 +102,8 @@ class TextStore:
         rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
         places = anchors[:, None] + torch.arange(1, draft_tokens.shape[1] + 1, device=anchors.device)
         return rows.scatter(1, places, draft_tokens)
+
+
+def _at(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of `(R, T, F)` values those at positions `(R, Q)`."""
+    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))

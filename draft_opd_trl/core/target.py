@@ -6,6 +6,7 @@ Wraps a causal LM of transformers and never changes it. It does not know which d
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +15,29 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
+from .kept_states import KeptStates
 from .lm_attention import shared_keys
 from .packing import pack_by_text
 from .records import DraftBlocks
 from .rereading import TextStore
-from .target_seams import cache_fault, decoder_of, logit_scale
+from .target_seams import (
+    before_head,
+    cache_fault,
+    check_head,
+    check_whole_weights,
+    decoder_of,
+    kept_fault,
+    logit_scale,
+)
 from .target_shape import TargetShape
 
 
 logger = logging.get_logger(__name__)
-# Texts that are read side by side to score a block each; bounds memory.
-BLOCKS_READ_AT_ONCE = 8
 
 
 class Target(TargetShape):
@@ -43,8 +51,11 @@ class Target(TargetShape):
             A decoder-only LM, whatever its layers. Put into eval mode, gradients off, dtype untouched.
 
     Attributes:
-        reads_anew (`str`, *optional*): Why speculation and scoring read every text anew at each round: no cache is
-            exact over this target. `None` where one is.
+        no_places (`str`, *optional*): Why no cache with a place for each position is exact over this target: the
+            states of its own cache are kept instead ([`KeptStates`]), and blocks are scored by reading their text
+            anew. `None` where one is.
+        reads_anew (`str`, *optional*): Why speculation, too, reads every text anew at each round: its own cache is
+            not exact either. `None` where one of the two is.
         sharded (`bool`): Whether a forward is a meeting of all ranks ([`shard`]).
 
     Raises:
@@ -58,16 +69,19 @@ class Target(TargetShape):
         self.name = self.config._name_or_path or type(model).__name__
         self.decoder = decoder_of(model)
         self.head = model.get_output_embeddings()
+        self._before_head = before_head(model)
         self.embedding = model.get_input_embeddings()
         self._cache_argument = cache_argument(self.decoder.forward)
-        self._check_whole_weights()
+        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        check_whole_weights(self)
         self.vocab_size = self.head.weight.shape[0]
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._scale = logit_scale(self.config)
         self.sharded = False
         self.check_exact()
-        self._check_head()
-        self.reads_anew = self.no_cache_because or cache_fault(self)
+        check_head(self)
+        self.no_places = self.no_cache_because or cache_fault(self)
+        self.reads_anew = self.no_places and kept_fault(self)
 
     @property
     def device(self) -> torch.device:
@@ -103,34 +117,6 @@ class Target(TargetShape):
                 values = values[:: max(values.numel() // samples, 1)].contiguous().cpu()
                 digest.update(values.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    def _check_whole_weights(self) -> None:
-        for module in (self.head, self.embedding):
-            weight = getattr(module, "weight", None)
-            if weight is None or not weight.is_floating_point():
-                raise InputError(
-                    f"The target's {'head' if module is self.head else 'embedding'} is quantised "
-                    f"({type(module).__name__}), and drafters and losses read its plain weight. Leave it out of the "
-                    "quantisation, as is the default: BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])."
-                )
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        probe = torch.arange(2, device=self.device)[None]
-        tapped, states = self.forward_text(probe, (0,))
-        if tapped.shape != (1, 2, self.hidden_size):
-            raise InputError(
-                f"{type(self.model).__name__} keeps states of shape {tuple(tapped.shape)} for two tokens, where "
-                f"drafters read (1, 2, {self.hidden_size}). Its layers cannot be tapped; use another target."
-            )
-        expected = self.model(input_ids=probe, use_cache=False).logits.float()
-        got = self.logits(states)
-        if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
-            raise InputError(
-                f"{type(self.model).__name__} post-processes its logits beyond a scale and a soft cap (largest "
-                f"difference {(got - expected).abs().max().item():.3g}); its distribution cannot be rebuilt from "
-                "hidden states."
-            )
 
     def to(self, device: torch.device) -> None:
         """Move all weights; shards stay where their mesh is."""
@@ -191,6 +177,12 @@ class Target(TargetShape):
     def _run(
         self, layer_ids: Sequence[int], cache: PositionCache | None = None, **inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._run_decoder(layer_ids, cache, **inputs)[:2]
+
+    def _run_decoder(
+        self, layer_ids: Sequence[int], cache: Cache | None, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+        """Tapped features, final states, and the cache that the decoder gives back, if any."""
         if self.sharded:
             self._count_running(1)
         if cache is not None:
@@ -198,8 +190,36 @@ class Target(TargetShape):
         tapped = [index + 1 for index in layer_ids]
         with shared_keys(self.decoder):
             output = self.decoder(output_hidden_states=tapped or False, **inputs)
-        features, states = [output.hidden_states[index] for index in tapped], output.last_hidden_state
-        return (torch.cat(features, dim=-1) if features else states[..., :0]), states
+        features = [output.hidden_states[index] for index in tapped]
+        states = output.last_hidden_state
+        if self._before_head is not None:
+            states = self._before_head(states)
+        taps = torch.cat(features, dim=-1) if features else states[..., :0]
+        return taps, states, getattr(output, self._cache_argument, None)
+
+    @torch.no_grad()
+    def go_on(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Cache | None,
+        mask: torch.Tensor | None = None,
+        layer_ids: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """
+        Read on, as the model's own decoding does.
+
+        Args:
+            tokens, positions (`torch.LongTensor` of shape `(R, Q)`): New tokens and where they stand.
+            cache ([`~transformers.Cache`], *optional*): The model's own; written in place. `None` at a text's start.
+            mask (`torch.LongTensor` of shape `(R, S + Q)`, *optional*): 0 where the cache or the tokens are padding.
+            layer_ids (`Sequence[int]`): As in [`forward_text`].
+
+        Returns:
+            `features` `(R, Q, len(layer_ids) · H)`, `states` `(R, Q, H)`, and the cache behind the tokens.
+        """
+        inputs = {"position_ids": positions} if self._takes_positions else {}
+        return self._run_decoder(layer_ids, cache, input_ids=tokens, attention_mask=mask, use_cache=True, **inputs)
 
     @torch.no_grad()
     def forward_text(
@@ -217,9 +237,11 @@ class Target(TargetShape):
             `features` of shape `(B, T, len(layer_ids) · H)` and `states` before the head `(B, T, H)`, in the
             target's dtype.
         """
-        if cache is None:
-            return self._run(layer_ids, input_ids=tokens, use_cache=False)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if isinstance(cache, TextStore):
+            cache.write(tokens, positions, tokens.shape[1])
+        if cache is None or isinstance(cache, TextStore):
+            return self._run(layer_ids, input_ids=tokens, use_cache=False)
         return self.forward_cached(tokens, positions, cache, tokens.shape[1], layer_ids)
 
     @torch.no_grad()
@@ -246,8 +268,7 @@ class Target(TargetShape):
             `features` `(R, Q, len(layer_ids) · H)` and `states` `(R, Q, H)`.
         """
         if isinstance(cache, TextStore):
-            texts = cache.write(tokens, positions, limit, lanes)
-            return tuple(_at(part, positions) for part in self.forward_text(texts, layer_ids))
+            return cache.read(self, tokens, positions, limit, layer_ids, lanes)
         cache.place(positions, limit, lanes)
         keys = torch.arange(limit, device=tokens.device)
         windowed = visible(positions, keys, self.window) if self.window else None
@@ -264,7 +285,9 @@ class Target(TargetShape):
     def new_cache(self, batch_size: int, max_length: int) -> PositionCache | TextStore:
         """An empty cache of this target's depth, or what stands in for it where none is exact."""
         if self.reads_anew is None:
-            return PositionCache(self.num_layers, batch_size, max_length)
+            if self.no_places is None:
+                return PositionCache(self.num_layers, batch_size, max_length)
+            return KeptStates(batch_size, max_length, self.device)
         logger.warning_once(
             f"{self.name}: every round of speculation reads its texts from the start, because {self.reads_anew}. That "
             "is exact, and slow. Texts written by the target alone (rollout_source='generate') or by a server, and "
@@ -327,7 +350,7 @@ class Target(TargetShape):
     ) -> torch.Tensor:
         """States `(I, H)` after drafted token `offset + 1` of each `block`, both of shape `(I,)`."""
         if isinstance(cache, TextStore):
-            return self._read_blocks(blocks, block, offset, cache)
+            return cache.score(self, blocks, block, offset)
         num_texts, text_length = shape
         texts = blocks.texts[block]
         columns, width = pack_by_text(texts, num_texts)
@@ -357,23 +380,6 @@ class Target(TargetShape):
             use_cache=True,
         )
         return states[texts, columns]
-
-    def _read_blocks(
-        self, blocks: DraftBlocks, block: torch.Tensor, offset: torch.Tensor, cache: TextStore
-    ) -> torch.Tensor:
-        """[`_score_inputs`] by reading each block's text up to its end."""
-        states = torch.empty((len(block), self.hidden_size), dtype=self.dtype, device=block.device)
-        for own in block.unique().split(BLOCKS_READ_AT_ONCE):
-            texts = cache.with_blocks(blocks.texts[own], blocks.anchors[own], blocks.draft_tokens[own])
-            mine = torch.isin(block, own)
-            row = torch.searchsorted(own, block[mine])
-            states[mine] = self.forward_text(texts, ())[1][row, blocks.anchors[block[mine]] + 1 + offset[mine]]
-        return states
-
-
-def _at(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Of `(R, T, F)` values those at positions `(R, Q)`."""
-    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: object | None = None) -> list[int]:

@@ -180,8 +180,7 @@ def prefill(
 
 def propose(lanes: Lanes, longest: int) -> Proposals:
     """What the drafter proposes after each lane's last token; `longest` is the length of the longest text in play."""
-    # A lane that is free stands where its last text ended, which may be beyond.
-    anchors = (lanes.lengths - 1).clamp(max=longest - 1)
+    anchors = lanes.lengths - 1
     limit = min(longest + lanes.num_draft_tokens, lanes.max_length)
     anchor_tokens = lanes.tokens.gather(1, anchors[:, None])
     if lanes.drafter is None:
@@ -311,6 +310,8 @@ class _Desk:
     def _finish(self, lane: int) -> None:
         prompt, self.prompt_of[lane] = self.prompt_of[lane], None
         self.texts[prompt] = self.lanes.tokens[lane, : self.lengths[lane]].clone()
+        # A lane that is free stands at its start, and stays there.
+        self.lanes.lengths[lane] = self.lanes.ends[lane] = 1
         self.finished += 1
         if self.on_text is not None:
             self.on_text(prompt, self.texts[prompt][len(self.prompts[prompt]) :].tolist(), self.runs[prompt])
@@ -375,7 +376,7 @@ def speculate(
         raise InputError("`prompts` needs at least one prompt, and each at least one token.")
     if seeds is None:
         seeds = [0] * len(prompts) if settings.sampling.greedy else _drawn_seeds(len(prompts), generator)
-    if drafter is None and target.reads_anew and not target.sharded:
+    if drafter is None and target.no_places and not target.sharded:
         return rollout_alone(target, prompts, settings, seeds, on_round, on_text)
     num_lanes, longest_prompt = min(settings.batch_size, len(prompts)), max(map(len, prompts))
     lanes = Lanes(target, drafter, settings, num_lanes, longest_prompt)

@@ -32,8 +32,8 @@ RECIPE = (
     "sample_proposals max_prompt_length truncate_prompts max_completion_length chat_template_kwargs accepted_loss "
     "accepted_weight accepted_decay rejected_loss rejected_weight rejected_decay sft_decay dpace_alpha beta "
     "teacher_temperature loss_max_clamp log_prob_min_clamp num_anchors replay_buffer_size replay_ratio "
-    "replay_by_loss disable_dropout shuffle_dataset optim learning_rate lr_scheduler_type warmup_steps "
-    "weight_decay seed per_device_train_batch_size gradient_accumulation_steps world_size"
+    "replay_by_loss state_store_dtype disable_dropout shuffle_dataset optim learning_rate lr_scheduler_type "
+    "warmup_steps weight_decay seed per_device_train_batch_size gradient_accumulation_steps world_size"
 ).split()
 
 

@@ -1,4 +1,4 @@
-"""A target over which speculation is slow here: a Qwen3.5-shaped hybrid. Is Draft-OPD's gain there by replay alone?
+"""A target whose layers keep a state, a Qwen3.5-shaped hybrid: is Draft-OPD's gain there by replay alone?
 
     python examples/benchmarks/hybrid.py
 

@@ -91,7 +91,7 @@ NUMBERS = ("-1", "-0.5", "0", "1.5", "1e12", "1e300", "2**2000", "fraction")
 RIGHT = {
     **dict.fromkeys(
         "learning_rate weight_decay max_grad_norm warmup_steps eval_delay rejected_weight replay_ratio "
-        "accepted_weight temperature teacher_temperature sft_learning_rate sft_epochs".split(),
+        "accepted_weight temperature teacher_temperature sft_learning_rate sft_epochs state_store_gib".split(),
         {"0", "1.5", "fraction"},
     ),
     **dict.fromkeys(
@@ -116,7 +116,7 @@ NAMES = (
 ).split()
 PATHS = (
     "output_dir resume_from_checkpoint text_cache_dir model_name_or_path teacher_model_name_or_path compare path "
-    "target dataset_name suite suite_path output_file from_drafter prompts logs"
+    "target dataset_name suite suite_path output_file from_drafter prompts logs state_store_dir served_model"
 ).split()
 # What is right beyond that, each for a reason.
 ALSO = {
@@ -140,6 +140,8 @@ NEEDS_MORE = {
         "replay_by_loss".split(),
         {"true"},
     ),
+    **dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path"), {"None"}),  # unless an engine is measured
+    **dict.fromkeys(("state_store_dir",), {"text", "digits", "json"}),
     "accepted_weight": {"0"},
     "replay_ratio": {"1.5", "fraction"},
 }

@@ -18,13 +18,13 @@ from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
 
 @pytest.fixture(scope="module", params=RECURRENT)
 def recurrent(request):
-    return Target(tiny_model(request.param))
+    return _read_anew(request.param)
 
 
 def _read_anew(family):
-    """A target whose cache is exact, told to do without."""
+    """A target over which a cache is exact, told to do without."""
     target = Target(tiny_model(family))
-    target.reads_anew = "a test says so"
+    target.no_places = target.reads_anew = "a test says so"
     return target
 
 
@@ -41,7 +41,7 @@ def test_a_store_holds_tokens_at_their_positions():
 
 
 def test_which_targets_read_anew(recurrent):
-    assert isinstance(recurrent.new_cache(1, 4), TextStore)
+    assert type(recurrent.new_cache(1, 4)) is TextStore
     assert isinstance(Target(tiny_model("gemma3")).new_cache(1, 4), PositionCache)
 
 

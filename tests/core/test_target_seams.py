@@ -12,7 +12,7 @@ from draft_opd_trl.core.target import Target
 def test_a_state_that_the_config_does_not_tell_of_is_noticed(family, monkeypatch):
     """Tried out, as configs need not name their layers' types."""
     monkeypatch.setattr("draft_opd_trl.core.target_shape.TargetShape.no_cache_because", None)
-    assert "its layers" in Target(tiny_model(family)).reads_anew
+    assert "its layers" in Target(tiny_model(family)).no_places
 
 
 def test_a_model_that_reads_both_ways_is_refused():
@@ -28,7 +28,7 @@ def test_a_model_that_reads_both_ways_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_is_no_fault(family, dtype):
-    assert Target(tiny_model(family).to(dtype)).reads_anew is None
+    assert Target(tiny_model(family).to(dtype)).no_places is None
 
 
 @pytest.mark.parametrize(("family", "option"), [("cohere", "logit_scale"), ("granite", "logits_scaling")])

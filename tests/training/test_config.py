@@ -62,8 +62,9 @@ def test_dict_settings_may_come_as_json(tmp_path):
 def test_a_machine_without_gpu_trains_in_float32(tmp_path):
     config = _config(tmp_path)
     assert config.use_cpu and not config.bf16
-    with pytest.raises(ValueError, match="bf16=True, but there is no GPU.*Leave `bf16` unset or set it to False"):
-        _config(tmp_path, bf16=True)
+    assert _config(tmp_path, bf16=True).bf16
+    with pytest.raises(ValueError, match="fp16=True, but there is no GPU. Leave `fp16` unset, or set bf16=True"):
+        _config(tmp_path, fp16=True)
 
 
 @pytest.mark.parametrize(

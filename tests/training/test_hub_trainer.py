@@ -18,10 +18,10 @@ TEXTS = Dataset.from_dict({"prompt_ids": [[5, 6]] * 8, "completion_ids": [[7, 8,
 def test_every_setting_is_in_the_card_or_left_out_on_purpose():
     """The card takes settings by name, so that one that holds a path or a token is not published by accident."""
     own = {field.name for field in fields(DraftOPDConfig)} - {field.name for field in fields(_BaseConfig)}
-    private = {"model_init_kwargs", "teacher_model_init_kwargs", "text_cache_dir"}
+    private = {"model_init_kwargs", "teacher_model_init_kwargs", "text_cache_dir", "state_store_dir"}
     private |= {"server_url", "server_model", "server_token", "server_reload_command"}
     changes_no_weight = {"rollout_batch_size", "num_chains", "loss_chunk_size"}
-    changes_no_weight |= {"log_completions", "num_completions_to_print", "num_texts_to_check"}
+    changes_no_weight |= {"log_completions", "num_completions_to_print", "num_texts_to_check", "state_store_gib"}
     changes_no_weight |= {"server_timeout", "server_concurrency", "server_max_retries", "server_reload_steps"}
     assert own - set(hub_trainer.RECIPE) == private | changes_no_weight, "put a new setting into RECIPE, or here"
 
