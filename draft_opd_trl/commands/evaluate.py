@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.checks import check_value, path
@@ -17,6 +18,7 @@ from ..core.errors import InputError
 from ..evaluation.best_k import in_words
 from . import served
 from .options import QuantizationArguments, drafters_by_name, read_chat_kwargs, settle_options, suite_paths
+from .replay_texts import ServerTexts
 from .served import check_served_arguments
 
 
@@ -62,7 +64,11 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Batch sizes to say for how many proposals to serve with."}
     )
     server_url: str | None = field(
-        default=None, metadata={"help": "A running vLLM or SGLang that speculates, as http://localhost:8000."}
+        default=None,
+        metadata={
+            "help": "A running vLLM or SGLang that speculates, as http://localhost:8000; with --by replay, a "
+            "completions server of the target that writes the texts."
+        },
     )
     server_model: str | None = field(default=None, metadata={"help": "Model to ask the server for."})
     server_token: str | None = field(default=None, metadata={"help": "Bearer token for the server."})
@@ -91,7 +97,8 @@ ARGUMENTS = (EvaluateArguments, QuantizationArguments)
 
 def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
     try:
-        return _measured(arguments, quantization)
+        with TemporaryDirectory() as scratch:
+            return _measured(arguments, quantization, Path(arguments.output_dir or scratch))
     except KeyboardInterrupt as error:
         kept = "nothing was kept. With --output_dir texts are kept as they end, and the same command goes on."
         if arguments.output_dir:
@@ -99,7 +106,7 @@ def run(arguments: EvaluateArguments, quantization: QuantizationArguments) -> di
         raise KeyboardInterrupt(f"interrupted; {kept}") from error
 
 
-def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments) -> dict[str, Any]:
+def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments, texts_folder: Path) -> dict[str, Any]:
     import json
 
     from accelerate import PartialState
@@ -117,7 +124,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
 
     if PartialState().num_processes > 1:
         raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
-    if arguments.server_url:
+    if arguments.server_url and arguments.by != "replay":
         return served.measure(arguments, quantization.quantization_config())
     if arguments.output_dir:
         check_writable(arguments.output_dir)
@@ -154,6 +161,9 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 batch_size=arguments.batch_size,
             )
             title = f"{Path(name).stem}-t{law.temperature:g}"
+            write = None
+            if arguments.server_url:
+                write = ServerTexts(target, tokenizer, settings, texts_folder, arguments, chat)
             measured = evaluate_drafters(
                 target,
                 dict(zip(named, drafters, strict=True)),
@@ -165,9 +175,11 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments)
                 title,
                 replay=replay,
                 ask_again=ask_again.get(name),
+                write=write,
                 serve_batch_sizes=arguments.serve_batch_sizes,
             )
-            results.append({"suite": name, "temperature": law.temperature, **measured})
+            told = {} if write is None else {"server_texts": dict(write.counts)}
+            results.append({"suite": name, "temperature": law.temperature, **measured, **told})
     teacher = arguments.teacher_model_name_or_path
     result = {"definition": DEFINITION, "teacher": teacher, "drafters": named, "results": results}
     if output:
@@ -244,6 +256,11 @@ def show(result: dict[str, Any]) -> str:
         heads = [f"{name}: {result['drafters'][name]}" for name in figures]
         title = f"{measured['suite']}, T = {measured['temperature']:g}, {measured['prompts']} prompts"
         parts += ["", title, "", table(["", *heads], lines)]
+        if "server_texts" in measured:
+            asked, dropped = (measured["server_texts"][name] for name in ("asked", "dropped"))
+            parts.append(
+                f"texts of the server: {asked}, of which {dropped} were not the target's, which wrote them anew"
+            )
         if measured["difference"]:
             mean, low, high = (measured["difference"][key] for key in ("mean", "low", "high"))
             parts.append(f"{' − '.join(figures)}: {mean:+.3f} τ [{low:+.3f}, {high:+.3f}], paired by prompt")

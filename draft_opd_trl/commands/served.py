@@ -23,7 +23,8 @@ def check_served_arguments(arguments: Any) -> None:
     pair = (arguments.model_name_or_path, arguments.teacher_model_name_or_path)
     if arguments.by == "server" and not arguments.server_url:
         raise InputError("`by` is 'server', but no --server_url says where it listens. Give one.")
-    if not arguments.server_url:
+    # By replay, a server writes texts for a drafter that runs here.
+    if not arguments.server_url or arguments.by == "replay":
         for name, option in (("model_name_or_path", "--model"), ("teacher_model_name_or_path", "--teacher")):
             if getattr(arguments, name) is None:
                 raise InputError(

@@ -22,6 +22,10 @@ from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
 
 
+# Prompts and a seed of each → the target's texts, whoever writes them down.
+Writer = Callable[[Sequence[Sequence[int]], Sequence[int]], Rollout]
+
+
 @torch.no_grad()
 def measure_by_replay(
     target: Target,
@@ -31,6 +35,7 @@ def measure_by_replay(
     seeds: Sequence[int],
     progress: str | None = None,
     on_text: Callable[[int, AcceptanceReport], None] | None = None,
+    write: Writer | None = None,
 ) -> AcceptanceReport:
     """
     What speculation would report over `prompts`, times excepted.
@@ -42,13 +47,19 @@ def measure_by_replay(
         seeds (`Sequence[int]`): One a prompt; see [`speculate`].
         progress (`str`, *optional*): Label of a progress bar with acceptance length.
         on_text (`Callable`, *optional*): Called with a prompt's index and the report of its text alone.
+        write (`Callable`, *optional*): Prompts and seeds → all their texts at once ([`Rollout`]), such as a server's;
+            by default the target writes them here, a batch at a time.
     """
+    texts = None if write is None else write(prompts, seeds)
     reports: list[AcceptanceReport] = []
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
         for first in range(0, len(prompts), settings.batch_size):
             part = slice(first, first + settings.batch_size)
             began = time.perf_counter()
-            rollout = speculate(target, None, prompts[part], settings, seeds=seeds[part])
+            if texts is None:
+                rollout = speculate(target, None, prompts[part], settings, seeds=seeds[part])
+            else:
+                rollout = texts.part(first, min(part.stop, len(texts)))
             found = replay_along(target, drafter, rollout, settings, seeds[part])
             seconds = (time.perf_counter() - began) / len(found)
             for text, (completion, accepted) in enumerate(found, start=first):

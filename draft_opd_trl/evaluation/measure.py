@@ -24,7 +24,7 @@ from ..decoding.acceptance import AcceptanceReport, difference, join_reports, sp
 from ..decoding.speculation import SpeculationSettings, speculate
 from ..drafters.base import Drafter
 from .best_k import advice
-from .by_replay import measure_by_replay
+from .by_replay import Writer, measure_by_replay
 from .report import save_report
 from .results import ResultsFile, fingerprint_of
 from .round_costs import serving_choices
@@ -154,6 +154,7 @@ def _texts_of(
     file: ResultsFile,
     progress: str | None,
     replay: bool,
+    write: Writer | None,
 ) -> list[AcceptanceReport]:
     """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
     waiting = [index for index in range(len(prompts)) if index not in file.done]
@@ -164,7 +165,7 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        measure = measure_by_replay if replay else measure_acceptance
+        measure = partial(measure_by_replay, write=write) if replay else measure_acceptance
         measure(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
@@ -178,6 +179,7 @@ def decode_all(
     results: Path | None,
     progress: str | None,
     replay: bool,
+    write: Writer | None = None,
 ) -> tuple[dict[str, list[AcceptanceReport]], dict[str, int]]:
     """
     By run, the report of each text alone, and how many were there already.
@@ -185,7 +187,7 @@ def decode_all(
     Args:
         target ([`Target`]): Of all runs.
         runs (`Mapping[str, Drafter | None]`): Drafters by name, `None` to decode without one.
-        prompts, settings, seed, results, progress, replay: As for [`evaluate_drafters`].
+        prompts, settings, seed, results, progress, replay, write: As for [`evaluate_drafters`].
 
     Raises:
         `ValueError`: A results file holds results of other settings.
@@ -198,6 +200,7 @@ def decode_all(
         "device": target.device.type,
         "prompts": fingerprint_of(prompts)[:16],
         **({"by": "replay"} if replay else {}),
+        **({"texts": "of a server"} if write else {}),
     }
     files = {
         name: ResultsFile(
@@ -209,7 +212,7 @@ def decode_all(
     resumed = {name: len(file.done) for name, file in files.items()}
     texts = {
         name: _texts_of(
-            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", replay, write
         )
         for name, drafter in runs.items()
     }
@@ -227,6 +230,7 @@ def evaluate_drafters(
     progress: str | None = None,
     replay: bool = False,
     ask_again: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    write: Writer | None = None,
     serve_batch_sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
@@ -250,6 +254,8 @@ def evaluate_drafters(
         ask_again (`Callable`, *optional*): Completions by prompt → prompts of a second turn, which are decoded too and
             counted with the first. All runs are asked the same: after the completions of plain decoding, or, without
             a baseline, of the first drafter.
+        write (`Callable`, *optional*): Writes the texts along which replay counts, instead of the target in this
+            process ([`measure_by_replay`]).
         serve_batch_sizes (`Sequence[int]`, *optional*): Batch sizes to say for how many proposals to serve with, from
             rounds that are timed here.
 
@@ -262,7 +268,7 @@ def evaluate_drafters(
         `ValueError`: A results file holds results of other settings.
     """
     runs = {"plain": None, **drafters} if baseline and not replay else drafters
-    decode = partial(decode_all, target, runs, settings=settings, progress=progress, replay=replay)
+    decode = partial(decode_all, target, runs, settings=settings, progress=progress, replay=replay, write=write)
     texts, resumed = decode(prompts, seed=seed, results=results)
     if ask_again is not None:
         asked = ask_again([report.completions[0] for report in texts[next(iter(runs))]])

@@ -1,4 +1,5 @@
-"""Adapters on drafters: put on so that they train, saved alone, read with exact tensors, and merged so that it shows.
+"""Adapters: put on drafters so that they train, and saved alone; read with exact tensors, and merged so that it shows,
+on drafters and targets.
 
 PEFT leaves an adapter's missing tensors at their start, which changes nothing, and passes over the others. So what the
 config asks for is compared with what is there before anything is built. Knows no drafter kinds.
@@ -12,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import (
@@ -22,6 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from transformers import PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.records import DraftBlocks
@@ -29,6 +31,7 @@ from ..drafters.base import Drafter, check_tensors
 from .folder_files import one_line, read_json, read_tensors
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 _CONFIG = "adapter_config.json"
 # What PEFT and PyTorch raise where a config says what cannot be.
 _FAULTS = (AttributeError, ImportError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
@@ -107,22 +110,29 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """
-        Path or id of the drafter it was trained on.
-
-        Raises:
-            `ValueError`: It does not say.
-        """
-        if not self.config.base_model_name_or_path:
-            raise InputError(
-                f"{self.folder / _CONFIG} does not name the drafter it was trained on, as that was an instance "
-                "without a path. Write the path to `base_model_name_or_path` there."
-            )
-        return self.config.base_model_name_or_path
+        """Path or id of the model it was trained on, see [`adapter_base`]."""
+        return adapter_base(self.folder)
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / _CONFIG).is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """
+    Path or id of the model that an adapter was trained on.
+
+    Raises:
+        `ValueError`: Its config does not say, or is damaged.
+    """
+    written = read_json(folder / _CONFIG)
+    _check_config(written, folder / _CONFIG)
+    if not written.get("base_model_name_or_path"):
+        raise InputError(
+            f"{folder / _CONFIG} does not name the model it was trained on, as that was an instance without a path. "
+            "Write the path to `base_model_name_or_path` there."
+        )
+    return written["base_model_name_or_path"]
 
 
 def _may_run_away(pattern: str) -> bool:
@@ -154,7 +164,7 @@ def _check_config(written: dict[str, Any], file: Path) -> None:
     # Another architecture, and a module to import by name.
     for name in ("layer_replication", "megatron_config"):
         if written.get(name):
-            raise InputError(f"{file}: {name} is set, which no drafter's adapter uses. Remove it there.")
+            raise InputError(f"{file}: {name} is set, which no adapter here uses. Remove it there.")
     method = written.get("peft_type")
     if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(f"{file}: peft_type is {str(method)[:80]!r}, which PEFT does not know. Correct it there.")
@@ -193,42 +203,50 @@ def read_adapter(folder: Path) -> Adapter:
     except _FAULTS as error:
         raise InputError(f"{file} is no adapter's config ({one_line(error)}). Save the adapter again.") from error
     if prompts:
-        raise InputError(f"{file}: {written['peft_type']} trains a prompt, which drafters have none of.")
+        raise InputError(
+            f"{file}: {written['peft_type']} trains a prompt, and no weights. Give one that adapts weights."
+        )
     return Adapter(folder, config, read_tensors(folder, "adapter_model", "adapter_model"))
 
 
-def merge(drafter: Drafter, adapter: Adapter) -> Drafter:
+def _mark(parameter: torch.Tensor) -> tuple[float, float]:
+    """Two numbers that a change of the values changes, without a copy of them."""
+    values = parameter.detach()
+    return values.sum(dtype=torch.float64).item(), values.norm(dtype=torch.float64).item()
+
+
+def merge(model: Model, adapter: Adapter) -> Model:
     """
-    The drafter with the adapter in its weights.
+    A drafter or a target with the adapter in its weights.
 
     Raises:
         `ValueError`: A tensor of the adapter is missing, unexpected, misshapen, of the wrong dtype or not finite; or
             it says something, and merging changed nothing.
     """
     folder, tensors = adapter.folder, adapter.tensors
-    trainable = {name: parameter.requires_grad for name, parameter in drafter.named_parameters()}
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         # Without memory first: a rank of a billion costs nothing until it is compared with the file.
         with torch.device("meta"):
-            bare = type(drafter)(copy.deepcopy(drafter.config))
+            bare = type(model)(copy.deepcopy(model.config))
         shape = PeftModel(bare, copy.deepcopy(adapter.config), low_cpu_mem_usage=True)
         expected = get_peft_model_state_dict(shape, save_embedding_layers=False)
         check_tensors(expected, tensors, folder)
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise InputError(f"{folder} holds values that are not finite in {bad}; the adapter is damaged.")
-        before = {name: parameter.detach().clone() for name, parameter in drafter.named_parameters()}
-        model = PeftModel(drafter, adapter.config)
-        set_peft_model_state_dict(model, tensors)
-        merged = model.merge_and_unload(safe_merge=True)
+        before = {name: _mark(parameter) for name, parameter in model.named_parameters()}
+        adapted = PeftModel(model, adapter.config)
+        set_peft_model_state_dict(adapted, tensors)
+        merged = adapted.merge_and_unload(safe_merge=True)
     except InputError:
         raise
     except _FAULTS as error:
         raise InputError(
-            f"The adapter in {folder} cannot be put on its drafter {adapter.base!r} ({one_line(error)}). Is this the "
-            "drafter it was trained on? Otherwise save the adapter again."
+            f"The adapter in {folder} cannot be put on {adapter.base!r} ({one_line(error)}). Is this the model it was "
+            "trained on? Otherwise save the adapter again."
         ) from error
     says = any(re.search("lora_(embedding_)?B", name) and bool(tensor.any()) for name, tensor in tensors.items())
-    if says and all(torch.equal(before[name], parameter) for name, parameter in merged.named_parameters()):
+    if says and all(before[name] == _mark(parameter) for name, parameter in merged.named_parameters()):
         raise InputError(
             f"Merging the adapter in {folder} changed no weight of {adapter.base!r}, though it is not zero: is "
             f"lora_alpha in {_CONFIG} 0, or the dtype too coarse?"

@@ -1,5 +1,7 @@
 """A target's folder: its config, its weights and its tokenizer, or what is wrong with them in words.
 
+An adapter's folder (PEFT) is one too: its base, with the adapter merged into the weights as they are read.
+
 Whatever transformers raises while it reads them is about these files, and is said so.
 """
 
@@ -9,13 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..core.errors import EnvironmentFault, InputError, NotFoundError, UserError
 from ..drafters import DRAFTERS
+from .adapters import adapter_base, is_adapter, merge, read_adapter
 from .reach import why_not_on_hub
 
 
@@ -36,6 +51,8 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
         `ValueError`: It is a drafter's, or no model that transformers knows.
     """
     folder = Path(name)
+    if is_adapter(folder):
+        return read_target_config(adapter_base(folder))
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise NotFoundError(
@@ -69,6 +86,29 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
             f"The config.json of the target {name} is of no model that can be made here ({told(error)}). Give another "
             "target."
         ) from error
+
+
+def target_class(config: PreTrainedConfig) -> Any:
+    """
+    What makes a target of this config: of a multimodal one the text model alone, where transformers has a class of it;
+    else the class that its checkpoint names, which may be the whole with the text model inside; else the auto class
+    that knows the config.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): As it was read.
+    """
+    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if text is not None and text.config_class is not type(config):
+        return AutoModelForCausalLM
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        writes = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
+        if writes and not config.is_encoder_decoder:
+            return named
+    if "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForImageTextToText
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
 
 
 def _kept(name: str, revision: str | None) -> object:
@@ -109,6 +149,8 @@ def read_target(name: str, load: Callable[..., Any], **options: Any) -> PreTrain
         name (`str`): Path or id, whose config has been read.
         load (`Callable`): `from_pretrained`, or what calls it.
     """
+    if is_adapter(Path(name)):
+        return _read_adapted(Path(name), load, options)
     try:
         model, found = load(name, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -141,6 +183,20 @@ def read_target(name: str, load: Callable[..., Any], **options: Any) -> PreTrain
     return model
 
 
+def _read_adapted(folder: Path, load: Callable[..., Any], options: dict[str, Any]) -> PreTrainedModel:
+    """The base of an adapter, with the adapter in its weights, under the name of the adapter's folder."""
+    adapter = read_adapter(folder)
+    model = read_target(adapter.base, load, **options)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InputError(
+            f"The adapter in {folder} would be merged into quantised weights, which rounds it away. Load the target "
+            "without quantisation; or merge, save, and quantise what was saved."
+        )
+    model = merge(model, adapter)
+    model.config._name_or_path = str(folder)
+    return model
+
+
 def read_tokenizer(name: str, config: PreTrainedConfig | None = None, **hub: Any) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a target.
@@ -153,6 +209,8 @@ def read_tokenizer(name: str, config: PreTrainedConfig | None = None, **hub: Any
     Raises:
         `ValueError`: There is none, or it has tokens that the target does not have.
     """
+    if is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter_base(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except Exception as error:  # whatever stands in its files

@@ -9,11 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl_compat import create_model_from_path
 from ..core.checks import check_value
@@ -27,7 +23,7 @@ from ..folders.adapters import AdaptedDrafter
 from ..folders.checkpoints import drafter_class_of, drafter_folder, load_drafter, read_config
 from ..folders.hub import check_hub_access
 from ..folders.serving import serving_faults
-from ..folders.target_folder import HUB, read_target, read_target_config, read_tokenizer, told
+from ..folders.target_folder import HUB, read_target, read_target_config, read_tokenizer, target_class, told
 from ..texts.authorship import describe_misfit, text_fit
 from ..texts.prompts import tokenize_dataset
 from ..texts.sources import RolloutSource
@@ -51,12 +47,13 @@ def load_pair(
     """
     # What is small first: a wrong name must show before gigabytes are read.
     dtype = check_value("dtype", dtype, str, LIMITS["dtype"])
-    tokenizer = read_tokenizer(teacher_model, read_target_config(teacher_model))
+    config = read_target_config(teacher_model)
+    tokenizer = read_tokenizer(teacher_model, config)
     for name in drafters:
         check_drafter(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": device, "quantization_config": quantization_config}
-    target = Target(read_target(teacher_model, AutoModelForCausalLM.from_pretrained, **options))
+    target = Target(read_target(teacher_model, target_class(config).from_pretrained, **options))
     bound = [load_drafter(name, dtype=target.dtype).to(device).bind(target) for name in drafters]
     return target, bound, tokenizer
 
@@ -158,9 +155,7 @@ def load_target(
     if args.world_size > 1:
         init_kwargs["device_map"] = None
     config = read_target_config(teacher_model, **{key: init_kwargs[key] for key in HUB if key in init_kwargs})
-    if not config.architectures:
-        init_kwargs["architecture"] = AutoModelForCausalLM
-    return read_target(teacher_model, create_model_from_path, **init_kwargs)
+    return read_target(teacher_model, create_model_from_path, architecture=target_class(config), **init_kwargs)
 
 
 def warn_about_quantization(target: Target) -> None:

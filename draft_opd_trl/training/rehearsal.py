@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..core.errors import InputError
 from ..core.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
@@ -24,6 +24,7 @@ from ..core.shapes import Shapes, tensor_bytes
 from ..core.target import Target
 from ..decoding.speculation import Lanes, SpeculationSettings, commit, prefill, propose, verify
 from ..drafters import DRAFTERS
+from ..folders.target_folder import target_class
 from .batching import BatchMaker
 from .config import DraftOPDConfig
 from .error_buffer import ErrorBuffer
@@ -64,7 +65,10 @@ def target_model(config: PreTrainedConfig) -> nn.Module:
     config = copy.deepcopy(config)
     config.quantization_config = None
     config._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    made = target_class(config)
+    # Auto classes and models call it differently.
+    from_config = getattr(made, "from_config", None) or made._from_config
+    model = from_config(config, dtype=config.dtype or torch.float32)
     if quantization is not None:
         size, head = _bytes_per_weight(quantization), model.get_output_embeddings()
         for module in list(model.modules()):

@@ -43,7 +43,7 @@ def state_store(args: DraftOPDConfig, target: Target, drafter: Drafter) -> State
 def build_source(
     args: DraftOPDConfig,
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     tokenizer: PreTrainedTokenizerBase,
     settings: SpeculationSettings,
     log: Log,
@@ -54,7 +54,7 @@ def build_source(
 
     Args:
         args ([`DraftOPDConfig`]): Which source, the server, the cache, the seed.
-        target ([`Target`]), drafter ([`Drafter`]): Bound to each other.
+        target ([`Target`]), drafter ([`Drafter`], *optional*): Bound to each other. Only speculation needs the second.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         settings ([`SpeculationSettings`]): Law and lengths.
         log (`Callable`): Takes a metric's name, and how many of how many.

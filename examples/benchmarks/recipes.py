@@ -76,6 +76,7 @@ class StudyArguments:
 
     output_dir: str = field(default="outputs/recipes", metadata={"help": "Runs, tables, picture."})
     origin: str = field(default=str(POCKET / "drafter-dflash-narrow"), metadata={"help": "Drafter to start from."})
+    target: str = field(default=str(POCKET / "target"), metadata={"help": "Target, of the pocket tokenizer."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Worlds: 0 and 1."})
     steps: int = field(default=800, metadata={"help": "Optimizer steps of a run on one seed."})
     long_steps: int = field(default=1600, metadata={"help": "Of the leading recipes' runs on every seed."})
@@ -105,17 +106,17 @@ class StudyArguments:
         return {name: how for name, how in MEASURES.items() if how[1] <= options.get("sample_proposals", False)}
 
 
-def load_world() -> tuple[Any, Target]:
-    """The pocket world's tokenizer and target."""
-    model = AutoModelForCausalLM.from_pretrained(POCKET / "target", dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(POCKET / "target"), Target(model)
+def load_world(folder: str | Path = POCKET / "target") -> tuple[Any, Target]:
+    """A target's tokenizer and the target."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder), Target(model)
 
 
 def write_texts(args: StudyArguments, temperature: float) -> Path:
     """What every recipe of a world trains on: written once, by the target alone."""
     folder = args.texts_dir / f"texts-{args.texts}-t{temperature:g}"
     if not folder.is_dir():
-        tokenizer, target = load_world()
+        tokenizer, target = load_world(args.target)
         prompts = read_prompts(tokenizer, "quickstart.jsonl", args.texts)
         stops = stop_token_ids(target.model, tokenizer)
         settings = SpeculationSettings(512, stops, SamplingParams(temperature), batch_size=64)
@@ -129,7 +130,7 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
     """Train one recipe and measure it, in a process of its own. Candidates of a rate are measured on more prompts."""
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    tokenizer, target = load_world()
+    tokenizer, target = load_world(args.target)
     drafter, seconds = load_drafter(args.origin), 0.0
     options = args.options(temperature, recipe)
     if steps:
@@ -159,7 +160,8 @@ def run(args: StudyArguments, temperature: float, recipe: str, rate: float, seed
             optimizers=(adamw, None),
         )
         start = time.perf_counter()
-        trainer.train()
+        # A run that was ended by a signal left one; its seconds are then those of the rest.
+        trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")))
         seconds = time.perf_counter() - start
         trainer.save_model()
     drafter.bind(target).eval()

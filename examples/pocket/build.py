@@ -80,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("target", parents=[shared], help="train the target from nothing")
     command.add_argument("--work-dir", default="outputs/pocket", help="checkpoints; a run that was cut off resumes")
+    command.add_argument("--hybrid-of", help="a target's folder to begin with; most layers become Gated DeltaNet")
     command.add_argument("--steps", type=int, default=6000)
     command.add_argument("--minutes", type=float, default=55, help="end earlier where so long was not enough")
     command.add_argument("--batch-size", type=int, default=16)

@@ -12,10 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deltanet import hybrid_of
 from tasks import stream
 from tokenizer import VOCAB_SIZE, build_tokenizer
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from draft_opd_trl.core.files import atomic_file
 
@@ -76,7 +83,13 @@ def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, 
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, batch_size: int, start: int, seed: int, rank: int = 0, world: int = 1
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
+    start: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    copy_pools: int = COPY_POOLS,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Endless training batches from batch number ``start``; the n-th batch does not depend on where one starts.
 
@@ -86,7 +99,7 @@ def batches(
     while True:
         rng, source = random.Random(f"{seed}-{pool_index}"), stream("train", seed=seed * 100_000 + pool_index)
         copying = stream("train", seed=-1 - pool_index, kinds=["quote"])
-        share = COPY_SHARE if pool_index < COPY_POOLS else 0.0
+        share = COPY_SHARE if pool_index < copy_pools else 0.0
         problems = [next(copying if rng.random() < share else source) for _ in range(POOL * batch_size)]
         rows = [encode(tokenizer, problem, rng.random() >= THINK_OFF_SHARE) for problem in problems]
         rows.sort(key=lambda row: len(row[0]))
@@ -98,7 +111,7 @@ def batches(
         pool_index, skip = pool_index + 1, 0
 
 
-def completion_loss(model: Qwen3ForCausalLM, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def completion_loss(model: PreTrainedModel, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy over the answers' tokens; the head runs on those positions only."""
     # Right padding needs no mask: under causal attention no answer token sees it.
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -107,7 +120,7 @@ def completion_loss(model: Qwen3ForCausalLM, inputs: torch.Tensor, labels: torch
     return F.cross_entropy(model.lm_head(hidden[keep]).float(), targets[keep], reduction="sum")
 
 
-def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
@@ -125,16 +138,16 @@ def schedule(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP, (1 - progress) / 0.6)
 
 
-def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the target as users load it: bf16 weights, generation config and tokenizer in one folder."""
-    rounded = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    rounded = type(model)(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = model.generation_config
     rounded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def reduce_gradients(model: Qwen3ForCausalLM, extra: list[float], world: int) -> list[float]:
+def reduce_gradients(model: PreTrainedModel, extra: list[float], world: int) -> list[float]:
     """Sum the gradients, and some numbers beside them, over the workers."""
     if world == 1:
         return extra
@@ -170,7 +183,10 @@ def train_worker(rank: int, world: int, meeting: str, args) -> None:
         dist.init_process_group("gloo", init_method=Path(meeting).as_uri(), rank=rank, world_size=world)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer).to(device).train()
+    model = build_model(tokenizer)
+    if args.hybrid_of:
+        model = hybrid_of(Qwen3ForCausalLM.from_pretrained(args.hybrid_of, dtype=torch.float32))
+    model = model.to(device).train()
     optimizers = build_optimizers(model)
     checkpoint = Path(args.work_dir) / "target.pt"
     step, tokens, spent, average = 0, 0, 0.0, None
@@ -185,7 +201,9 @@ def train_worker(rank: int, world: int, meeting: str, args) -> None:
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=5, disable=rank > 0)
     begun, begun_tokens, saved_at = time.time() - spent, tokens, spent
     begun_spent = spent
-    for inputs, labels, count in batches(tokenizer, args.batch_size, step, args.seed, rank, world):
+    # A model that stands on another has its look-up heads.
+    shares = (rank, world, 0 if args.hybrid_of else COPY_POOLS)
+    for inputs, labels, count in batches(tokenizer, args.batch_size, step, args.seed, *shares):
         # On a machine that is busy with other work the minutes run out first; the rate then falls with them.
         progress = max(step / args.steps, spent / (60 * args.minutes))
         if progress >= 1:

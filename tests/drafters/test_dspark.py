@@ -248,9 +248,9 @@ def test_what_it_cannot_start_from(qwen_target):
     dflash = tiny_drafter("dflash", qwen_target)
     anchor = create_drafter("dspark", qwen_target, from_drafter=dflash, markov_rank=6, sample_from_anchor=True)
     assert anchor.num_draft_tokens == 5
-    with pytest.raises(ValueError, match="the dflash drafter to start from are not this drafter's.*layers.2"):
+    with pytest.raises(ValueError, match="the dflash drafter to start from are not this model's.*layers.2"):
         create_drafter("dspark", qwen_target, from_drafter=dflash, num_hidden_layers=3)
-    with pytest.raises(ValueError, match="the dflash drafter to start from are not this drafter's.*'lm_head.weight'"):
+    with pytest.raises(ValueError, match="the dflash drafter to start from are not this model's.*'lm_head.weight'"):
         create_drafter("dspark", qwen_target, from_drafter=dflash, draft_token_ids=[1, 2])
     own = tiny_drafter("dspark", qwen_target, draft_token_ids=[1, 2])
     again = create_drafter("dspark", qwen_target, from_drafter=own)

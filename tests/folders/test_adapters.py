@@ -64,7 +64,7 @@ def test_an_adapter_folder_reads_as_the_trained_drafter_and_exports_as_a_plain_o
 
 def test_an_adapter_of_a_drafter_without_a_path_says_so(model, tmp_path):
     add_adapter(tiny_drafter(ANY_KIND, Target(model)), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not name the drafter it was trained on"):
+    with pytest.raises(ValueError, match="does not name the model it was trained on"):
         load_drafter(str(tmp_path))
 
 

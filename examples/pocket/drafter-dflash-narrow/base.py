@@ -70,7 +70,7 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
     if any(faults.values()):
         told = ". ".join(f"{fault}: {names or 'none'}" for fault, names in faults.items())
         raise InputError(
-            f"The tensors in {where} are not this drafter's. {told}. Re-export it in its published layout."
+            f"The tensors in {where} are not this model's. {told}. Re-export it in its published layout."
         )
 
 
