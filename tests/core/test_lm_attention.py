@@ -49,7 +49,9 @@ def test_a_masked_forward_says_what_it_said_without_copies(target):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_model_is_left_as_it_was(implementation):
     decoder = tiny_model("qwen3", attn_implementation=implementation).model
-    with pytest.raises(ZeroDivisionError), shared_keys(decoder):
+    with torch.enable_grad(), shared_keys(decoder):  # where layers may be run again, outside
+        assert decoder.config._attn_implementation == implementation
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), shared_keys(decoder):
         assert decoder.config._attn_implementation == (NAME if implementation == "sdpa" else implementation)
         raise ZeroDivisionError
     assert decoder.config._attn_implementation == implementation

@@ -69,9 +69,7 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
     faults = {"Missing": missing, "Unexpected": unexpected, "Wrong shape": wrong_shape, "Wrong dtype": wrong_dtype}
     if any(faults.values()):
         told = ". ".join(f"{fault}: {names or 'none'}" for fault, names in faults.items())
-        raise InputError(
-            f"The tensors in {where} are not this model's. {told}. Re-export it in its published layout."
-        )
+        raise InputError(f"The tensors in {where} are not this model's. {told}. Re-export it in its published layout.")
 
 
 class Drafter(PreTrainedModel, ABC):
