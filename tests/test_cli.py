@@ -127,7 +127,11 @@ def test_completion_holds_every_command_with_its_options(monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", {name: cli.COMMANDS[name] for name in ("inspect", "train")})
     assert cli.main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    assert "words='inspect train completion'" in script and "'train --recipe') words='default paper'" in script
+    assert "words='inspect train completion'" in script
+    assert "'train --recipe') words='accepted_length auf default dpace lk paper sft'" in script
+        "words='inspect train completion'" in script
+        and "'train --recipe') words='accepted_length auf default dpace lk paper sft'" in script
+    )
     options = next(line for line in script.splitlines() if line.strip().startswith("inspect) "))
     assert options.split("'")[1].split() == "--config --help --json --revision --target --traceback".split()
     assert " --learning_rate " in script and "--learning-rate" not in script

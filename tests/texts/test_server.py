@@ -78,6 +78,7 @@ def test_token_ids_in_and_out():
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "return_token_ids": True,
+        "return_spec_tokens_details": True,
     }
 
 

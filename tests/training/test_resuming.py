@@ -480,7 +480,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch):
         ("results", "is in results. The same command goes on"),
         (None, "nothing was kept. With --output_dir"),
     ):
-        arguments = evaluate_command.EvaluateArguments("drafter", "target", ["pocket"], output_dir=folder)
+        arguments = evaluate_command.EvaluateArguments(["pocket"], "drafter", "target", output_dir=folder)
         with pytest.raises(KeyboardInterrupt, match=told):
             evaluate_command.run(arguments, command.QuantizationArguments())
 

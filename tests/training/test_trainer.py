@@ -60,7 +60,8 @@ def test_mixed_precision_on_a_cpu(drafter_folder, model, texts, tmp_path):
 
 def test_the_rejected_stream_trains_from_kept_states_as_from_scored_ones(drafter_folder, model, texts, tmp_path):
     """Fresh blocks of a rollout and the replay of the same text are the same batch."""
-    options = {"rejected_weight": 1.0, "num_anchors": 100, "shuffle_dataset": False}
+    # Muon, which makes steps of one size, would make rounding grow.
+    options = {"rejected_weight": 1.0, "num_anchors": 100, "shuffle_dataset": False, "optim": "sgd"}
     fresh = make_trainer(drafter_folder, model, texts, tmp_path, rollout_source="speculation", **options)
     replayed = make_trainer(drafter_folder, model, texts, tmp_path, rollout_source="dataset", **options)
     for trainer in (fresh, replayed):
