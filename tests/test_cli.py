@@ -129,9 +129,6 @@ def test_completion_holds_every_command_with_its_options(monkeypatch, capsys):
     script = capsys.readouterr().out
     assert "words='inspect train completion'" in script
     assert "'train --recipe') words='accepted_length auf default dpace lk paper sft'" in script
-        "words='inspect train completion'" in script
-        and "'train --recipe') words='accepted_length auf default dpace lk paper sft'" in script
-    )
     options = next(line for line in script.splitlines() if line.strip().startswith("inspect) "))
     assert options.split("'")[1].split() == "--config --help --json --revision --target --traceback".split()
     assert " --learning_rate " in script and "--learning-rate" not in script

@@ -21,7 +21,6 @@ from transformers.utils import logging
 from .cache import PositionCache, cache_argument, visible
 from .errors import InputError
 from .kept_states import KeptStates
-from .lm_attention import shared_keys
 from .packing import pack_by_text
 from .records import DraftBlocks
 from .rereading import TextStore
@@ -188,8 +187,7 @@ class Target(TargetShape):
         if cache is not None:
             inputs[self._cache_argument] = cache
         tapped = [index + 1 for index in layer_ids]
-        with shared_keys(self.decoder):
-            output = self.decoder(output_hidden_states=tapped or False, **inputs)
+        output = self.decoder(output_hidden_states=tapped or False, **inputs)
         features = [output.hidden_states[index] for index in tapped]
         states = output.last_hidden_state
         if self._before_head is not None:

@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..core.cache import PositionCache, cache_argument, visible
 from ..core.errors import InputError, InputTypeError
-from ..core.lm_attention import shared_keys
 from ..core.packing import pack_by_text
 from .base import Drafter, Proposal, in_eval_mode
 from .causal_lm_config import CausalLMConfig
@@ -249,10 +248,9 @@ class CausalLMDrafter(Drafter):
         else:
             mask = sees(shape.window)
         cached = {} if cache is None else {cache_argument(decoder.forward): cache}
-        with shared_keys(decoder):
-            return decoder(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **cached
-            ).last_hidden_state
+        return decoder(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **cached
+        ).last_hidden_state
 
     def start(self, batch_size: int, max_length: int) -> PositionCache:
         return PositionCache(self.config.num_hidden_layers, batch_size, max_length)
