@@ -35,7 +35,7 @@ MOST_PARAMETERS = 20_000_000
 # What makes a model tiny, by the names that families use.
 SIZES: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd dim lru_width word_embed_proj_dim embedding_size".split(), 32),
-    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers".split(), LAYERS),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split(), LAYERS),
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
     **dict.fromkeys("decoder_attention_heads linear_num_value_heads linear_num_heads".split(), 4),
     **dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads".split(), 2),
@@ -183,9 +183,12 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 def tiny_target(family: str) -> Target:
     """A seeded random model of a family, as a target."""
-    config = tiny_config(family)
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    try:
+        config = tiny_config(family)
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # sizes that do not go together, or a model that transformers cannot make
+        raise ValueError(f"not made tiny: {type(error).__name__}: {error}") from error
     if size > MOST_PARAMETERS:
         raise ValueError(f"not made tiny: {size:,} parameters")
     torch.manual_seed(0)

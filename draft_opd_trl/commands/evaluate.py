@@ -120,7 +120,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     from ..evaluation.suites import load_suite
     from ..evaluation.turns import second_turns
     from ..texts.prompts import check_fit, tokenize_dataset
-    from ..training.loading import load_pair
+    from ..training.loading import check_pair, load_pair
 
     if PartialState().num_processes > 1:
         raise InputError("Evaluation runs in one process. Start it without `accelerate launch` or `torchrun`.")
@@ -134,9 +134,10 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     chat, quantized = read_chat_kwargs(arguments.chat_template_kwargs), quantization.quantization_config()
     suites = {name: load_suite(name, paths.get(name), arguments.num_prompts) for name in names}
     named = drafters_by_name([arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])])
-    target, drafters, tokenizer = load_pair(
-        list(named.values()), arguments.teacher_model_name_or_path, arguments.dtype, quantized
-    )
+    models = (list(named.values()), arguments.teacher_model_name_or_path)
+    tokenizer = check_pair(*models)
+    rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
+    target, drafters, _ = load_pair(*models, arguments.dtype, quantized)
     replay = arguments.by == "replay" or (arguments.by is None and target.reads_anew is not None)
     if target.reads_anew is not None and arguments.serve_batch_sizes:
         raise InputError(
@@ -144,7 +145,6 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
             "round reads its texts anew, as no engine would. Leave it out."
         )
     output = Path(arguments.output_dir) if arguments.output_dir else None
-    rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
     check_fit(rows, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block)
     ask_again, unanswered = second_turns(suites, tokenizer, chat)

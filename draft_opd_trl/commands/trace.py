@@ -59,7 +59,7 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     from ..evaluation.traces import trace_texts
     from ..evaluation.viewer import write_trace_page
     from ..texts.prompts import check_fit, tokenize_dataset
-    from ..training.loading import load_pair
+    from ..training.loading import check_pair, load_pair
 
     compared = [arguments.compare] if arguments.compare else []
     names = drafters_by_name([*compared, arguments.model_name_or_path])
@@ -68,10 +68,10 @@ def run(arguments: TraceArguments) -> dict[str, Any]:
     if not arguments.terminal:
         check_writable(Path(arguments.output_file).parent)
     suite = load_suite(arguments.suite, arguments.suite_path, arguments.num_prompts)
-    target, drafters, tokenizer = load_pair(
-        list(names.values()), arguments.teacher_model_name_or_path, arguments.dtype
-    )
+    models = (list(names.values()), arguments.teacher_model_name_or_path)
+    tokenizer = check_pair(*models)
     rows = tokenize_dataset(suite, tokenizer, None, chat, name=arguments.suite)
+    target, drafters, _ = load_pair(*models, arguments.dtype)
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
     check_fit(
         {arguments.suite: rows}, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block

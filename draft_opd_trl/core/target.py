@@ -32,6 +32,7 @@ from .target_seams import (
     decoder_of,
     kept_fault,
     logit_scale,
+    text_model,
 )
 from .target_shape import TargetShape
 
@@ -47,7 +48,8 @@ class Target(TargetShape):
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A decoder-only LM, whatever its layers. Put into eval mode, gradients off, dtype untouched.
+            A decoder-only LM, whatever its layers, or a multimodal model with one inside. Put into eval mode,
+            gradients off, dtype untouched.
 
     Attributes:
         no_places (`str`, *optional*): Why no cache with a place for each position is exact over this target: the
@@ -58,12 +60,14 @@ class Target(TargetShape):
         sharded (`bool`): Whether a forward is a meeting of all ranks ([`shard`]).
 
     Raises:
-        `ValueError`: Later tokens change what is said of earlier ones, RoPE depends on how long the texts of a batch
-            are, head or embedding is quantised, or the head post-processes its logits in a way not handled here.
+        `ValueError`: The model does not read tokens alone, later tokens change what is said of earlier ones, RoPE
+            depends on how long the texts of a batch are, layers cannot be tapped, head or
+            embedding is quantised, or the head post-processes its logits in a way not handled here.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.config)
+        model = text_model(model)
         self.model = model.eval().requires_grad_(False)
         self.name = self.config._name_or_path or type(model).__name__
         self.decoder = decoder_of(model)

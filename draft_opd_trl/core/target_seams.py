@@ -12,6 +12,18 @@ from .errors import InputError
 from .kept_states import KeptStates
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM that a multimodal model holds whole (Llama 4) and calls in its own way; else the model."""
+    inside = model.get_decoder()
+    if inside is model or not isinstance(inside, PreTrainedModel) or inside.get_output_embeddings() is None:
+        return model
+    # What the whole was loaded with.
+    for name in ("generation_config", "hf_device_map", "hf_quantizer"):
+        if getattr(model, name, None) is not None:
+            setattr(inside, name, getattr(model, name))
+    return inside
+
+
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """What turns tokens into states before the head; some models call something else their decoder."""
     found = model.get_decoder()
@@ -51,16 +63,29 @@ def check_whole_weights(target: Any) -> None:
 def check_head(target: Any) -> None:
     """
     Raises:
-        `ValueError`: A target's layers cannot be tapped, or its logits are not what its states give.
+        `ValueError`: A target does not read tokens alone, its layers cannot be tapped, or its logits are not what its
+            states give.
     """
     probe = torch.arange(2, device=target.device)[None]
-    tapped, states = target.forward_text(probe, (0,))
-    if tapped.shape != (1, 2, target.hidden_size):
+    try:
+        kept = target.decoder(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states
+        states = target.forward_text(probe, ())[1]
+        expected = target.model(input_ids=probe, use_cache=False).logits.float()
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # whatever a model misses beside tokens
         raise InputError(
-            f"{type(target.model).__name__} keeps states of shape {tuple(tapped.shape)} for two tokens, where "
+            f"{type(target.model).__name__} does not read two tokens alone ({type(error).__name__}: {error}). Give "
+            "the path of its folder, of which the text model is loaded where there is one, or another target."
+        ) from error
+    if kept[1].shape != (1, 2, target.hidden_size):
+        raise InputError(
+            f"{type(target.model).__name__} keeps states of shape {tuple(kept[1].shape)} for two tokens, where "
             f"drafters read (1, 2, {target.hidden_size}). Its layers cannot be tapped; use another target."
         )
-    expected = target.model(input_ids=probe, use_cache=False).logits.float()
+    if len(kept) <= target.num_layers:
+        raise InputError(
+            f"{type(target.model).__name__} counts {target.num_layers} layers, but keeps the states of "
+            f"{len(kept) - 1}: those that drafters tap by number are not there. Use another target."
+        )
     got = target.logits(states)
     if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
         raise InputError(

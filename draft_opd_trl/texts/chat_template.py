@@ -28,9 +28,11 @@ def _content(message: dict) -> str:
     parts = content if isinstance(content, list) else [None]
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
+        found = f"parts of type {', '.join(sorted(kinds))}" if kinds else f"the content {str(content)[:80]}"
         raise InputError(
-            f"The message of role {message['role']!r} has the content {content!r}, but it must be text, or a list of "
-            "parts of type 'text'. Drop such rows, or what is not text in them."
+            f"The message of role {message['role']!r} has {found}, but targets read text alone here: content must be "
+            "text, or a list of parts of type 'text'. Drop such rows, or what is not text in them."
         )
     return "".join(texts)
 

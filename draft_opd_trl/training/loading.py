@@ -33,6 +33,25 @@ from .config import DraftOPDConfig
 logger = get_logger(__name__)
 
 
+def check_pair(drafters: Sequence[str], teacher_model: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a target, which is there, as drafters are: what is small first, as wrong names and rows must show
+    before gigabytes are read.
+
+    Args:
+        drafters (`Sequence[str]`): Paths or ids.
+        teacher_model (`str`): Path or id of the target.
+
+    Raises:
+        `FileNotFoundError`: There is no target, or no drafter, of that name.
+        `ValueError`: It is none.
+    """
+    tokenizer = read_tokenizer(teacher_model, read_target_config(teacher_model))
+    for name in drafters:
+        check_drafter(name)
+    return tokenizer
+
+
 def load_pair(
     drafters: Sequence[str], teacher_model: str, dtype: str = "float32", quantization_config: Any = None
 ) -> tuple[Target, list[Drafter], PreTrainedTokenizerBase]:
@@ -45,12 +64,8 @@ def load_pair(
         dtype (`str`, *optional*, defaults to `"float32"`): Of all of them, or `"auto"` for the target's own.
         quantization_config (*optional*): Of the target.
     """
-    # What is small first: a wrong name must show before gigabytes are read.
     dtype = check_value("dtype", dtype, str, LIMITS["dtype"])
-    config = read_target_config(teacher_model)
-    tokenizer = read_tokenizer(teacher_model, config)
-    for name in drafters:
-        check_drafter(name)
+    tokenizer, config = check_pair(drafters, teacher_model), read_target_config(teacher_model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": device, "quantization_config": quantization_config}
     target = Target(read_target(teacher_model, target_class(config).from_pretrained, **options))

@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from ..core.errors import InputError
 from ..core.records import DraftBlocks, ReplayBatch, Rollout, num_valid_slots
@@ -68,7 +69,8 @@ def target_model(config: PreTrainedConfig) -> nn.Module:
     made = target_class(config)
     # Auto classes and models call it differently.
     from_config = getattr(made, "from_config", None) or made._from_config
-    model = from_config(config, dtype=config.dtype or torch.float32)
+    with no_init_weights():  # some draw until values fit (SigLIP, of Gemma 3), which those without data never do
+        model = from_config(config, dtype=config.dtype or torch.float32)
     if quantization is not None:
         size, head = _bytes_per_weight(quantization), model.get_output_embeddings()
         for module in list(model.modules()):

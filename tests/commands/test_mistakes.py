@@ -43,6 +43,7 @@ def place(tmp_path_factory):
         "blank.jsonl": "\n\n",
         "words.jsonl": '{"prompt": "a"}\n"b"\n',
         "twice.jsonl": '{"prompt": "a", "prompt": "b"}\n',
+        "images.jsonl": 12 * f"{json.dumps({'prompt': [{'role': 'user', 'content': [{'type': 'image'}]}]})}\n",
         "list.json": '[{"prompt": "a"},',
         "rows.parquet": "hello",
         "syntax.yaml": "num_anchors: [1,\nlmbda: 1\n",
@@ -110,6 +111,15 @@ MISTAKES = [
     ("train", {"dataset_name": "rows.parquet"}, ["rows.parquet is no Parquet file", "Give one that is"]),
     ("train", {"num_eval_prompts": "-3"}, ["`num_eval_prompts` is -3; it must lie in [0,", "Its default is 64"]),
     ("train", {"num_eval_prompts": "12"}, ["leaves nothing to train on", "Hold fewer out"]),
+    # Of a target whose weights are cut off: they are not read before the rows are.
+    *(
+        (
+            command,
+            {rows: "images.jsonl", "teacher": "cut"},
+            ["Row 0", "parts of type image", "text alone", "Drop"],
+        )
+        for command, rows in (("train", "dataset_name"), ("evaluate", "suite"), ("trace", "suite"))
+    ),
     # Suites
     ("evaluate", {"suite": "gms8k"}, ["no suite 'gms8k'", "Did you mean gsm8k?"]),
     ("trace", {"suite": "humanevl"}, ["no suite 'humanevl'", "Did you mean humaneval?"]),

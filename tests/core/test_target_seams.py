@@ -25,6 +25,26 @@ def test_a_model_that_reads_both_ways_is_refused():
         Target(model)
 
 
+def test_layers_that_are_counted_otherwise_than_kept_are_refused():
+    """As two for one (LongCat Flash), or with those that text alone skips (Mllama)."""
+    model = tiny_model("qwen3")
+    model.config.num_hidden_layers = 8
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM counts 8 layers, but keeps the states of 4: .*another"):
+        Target(model)
+
+
+@pytest.mark.parametrize("fault", [AttributeError("no such part"), TypeError("pixel_values are missing")])
+def test_a_model_that_wants_more_than_tokens_is_refused(monkeypatch, fault):
+    model = tiny_model("qwen3")
+
+    def forward(**inputs):
+        raise fault
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ValueError, match=f"does not read two tokens alone .*{fault}.* Give the path of its folder"):
+        Target(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_is_no_fault(family, dtype):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -29,6 +30,14 @@ def test_a_family_is_a_target_for_every_use(families, family):
 def test_the_page_has_the_table_of_the_results(families):
     page = (ROOT / "docs" / "source" / "targets.md").read_text(encoding="utf-8")
     assert families.table(json.loads(RESULTS.read_text(encoding="utf-8"))) in page
+
+
+def test_no_family_fails_by_a_fault_of_ours():
+    """What cannot be used is refused in a sentence, when it is loaded."""
+    families = json.loads(RESULTS.read_text(encoding="utf-8"))
+    bare = r"\w*(AttributeError|IndexError|KeyError)\b"
+    cells = [(name, use, said) for name, found in families.items() for use, said in found.items()]
+    assert [cell for cell in cells if isinstance(cell[2], str) and re.match(bare, cell[2])] == []
 
 
 def test_what_went_wrong_is_told(families):

@@ -17,9 +17,23 @@ ANSWER = [{"role": "assistant", "content": "c"}]
 def test_parts_of_text_are_text_and_others_are_refused(tokenizer):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert prompt_ids([{"role": "user", "content": parts}], tokenizer) == prompt_ids(USER, tokenizer)
-    for content in ([*parts, {"type": "image", "url": "x"}], None, 3, ["ab"], [{"type": "text", "text": None}]):
+    for content in (None, 3, ["ab"], [{"type": "text", "text": None}]):
         with pytest.raises(ValueError, match="of role 'user' has the content .* must be text, or a list of parts"):
             prompt_ids([{"role": "user", "content": content}], tokenizer)
+
+
+def test_images_are_refused_without_being_shown(tokenizer):
+    """Named with their row, from every column that holds messages."""
+    image = {"type": "image_url", "image_url": {"url": "data:" + "x" * 10_000}}
+    shown = [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]
+    plain, answer = ([{"role": role, "content": [{"type": "text", "text": "b"}]}] for role in ("user", "assistant"))
+    for rows in (
+        [{"prompt": plain}, {"prompt": shown}],
+        [{"messages": [*plain, *answer]}, {"messages": [*shown, *answer]}],
+    ):
+        with pytest.raises(ValueError, match="Row 1 of .*'user' has parts of type image_url.* Drop such rows") as told:
+            tokenize_dataset(Dataset.from_list(rows), tokenizer, None)
+        assert len(str(told.value)) < 400
 
 
 def test_what_arrow_fills_in_is_not_said(tokenizer):
