@@ -51,7 +51,7 @@ def code(args: argparse.Namespace) -> None:
 
     from draft_opd_trl import load_drafter
 
-    for folder in sorted(HERE.glob("drafter-*")):
+    for folder in sorted([*HERE.glob("drafter-*"), *HERE.parent.glob("smollm/drafter-*")]):
         with TemporaryDirectory() as scratch:
             load_drafter(str(folder)).save_pretrained(scratch)
             for file in folder.glob("*.py"):

@@ -6,6 +6,7 @@ import json
 import pytest
 from conftest import POCKET, ROOT
 
+from draft_opd_trl import load_drafter
 from draft_opd_trl.evaluation.results import read_reports
 
 
@@ -70,6 +71,14 @@ def test_a_stage_that_was_stopped_goes_on(real, journey, monkeypatch):
 def test_quick_starts_from_what_ships(real):
     quick = real.RealArguments(quick=True, suites="a.jsonl,b.jsonl")
     assert quick.start == str(real.SHIPPED) and quick.suites == "a.jsonl" and quick.seeds == 1
+
+
+def test_what_ships_loads_and_is_small(real):
+    drafter = load_drafter(str(real.SHIPPED))
+    assert drafter.config.draft_vocab_size == 4096 and drafter.num_draft_tokens == 4
+    assert (real.SHIPPED / "model.safetensors").stat().st_size <= 16e6
+    for file in real.SHIPPED.glob("*.py"):  # `examples/pocket/build.py code` writes both
+        assert file.read_text() == (POCKET / "drafter-eagle3" / file.name).read_text()
 
 
 def test_prompts_of_the_hub_become_a_file(real, journey, monkeypatch):
