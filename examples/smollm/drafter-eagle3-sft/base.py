@@ -22,6 +22,8 @@ from .errors import InputError
 from .drafter_config import DrafterConfig
 
 
+
+
 @contextmanager
 def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside, whatever it was before outside, also after an error."""

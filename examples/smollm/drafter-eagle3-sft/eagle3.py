@@ -22,6 +22,8 @@ from .own_vocabulary import OwnVocabulary
 from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, plain_weight, rotate
 
 
+
+
 class Eagle3Attention(nn.Module):
     """Each chain attends to its own part of a shared context, and to its own earlier steps."""
 

@@ -20,6 +20,8 @@ from .errors import InputError
 from .packing import pack_by_text
 
 
+
+
 # `model_type` of the text configs of targets that were looked up in both engines: of others nothing is known.
 KNOWN_TARGETS = frozenset(
     "apertus cohere2 deepseek_v3 gemma gemma2 gemma3_text glm4 glm4_moe gpt_oss granite llama ministral3 mistral "
