@@ -8,7 +8,26 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class CompletionsServer:
+class LocalServer:
+    """A server at a free port of this machine, while its `with` lasts."""
+
+    def __init__(self, handler):
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+class CompletionsServer(LocalServer):
     """
     Answers `POST /v1/completions` with `answer(prompt ids) -> (completion ids, stopped)`.
 
@@ -64,19 +83,7 @@ class CompletionsServer:
             def log_message(self, *arguments):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+        super().__init__(Handler)
 
     def respond(self, handler, body):
         ids = not isinstance(body["prompt"], str)

@@ -2,7 +2,9 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from completions_server import LocalServer
 
 from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.core.seeding import seed_of
@@ -10,7 +12,7 @@ from draft_opd_trl.decoding.speculation import SpeculationSettings
 from draft_opd_trl.evaluation.measure import measure_acceptance
 
 
-class EngineServer:
+class EngineServer(LocalServer):
     """
     Args:
         target, drafter: What it serves; no drafter: it does not speculate.
@@ -67,19 +69,7 @@ class EngineServer:
             def log_message(self, *arguments):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+        super().__init__(Handler)
 
     def version(self):
         return {"version": "0.32.0"} if self.engine == "vLLM" else None

@@ -19,7 +19,7 @@ from ..evaluation.best_k import in_words
 from . import served
 from .options import QuantizationArguments, drafters_by_name, read_chat_kwargs, settle_options, suite_paths
 from .replay_texts import ServerTexts
-from .served import check_served_arguments
+from .served import check_served_arguments, with_interval
 
 
 @dataclass
@@ -187,22 +187,17 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     return result
 
 
-def _with_interval(value: float, interval: list[float], style: str) -> str:
-    low, high = interval
-    return f"{value:{style}} [{low:{style}}, {high:{style}}]"
-
-
 def _figures(drafter: dict[str, Any]) -> dict[str, str]:
     """What was measured of a drafter, as it is shown, by name."""
 
     def of(name: str, style: str) -> str:
-        return _with_interval(drafter[name]["value"], drafter[name]["interval"], style)
+        return with_interval(drafter[name]["value"], drafter[name]["interval"], style)
 
     positions = [
         f"{place['start']}–{place['stop'] - 1}: {place['value']:.2f}" for place in drafter["acceptance_by_position"]
     ]
     figures = {
-        "τ": _with_interval(drafter["acceptance_length"], drafter["interval"], ".3f"),
+        "τ": with_interval(drafter["acceptance_length"], drafter["interval"], ".3f"),
         "mean of prompts' own τ": of("acceptance_length_per_prompt", ".3f"),
         "blocks fully accepted": of("blocks_fully_accepted", ".1%"),
         "stop tokens in blocks": of("stops_in_blocks", ".1%"),
@@ -222,7 +217,7 @@ def _figures(drafter: dict[str, Any]) -> dict[str, str]:
             beside += ", without an interval: texts decoded side by side share their seconds (--batch_size 1)"
             figures["speedup"] = f"{drafter['speedup']:.2f} {beside}"
         else:
-            figures["speedup"] = f"{_with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
+            figures["speedup"] = f"{with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
     if drafter.get("serving"):
         told = (f"batch {one['batch_size']}: {in_words(one)}" for one in drafter["serving"])
         figures["to serve with"] = f"{'; '.join(told)}; foreseen from rounds timed here"

@@ -88,12 +88,12 @@ class _Ours:
 
     def __init__(self, arguments: Any, quantized: Any, suites: dict[str, Any], chat: dict) -> None:
         from ..texts.prompts import check_fit, tokenize_dataset
-        from ..training.loading import load_pair
+        from ..training.loading import check_pair, load_pair
 
-        self.target, [self.drafter], self.tokenizer = load_pair(
-            [arguments.model_name_or_path], arguments.teacher_model_name_or_path, arguments.dtype, quantized
-        )
-        rows = {name: tokenize_dataset(suite, self.tokenizer, None, chat, name=name) for name, suite in suites.items()}
+        models = ([arguments.model_name_or_path], arguments.teacher_model_name_or_path)
+        tokenizer = check_pair(*models)
+        rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
+        self.target, [self.drafter], self.tokenizer = load_pair(*models, arguments.dtype, quantized)
         longest = (arguments.max_new_tokens, self.drafter.num_draft_tokens)
         check_fit(rows, self.target.vocab_size, self.target.context_length, *longest)
         self.prompts = {name: list(part["prompt_ids"]) for name, part in rows.items()}
@@ -189,7 +189,7 @@ def _summary(texts: list) -> dict[str, Any]:
 # -- shown ----------------------------------------------------------------------------------------------------------
 
 
-def _with_interval(value: float, interval: list[float] | None, style: str) -> str:
+def with_interval(value: float, interval: list[float] | None, style: str) -> str:
     return f"{value:{style}}" + (f" [{interval[0]:{style}}, {interval[1]:{style}}]" if interval else "")
 
 
@@ -197,7 +197,7 @@ def _figures(one: dict[str, Any] | None) -> dict[str, str]:
     if one is None:
         return {}
     figures = {
-        "τ": _with_interval(one["acceptance_length"], one["interval"], ".3f"),
+        "τ": with_interval(one["acceptance_length"], one["interval"], ".3f"),
         "first k accepted": " ".join(f"{share:.0%}" for share in one["acceptance_by_slot"]) or "not told",
         "verifications": str(one["verifications"]),
     }

@@ -117,8 +117,7 @@ class Journey:
         if done.exists():
             return
         print(f"\n$ draft-opd {shlex.join(words)}", flush=True)
-        if draft_opd(words):
-            raise SystemExit(1)
+        draft_opd(words)  # which exits where it fails
 
     def start(self) -> Path:
         """The drafter that all arms begin from."""
