@@ -51,7 +51,7 @@ class Evaluation:
         by_slot (`list[float]`): Share of blocks whose first k proposals were all accepted.
         interval (`list[float]`): 95 % interval of τ; empty where none was logged.
         change (`list[float]`): τ − τ before training, paired by prompt, and its interval; empty where there is none.
-        serving (`dict[int, str]`): Batch size → how many proposals to serve with, in words; empty where none was timed.
+        serving (`dict[int, str]`): Batch size → proposals to serve with, in words; empty where nothing was timed.
     """
 
     name: str

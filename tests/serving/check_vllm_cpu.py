@@ -55,9 +55,9 @@ def world(tmp_path_factory):
     @cache
     def drafter_of(name: str) -> tuple:
         """A drafter's folder, for the widened target; the drafter; what is measured of it here."""
-        folder = widen(POCKET / name, root / name)
+        folder, settings = widen(POCKET / name, root / name), SpeculationSettings(MAX_NEW_TOKENS, stops)
         drafter = load_drafter(str(folder)).bind(target)
-        return folder, drafter, measure_acceptance(target, drafter, prompts, SpeculationSettings(MAX_NEW_TOKENS, stops))
+        return folder, drafter, measure_acceptance(target, drafter, prompts, settings)
 
     return SimpleNamespace(target=target, prompts=prompts, stops=stops, serve=serve, drafter_of=drafter_of)
 

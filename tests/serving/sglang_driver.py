@@ -1,5 +1,6 @@
 """Draft one block with SGLang's own config parser, model class and weight loader. Usage: JOBS RESULTS."""
 
+import asyncio
 import tempfile
 from types import SimpleNamespace
 
@@ -7,7 +8,12 @@ import torch
 from shared import CachedAttention, features, fill_with_nan, left_unset, main, masked, stub
 
 
-_library = stub("tvm_ffi", "vllm")
+_library = stub("tvm_ffi", "uvloop", "vllm")
+
+import uvloop  # noqa: E402
+
+
+uvloop.EventLoopPolicy = asyncio.DefaultEventLoopPolicy
 
 from sglang.srt.arg_groups import speculative_hook  # noqa: E402
 from sglang.srt.configs.load_config import LoadConfig  # noqa: E402

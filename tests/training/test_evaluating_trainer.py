@@ -61,9 +61,11 @@ def test_evaluation_during_training_leaves_the_run_as_it_was(drafter_folder, mod
 
 def test_it_says_how_many_proposals_to_serve_with(drafter_folder, model, texts, tmp_path, monkeypatch):
     """By rounds that cost nothing for one text, and far too much for two."""
-    monkeypatch.setattr(
-        round_costs, "round_seconds", lambda target, drafter, prompts, law: 9.0 if drafter and len(prompts) > 1 else 1.0
-    )
+
+    def seconds(target, drafter, prompts, settings):
+        return 1.0 if drafter is None or len(prompts) == 1 else 9.0
+
+    monkeypatch.setattr(round_costs, "round_seconds", seconds)
     evaluated = {"eval_dataset": texts.select_columns(["prompt_ids"]), "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(
         drafter_folder, model, texts, tmp_path, max_steps=1, serve_batch_sizes=[1, 2], report_to="none", **evaluated
