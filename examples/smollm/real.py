@@ -5,9 +5,9 @@
     python examples/smollm/real.py --target FOLDER --prompts train.jsonl --suites gsm8k.jsonl,instruct.jsonl
 
 Training is `draft-opd` commands, each printed before it runs: a new drafter, SFT to a plateau, then from there, on the
-same texts, SFT continued against Draft-OPD and its controls, at equal steps and at equal time; evaluation of all of
-them by replay, of the first seed's by speculation too; speeds. The same command goes on where it was stopped. `--quick`
-starts from the shipped drafter, with one seed and no controls. Ends by printing one JSON line.
+same texts, SFT continued against Draft-OPD and its controls, at equal steps and at equal time; evaluation of all by
+replay, and of the first seed's by speculation; speeds. The same command goes on where it was stopped. `--quick` starts
+from the shipped drafter, with one seed and no controls. Ends by printing one JSON line.
 """
 
 from __future__ import annotations
