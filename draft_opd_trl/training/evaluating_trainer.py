@@ -158,14 +158,8 @@ class EvaluatingTrainer(HubTrainer):
 
     def _time_rounds(self, dataset: Dataset, report: AcceptanceReport) -> list[dict[str, Any]]:
         """[`advice`] for `serve_batch_sizes`, as the first rank timed it; on every rank."""
-        prompts, settings = list(dataset["prompt_ids"]), self.speculation_settings()
+        law, sizes = self.speculation_settings(), self.args.serve_batch_sizes
+        prompts, by_slot = list(dataset["prompt_ids"]), report.acceptance_by_slot
         with self._drafter_as_served(), self.target.uneven_forwards():
-            told = serving_choices(
-                self.target,
-                self.drafter,
-                prompts,
-                settings,
-                report.acceptance_by_slot,
-                self.args.serve_batch_sizes,
-            )
+            told = serving_choices(self.target, self.drafter, prompts, law, by_slot, sizes)
         return gather_object([advice(told)])[0]
