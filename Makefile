@@ -19,8 +19,9 @@ endif
 # The versions that the tests last passed with; `make constraints` renews the file.
 CONSTRAINTS ?= constraints.txt
 
-# The shipped drafter that the quickstart starts from.
-DRAFTER ?= dflash
+# The shipped drafter that the quickstart starts from, and the temperature of all its texts.
+DRAFTER ?= dflash-narrow
+TEMPERATURE ?= 0
 
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
@@ -52,7 +53,7 @@ endef
 
 # accelerate reads OMP_NUM_THREADS as the threads a process may use; unset, it counts physical cores and warns.
 quickstart: .venv/installed
-	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/quickstart.py --drafter $(DRAFTER)
+	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/quickstart.py --drafter $(DRAFTER) --temperature $(TEMPERATURE)
 
 # Target and prompts are the Hub's, or those of REAL="--target FOLDER --prompts FILE --suites FILE,FILE".
 REAL ?=

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -36,6 +37,7 @@ def measure_by_replay(
     progress: str | None = None,
     on_text: Callable[[int, AcceptanceReport], None] | None = None,
     write: Writer | None = None,
+    known: dict[Any, Rollout] | None = None,
 ) -> AcceptanceReport:
     """
     What speculation would report over `prompts`, times excepted.
@@ -49,7 +51,10 @@ def measure_by_replay(
         on_text (`Callable`, *optional*): Called with a prompt's index and the report of its text alone.
         write (`Callable`, *optional*): Prompts and seeds → all their texts at once ([`Rollout`]), such as a server's;
             by default the target writes them here, a batch at a time.
+        known (`dict`, *optional*): Batches that the target wrote here for other drafters under the same settings; what
+            is not there is added.
     """
+    known = {} if known is None else known
     texts = None if write is None else write(prompts, seeds)
     reports: list[AcceptanceReport] = []
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
@@ -57,7 +62,10 @@ def measure_by_replay(
             part = slice(first, first + settings.batch_size)
             began = time.perf_counter()
             if texts is None:
-                rollout = speculate(target, None, prompts[part], settings, seeds=seeds[part])
+                batch = (tuple(map(tuple, prompts[part])), tuple(seeds[part]))
+                if batch not in known:
+                    known[batch] = speculate(target, None, prompts[part], settings, seeds=seeds[part])
+                rollout = known[batch]
             else:
                 rollout = texts.part(first, min(part.stop, len(texts)))
             found = replay_along(target, drafter, rollout, settings, seeds[part])

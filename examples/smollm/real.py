@@ -4,10 +4,10 @@
     python examples/smollm/real.py --quick
     python examples/smollm/real.py --target FOLDER --prompts train.jsonl --suites gsm8k.jsonl,instruct.jsonl
 
-Nothing but `draft-opd` commands, each printed before it runs: a new drafter, SFT to a plateau, then from there, on the
-same texts, SFT continued against Draft-OPD and its controls, at equal steps and at equal time; evaluation of all of
-them; speeds. The same command goes on where it was stopped. `--quick` starts from the shipped drafter and takes one
-seed. Ends by printing one JSON line.
+Training is `draft-opd` commands, each printed before it runs: a new drafter, SFT to a plateau, then from there, on the
+same texts, SFT continued against Draft-OPD and its controls, at equal steps and at equal time; evaluation of all by
+replay, and of the first seed's by speculation; speeds. The same command goes on where it was stopped. `--quick` starts
+from the shipped drafter, with one seed and no controls. Ends by printing one JSON line.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser
 
-from draft_opd_trl import SamplingParams, SpeculationSettings, stop_token_ids
+from draft_opd_trl import SamplingParams, SpeculationSettings, Target, stop_token_ids
 from draft_opd_trl.cli import main as draft_opd
 from draft_opd_trl.core.files import write_atomically
 from draft_opd_trl.decoding.acceptance import difference, join_reports
@@ -41,11 +43,9 @@ from draft_opd_trl.training.loading import load_pair
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "drafter-eagle3-sft"
 SFT, EQUAL_TIME, OPD = "SFT continued", "SFT continued, equal time", "Draft-OPD"
-ARMS = {
-    SFT: ["--lmbda", "0"],
-    OPD: ["--lmbda", "1"],
-    EQUAL_TIME: ["--lmbda", "0"],
-}
+# The recipe of each.
+ARMS = {SFT: "sft", OPD: "default", EQUAL_TIME: "sft", "Spec-AUF": "auf", "D-PACE": "dpace"}
+QUICK_ARMS = [SFT, OPD, EQUAL_TIME]
 # Shapes of new drafters, whose folders are at most 16 MB in bfloat16.
 NEW = {
     "eagle3": ["draft_vocab_size=4096", "num_draft_tokens=4"],
@@ -80,6 +80,7 @@ class RealArguments:
     def __post_init__(self) -> None:
         if self.quick:
             self.start = self.start or str(SHIPPED)
+            self.arms = QUICK_ARMS
             self.steps, self.seeds, self.eval_prompts, self.temperatures = 60, 1, 60, [0.0]
             self.suites = self.suites.split(",")[0]
         self.output = Path(self.output_dir)
@@ -90,6 +91,21 @@ def fast_dtype() -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     quick = os.path.exists("/dev/nvidia0") or "avx512_bf16" in flags or "amx_bf16" in flags
     return "bfloat16" if quick else "float32"
+
+
+class ReadOnce:
+    """A target that keeps what it read of each batch, for drafters that are measured one after another."""
+
+    def __init__(self, target: Target) -> None:
+        self._target, self._read = target, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def forward_text(self, tokens: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if (tokens, tuple(layers)) not in self._read:  # a tensor is found by which one it is
+            self._read[tokens, tuple(layers)] = self._target.forward_text(tokens, layers)
+        return self._read[tokens, tuple(layers)]
 
 
 class Journey:
@@ -129,7 +145,7 @@ class Journey:
         self.run(
             new / "config.json", "init", "--target", args.target, "--kind", args.kind, "--output_dir", new, *shape
         )
-        self.train(sft, new, args.sft_steps, "--lmbda", 0, "--learning_rate", 4e-3, "--seed", 0)
+        self.train(sft, new, args.sft_steps, "--recipe", "sft", "--learning_rate", 4e-3, "--seed", 0)
         return sft
 
     def train(self, folder: Path, start: Path, steps: int, *options: Any) -> None:
@@ -161,14 +177,15 @@ class Journey:
                 if name == EQUAL_TIME:
                     ratio = seconds_a_step(self.arm(OPD, seed)) / seconds_a_step(self.arm(SFT, seed))
                     steps = max(round(steps * ratio), 1)
-                rate = ["--learning_rate", args.learning_rate, "--seed", seed]
-                self.train(self.arm(name, seed), start, steps, *ARMS[name], *rate)
+                options = ["--recipe", ARMS[name], "--learning_rate", args.learning_rate, "--seed", seed]
+                self.train(self.arm(name, seed), start, steps, *options)
 
-    def evaluate(self, start: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    def evaluate(self, start: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        All drafters on the same prompts, by law and name: what was measured, and by prompt where that is written.
+        All drafters on the same prompts by replay, by law and name: what was measured, and where each prompt's is.
 
-        In float32, in which speculation changes no text.
+        Then those of the first seed by speculation, under the first law: whether a text changed. In float32, in which
+        none does.
         """
         args, found = self.args, {}
         folders = {"start": start} | {
@@ -177,27 +194,29 @@ class Journey:
             for folder in (self.arm(name, seed) for name in args.arms)
         }
         target, drafters, tokenizer = load_pair([str(path) for path in folders.values()], args.target, "float32")
+        by_name = dict(zip(folders, drafters, strict=True))
         stops = stop_token_ids(target.model, tokenizer)
         for suite in args.suites.split(","):
             rows = tokenize_dataset(load_suite(suite, None, args.eval_prompts), tokenizer, None, {}, name=suite)
+            prompts = list(rows["prompt_ids"])
             for temperature in args.temperatures:
                 law = f"{Path(suite).stem}-t{temperature:g}"
                 settings = SpeculationSettings(
                     args.max_new_tokens, stops, SamplingParams(temperature), batch_size=args.eval_batch_size
                 )
                 place = self.output / "evaluated" / law
+                once = ReadOnce(target)
                 measured = evaluate_drafters(
-                    target,
-                    dict(zip(folders, drafters, strict=True)),
-                    list(rows["prompt_ids"]),
-                    settings,
-                    results=place,
-                    progress=law,
+                    once, by_name, prompts, settings, results=place, progress=law, replay=True
                 )
                 found[law] = {
                     name: {**one, "file": f"{place}-{name}.jsonl"} for name, one in measured["drafters"].items()
                 }
-        return found
+                if len(found) == 1:
+                    few = {name: by_name[name] for name in ("start", *(self.arm(name, 0).name for name in args.arms))}
+                    place, label = self.output / "decoded" / law, f"{law}, decoded"
+                    decoded = evaluate_drafters(target, few, prompts, settings, results=place, progress=label)
+        return found, decoded
 
     def speeds(self, folder: Path) -> dict[str, Any]:
         """Tokens a second of transformers and of this package, in turns."""
@@ -222,24 +241,36 @@ def seconds_a_step(folder: Path) -> float:
     (newest,) = checkpoints_in(folder)[-1:]
     log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     times = [entry["step_time"] for entry in log if "step_time" in entry]
-    return statistics.mean(times[1:] or times)
+    return statistics.median(times[1:] or times)
 
 
-def gains(journey: Journey, by_name: dict[str, dict[str, Any]], over: str) -> tuple[list[float], float] | None:
-    """τ of Draft-OPD over another arm's less 1: by seed, and the lowest end of their paired 95 % intervals."""
+def gain(journey: Journey, by_name: dict[str, dict[str, Any]], arm: str, over: str) -> dict[str, Any] | None:
+    """τ of an arm over another's less 1: by seed, and the lowest end of their paired 95 % intervals."""
     values, lows = [], []
     for seed in range(journey.args.seeds):
-        names = [journey.arm(name, seed).name for name in (OPD, over)]
+        names = [journey.arm(name, seed).name for name in (arm, over)]
         if not set(names) <= by_name.keys():
             return None
         mine, other = (join_reports(list(read_reports(Path(by_name[name]["file"])).values())) for name in names)
         change = difference(mine, other)
         values.append(change["mean"] / other.acceptance_length)
         lows.append(change["low"] / other.acceptance_length)
-    return values, min(lows)
+    return {"mean": statistics.mean(values), "by_seed": values, "low": min(lows)}
 
 
-def told(journey: Journey, found: dict[str, Any], speeds: dict[str, Any], seconds: float) -> dict[str, Any]:
+def all_gains(journey: Journey, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By law: of Draft-OPD over every other arm, and of those over SFT continued."""
+    pairs = [(OPD, arm) for arm in journey.args.arms if arm != OPD]
+    pairs += [(arm, SFT) for arm in journey.args.arms if arm not in (OPD, SFT)]
+    return {
+        law: {f"{arm} over {over}": gain(journey, by_name, arm, over) for arm, over in pairs}
+        for law, by_name in found.items()
+    }
+
+
+def told(
+    journey: Journey, found: dict[str, Any], decoded: dict[str, Any], speeds: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """The last line: of the first suite and temperature, means over seeds; gains are relative."""
     law, by_name = next(iter(found.items()))
 
@@ -249,11 +280,11 @@ def told(journey: Journey, found: dict[str, Any], speeds: dict[str, Any], second
 
     line = {"law": law, "tau_start": by_name["start"]["acceptance_length"], "tau_sft": mean(SFT), "tau_opd": mean(OPD)}
     for key, over in (("gain_equal_steps", SFT), ("gain_equal_time", EQUAL_TIME)):
-        values, low = gains(journey, by_name, over) or ([], None)
-        line[key], line[f"{key}_low"] = statistics.mean(values) if values else None, low
+        change = gain(journey, by_name, OPD, over) or {"mean": None, "low": None}
+        line[key], line[f"{key}_low"] = change["mean"], change["low"]
     line["speedup_generate_batch1"] = speeds.get("ours, batch 1", {}).get("over_generate")
-    checked = [one["texts"] for part in found.values() for one in part.values() if one["texts"]]
-    line["texts_changed"] = sum(one["changed"] for one in checked)
+    checked = [one["texts"] for one in decoded["drafters"].values() if one["texts"]]
+    line["texts_changed"] = sum(one["changed"] for one in checked) if checked else None
     return {**line, "seconds": round(seconds)}
 
 
@@ -262,14 +293,15 @@ def names_of(journey: Journey, arm: str) -> list[str]:
 
 
 def table(journey: Journey, found: dict[str, Any]) -> str:
-    """τ by arm and law, mean over seeds and their range, in Markdown."""
+    """τ by arm and law, mean over seeds, their range and the gain over SFT continued, in Markdown."""
     lines = ["| drafter | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for arm in ("start", *journey.args.arms):
         cells = []
         for by_name in found.values():
             taus = [by_name[name]["acceptance_length"] for name in names_of(journey, arm)]
             spread = f" [{min(taus):.3f}, {max(taus):.3f}]" if len(taus) > 1 else ""
-            cells.append(f"{statistics.mean(taus):.3f}{spread}")
+            change = gain(journey, by_name, arm, SFT) if arm in journey.args.arms and arm != SFT else None
+            cells.append(f"{statistics.mean(taus):.3f}{spread}" + (f", {change['mean']:+.1%}" if change else ""))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -280,10 +312,11 @@ def main(args: RealArguments) -> dict[str, Any]:
     journey = Journey(args)
     start = journey.start()
     journey.train_arms(start)
-    found = journey.evaluate(start)
+    found, decoded = journey.evaluate(start)
     speeds = journey.speeds(journey.arm(OPD if OPD in args.arms else args.arms[0], 0))
-    line = told(journey, found, speeds, time.perf_counter() - began)
-    write_atomically(args.output / "results.json", json.dumps({**line, "laws": found, "speeds": speeds}, indent=2))
+    line = told(journey, found, decoded, speeds, time.perf_counter() - began)
+    result = {**line, "gains": all_gains(journey, found), "laws": found, "decoded": decoded, "speeds": speeds}
+    write_atomically(args.output / "results.json", json.dumps(result, indent=2))
     write_atomically(args.output / "results.md", table(journey, found) + "\n")
     print(f"\n{table(journey, found)}\n\nWritten to {args.output}: results.json, results.md, the trained drafters")
     print(json.dumps(line))

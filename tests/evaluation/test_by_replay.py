@@ -9,7 +9,8 @@ from invariants import same_law_p
 
 from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.core.target import Target
-from draft_opd_trl.decoding.speculation import SpeculationSettings
+from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
+from draft_opd_trl.evaluation import by_replay
 from draft_opd_trl.evaluation.by_replay import measure_by_replay
 from draft_opd_trl.evaluation.measure import evaluate_drafters, measure_acceptance, text_seeds
 
@@ -39,6 +40,21 @@ def test_counts_of_drawn_texts_have_the_distribution_of_speculation(drawn):
 
     assert histogram(got)[1:].sum() > 100
     assert same_law_p(histogram(got), histogram(expected)) > 1e-3
+
+
+def test_texts_are_written_once_for_all_drafters(monkeypatch):
+    target = Target(tiny_model("qwen3"))
+    drafters = {"one": tiny_drafter(ANY_KIND, target), "two": tiny_drafter(ANY_KIND, target, seed=2)}
+    written = []
+    monkeypatch.setattr(
+        by_replay, "speculate", lambda *args, **options: written.append(args[2]) or speculate(*args, **options)
+    )
+    prompts, settings = random_prompts(4, seed=3), SpeculationSettings(12, [3], batch_size=2)
+    found = evaluate_drafters(target, drafters, prompts, settings, replay=True)
+    assert len(written) == 2
+    for name, drafter in drafters.items():
+        alone = measure_by_replay(target, drafter, prompts, settings, text_seeds(0, range(4)))
+        assert found["drafters"][name]["acceptance_length"] == alone.acceptance_length
 
 
 def test_results_say_how_they_were_made(tmp_path):

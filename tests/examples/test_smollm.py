@@ -29,6 +29,7 @@ def journey(real, tmp_path):
         sft_steps=2,
         steps=2,
         seeds=1,
+        arms=real.QUICK_ARMS,
         eval_prompts=3,
         temperatures=[0.0],
         speed_prompts=0,
