@@ -3,12 +3,16 @@
     python examples/families.py
     python examples/families.py --families qwen3_5_text mamba2
 
-Ends with a table, `families.md`, what it comes from, `families.json`, and one JSON line.
+Ends with a table, `families.md`, what it comes from, `families.json`, what the package tells of it, `known.json` (it
+becomes `draft_opd_trl/folders/known_families.json`), and one JSON line.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,17 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig, logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    PreTrainedConfig,
+    logging,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from draft_opd_trl import SpeculationSettings, Target, create_drafter, speculate
+from draft_opd_trl.core.errors import UserError
 from draft_opd_trl.core.files import write_atomically
 from draft_opd_trl.core.records import Rollout
+from draft_opd_trl.core.target_shape import text_config
 from draft_opd_trl.decoding.replay import replay_text
 from draft_opd_trl.evaluation.by_replay import measure_by_replay
 from draft_opd_trl.evaluation.measure import measure_acceptance
+from draft_opd_trl.folders.target_folder import read_target
 
 
 LAYERS, VOCAB = 4, 64
@@ -85,6 +101,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "qk_dim_factor": 1.0,
         "autocast_kernel_dtype": "float32",
     },
+    "zaya": {"num_experts_per_tok": 1},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 2},
     "zamba2": {
         "attention_hidden_size": 64,
@@ -147,7 +164,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
         known = {name: value for name, value in SIZES.items() if hasattr(CONFIG_MAPPING[family], name)}
         return AutoConfig.for_model(family, **{**known, **GIVEN[family]})
     config = AutoConfig.for_model(family)
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         _shrink(part)
     return config
 
@@ -187,6 +204,8 @@ def tiny_target(family: str) -> Target:
         config = tiny_config(family)
         with torch.device("meta"):
             size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except UserError:
+        raise
     except Exception as error:  # sizes that do not go together, or a model that transformers cannot make
         raise ValueError(f"not made tiny: {type(error).__name__}: {error}") from error
     if size > MOST_PARAMETERS:
@@ -197,7 +216,10 @@ def tiny_target(family: str) -> Target:
 
 def try_family(family: str) -> dict[str, Any]:
     """What works: each use's own word for it, or what went wrong, in a line."""
-    found: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
+    found: dict[str, Any] = {
+        "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+        "transformers": transformers.__version__,
+    }
     # Neither encoder-decoders, nor encoders asked as decoders, nor models of which the language model is a part.
     config = CONFIG_MAPPING[family]
     parts = set(config.sub_configs) - {"attn_config"}  # MPT's, of its attention
@@ -211,7 +233,8 @@ def try_family(family: str) -> dict[str, Any]:
         try:
             outcome = trial()
         except Exception as error:  # whatever a library does
-            found[use] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            said = re.sub(rf"{tempfile.gettempdir()}/\w+", "FOLDER", " ".join(str(error).split()))
+            found[use] = f"{type(error).__name__}: {said[: 400 if isinstance(error, UserError) else 160]}"
             return None
         found[use] = outcome if isinstance(outcome, str) else True
         return outcome
@@ -265,12 +288,54 @@ def try_family(family: str) -> dict[str, Any]:
             expected = target.forward_text(text, ())[1][0, anchor + slot]
             torch.testing.assert_close(scored[block, slot], expected, rtol=1e-3, atol=1e-3)
 
+    def decoded(target: Target) -> str:
+        """Texts of a target that is not the one above, with the drafter's help and without."""
+        rollout, plain = (speculate(target, one, prompts, settings, seeds=seeds) for one in (drafter, None))
+        pairs = zip(rollout.completions(), plain.completions(), strict=True)
+        return f"{sum(ours == theirs for ours, theirs in pairs)} of {len(prompts)}"
+
+    def lora() -> str:
+        """The folder of an adapter: read with the adapter in its weights."""
+        # PEFT refuses these two of Mamba.
+        options = {"r": 2, "target_modules": "all-linear", "exclude_modules": ["out_proj", "conv1d"]}
+        torch.manual_seed(0)
+        adapted = get_peft_model(
+            copy.deepcopy(target.model), LoraConfig(**options, init_lora_weights=False, task_type="CAUSAL_LM")
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            adapted.save_pretrained(folder)
+            # Its base, whose folder this has not got.
+            base = copy.deepcopy(target.model), {"missing_keys": []}
+            file = Path(folder) / "adapter_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": family}))
+            read = Target(read_target(folder, lambda *name, **options: base))
+        merged = Target(adapted.merge_and_unload())
+        theirs, ours = (speculate(one, None, prompts, settings, seeds=seeds).completions() for one in (merged, read))
+        assert theirs == ours, "other texts than its merged weights"
+        assert ours != texts.completions(), "an adapter without effect"
+        return decoded(read)
+
+    def quantised() -> str:
+        """Eight bits a weight, by bitsandbytes."""
+        # By default it treats a column as large where any text of a batch has it large.
+        options = {
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+            "dtype": torch.float32,
+            "config": copy.deepcopy(target.model.config),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            target.model.save_pretrained(folder)
+            model = read_target(folder, AutoModelForCausalLM.from_pretrained, **options)
+        return decoded(Target(model.eval()))
+
     texts = attempt("texts", write)
     if texts is not None:
         attempt("replay", replay)
         attempt("speculation", speculation)
         attempt("evaluation by replay", by_replay)
         attempt("rejected stream", rejected)
+        attempt("LoRA", lora)
+        attempt("quantised", quantised)
     return found
 
 
@@ -281,6 +346,7 @@ def works(found: dict[str, Any], use: str) -> bool:
 
 
 USES = ("texts", "replay", "evaluation by replay", "speculation", "rejected stream", "init_dflash", "init_eagle3")
+USES += ("LoRA", "quantised")
 
 
 def table(families: dict[str, dict[str, Any]]) -> str:
@@ -303,6 +369,30 @@ def _reads(found: dict[str, Any]) -> str:
     return "the run and the block" if found["reads_anew"] is None else "the whole text"
 
 
+def known(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the package tells of them (`draft_opd_trl.folders.known_families`)."""
+    (version,) = {found["transformers"] for found in families.values()}
+    good = {family: found for family, found in families.items() if found["target"] is True and "texts" in found}
+    reads: dict[str, list[str]] = {}
+    for family, found in good.items():
+        reads.setdefault(_reads(found), []).append(family)
+    lacks = {
+        family: {use: found.get(use, "not tried") for use in USES if not works(found, use)}
+        for family, found in good.items()
+    }
+    refused = {
+        family: found["target"].split(": ", 1)[1]
+        for family, found in families.items()
+        if str(found["target"]).startswith("InputError")
+    }
+    return {
+        "transformers": version,
+        "reads": {name: " ".join(of) for name, of in reads.items()},
+        "lacks": {family: uses for family, uses in lacks.items() if uses},
+        "refused": refused,
+    }
+
+
 def main(args: FamiliesArguments) -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -318,6 +408,7 @@ def main(args: FamiliesArguments) -> None:
     families = {family: families[family] for family in sorted(families)}
     write_atomically(results, json.dumps(families, indent=1))
     write_atomically(folder / "families.md", table(families) + "\n")
+    write_atomically(folder / "known.json", json.dumps(known(families), indent=1) + "\n")
     counted = [found for found in families.values() if found["decoder_only"]]
     print(table(families))
     shares = {use: round(sum(works(found, use) for found in counted) / len(counted), 3) for use in USES}

@@ -57,14 +57,14 @@ class QuickstartArguments:
     temperature: float = field(default=0.0, metadata={"help": "At which the target writes and verifies."})
     output_dir: str | None = field(default=None, metadata={"help": "By default outputs/quickstart[-<drafter>][-t…]."})
     seed: int = field(default=42, metadata={"help": "Of all that is drawn."})
-    max_steps: int = field(default=300, metadata={"help": "Steps of Draft-OPD, and of SFT at equal steps."})
-    batch_size: int = field(default=8, metadata={"help": "Texts a step."})
+    max_steps: int = field(default=500, metadata={"help": "Steps of Draft-OPD, and of SFT at equal steps."})
+    batch_size: int = field(default=4, metadata={"help": "Texts a step."})
     num_anchors: int = field(default=32, metadata={"help": "Most blocks trained on, a text."})
     learning_rate: float | None = field(default=None, metadata={"help": "By default that of the recipe."})
     texts: int = field(default=1600, metadata={"help": "Most texts to train on."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest text, in tokens."})
-    eval_prompts: int = field(default=400, metadata={"help": "Held-out prompts to judge on."})
-    watched_prompts: int = field(default=64, metadata={"help": "Of these, measured during training too."})
+    eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts to judge on."})
+    watched_prompts: int = field(default=32, metadata={"help": "Of these, measured during training too."})
 
 
 def shipped_drafter(kind: str) -> str:

@@ -41,6 +41,7 @@ def show(result: dict[str, Any]) -> str:
         *([f"  trained on {result['base']}"] if result["base"] else []),
         f"  {result['num_parameters']:,} parameters; tensors: {dtypes}",
         *(f"  {name}: {value}" for name, value in result["config"].items()),
+        *([f"  target: {result['target_family']}"] if result["target_family"] else []),
         "",
         "Loads in",
         *(f"  {loader}: {_ANSWERS[loads]}" for loader, loads in result["loads"].items()),

@@ -21,6 +21,7 @@ from ..drafters.base import Drafter
 from .adapters import is_adapter, read_adapter
 from .checkpoints import drafter_class_of, drafter_folder, load_drafter, load_target_shape, read_config
 from .folder_files import read_tensors, stray_weights
+from .known_families import told_of_family
 from .serving import ENGINES, launch_commands, serves, serving_faults
 
 
@@ -117,9 +118,10 @@ def inspect_drafter(
 
     Returns:
         JSON-able `dict`: `path`, `kind`, `layout`, `base` (of an adapter, the drafter it was trained on),
-        `num_parameters`, `dtypes` (dtype → tensors), `config` (what matters of it), `faults` (`fault` in words, and
-        which loaders it `breaks`: they refuse the folder, or draft otherwise than trained), `loads` (loader → `bool`,
-        or `None` where it is not known), `launch` (engine → command, where it loads or that is not known).
+        `num_parameters`, `dtypes` (dtype → tensors), `config` (what matters of it), `target_family` (what it was found
+        to be good for, in words; `None` without `target`), `faults` (`fault` in words, and which loaders it `breaks`:
+        they refuse the folder, or draft otherwise than trained), `loads` (loader → `bool`, or `None` where it is not
+        known), `launch` (engine → command, where it loads or that is not known).
 
     Raises:
         `FileNotFoundError`: No such folder, config or weights.
@@ -187,6 +189,7 @@ def _told(
         "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
         "config": config,
         "faults": [{"fault": fault, "breaks": sorted(breaks)} for fault, breaks in faults],
+        "target_family": shape and told_of_family(shape.config.model_type),
         "loads": {loader: known and loader not in broken if known else known for loader, known in loads.items()},
         "launch": {},
     }

@@ -32,6 +32,7 @@ from ..core.errors import EnvironmentFault, InputError, NotFoundError, UserError
 from ..core.target_shape import text_config
 from ..drafters import DRAFTERS
 from .adapters import adapter_base, is_adapter, merge, read_adapter
+from .known_families import check_family
 from .reach import why_not_on_hub
 
 
@@ -73,7 +74,9 @@ def read_target_config(name: str, revision: str | None = None, **hub: Any) -> Pr
                 f"{name} is given as the target, but holds a drafter of kind {kind}. Drafter and target look swapped: "
                 "the drafter goes to `model` (--model), the target to `teacher_model` (--teacher)."
             )
-        return AutoConfig.from_pretrained(name, revision=revision, **hub)
+        config = AutoConfig.from_pretrained(name, revision=revision, **hub)
+        check_family(config)
+        return config
     except UserError:
         raise
     except OSError as error:

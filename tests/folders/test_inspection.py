@@ -44,9 +44,12 @@ def test_a_folder_that_is_right(kind, make_folder, target_folder):
         assert told["kind"] == kind and told["layout"] == layout
         assert told["config"]["num_draft_tokens"] == 4
         assert told["config"]["target_layer_ids"] == load_drafter(folder).target_layer_ids
+        assert (told["target_family"] is None) == (target is None)
         name = target or "TARGET"
         assert told["launch"] and all(f" {name} " in text and folder in text for text in told["launch"].values())
     json.dumps(told)
+    assert told["target_family"].startswith("qwen3, tried tiny and at random with transformers ")
+    assert f"target: {told['target_family']}" in inspect_command.show(told)
 
 
 @pytest.mark.parametrize("kind", IN_SPECULATORS)
