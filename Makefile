@@ -28,7 +28,7 @@ help:
 	@echo "make real         the same from nothing, in a night"
 	@echo "make test         run the tests"
 	@echo "make docs         build the site into docs/build, without a network; a dead link is an error"
-	@echo "make test-serving load drafters by SGLang, vLLM and speculators, and serve them by vLLM, on a CPU (downloads some 2 GB once)"
+	@echo "make test-serving load drafters by SGLang, vLLM, speculators and SpecForge, and serve them by vLLM, on a CPU (downloads some 2 GB once)"
 	@echo "make test-newest  run the tests with the newest releases of everything but torch, in .venv-newest"
 	@echo "make constraints  the same, and if they pass, write these versions to constraints.txt"
 	@echo "make soak         put the promises of docs/source/reliability.md to the test, 30 minutes on 2 cores"

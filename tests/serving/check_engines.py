@@ -108,6 +108,14 @@ def edit(folder: Path, change) -> Path:
     return folder
 
 
+def add_tables(folder: Path) -> Path:
+    """Those of a draft vocabulary that is the pocket target's whole one."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"d2t": torch.zeros(1024, dtype=torch.long), "t2d": torch.ones(1024, dtype=torch.bool)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _other_tap(config):
     """The first tap one layer further, in every spelling."""
     for fields, name in (
@@ -203,10 +211,7 @@ def jobs(tmp_path_factory):
     odd = {name: folders.pop(name) for name in ODD}
     for name, (base, change) in CHANGES.items():
         odd[name] = edit(shutil.copytree({**folders, **odd}[base], root / name), change)
-    odd["tables"] = shutil.copytree(folders["eagle3-whole"], root / "tables")
-    tensors = load_file(odd["tables"] / "model.safetensors")
-    tensors |= {"d2t": torch.zeros(1024, dtype=torch.long), "t2d": torch.ones(1024, dtype=torch.bool)}
-    save_file(tensors, odd["tables"] / "model.safetensors", metadata={"format": "pt"})
+    odd["tables"] = add_tables(shutil.copytree(folders["eagle3-whole"], root / "tables"))
     for name, folder in odd.items():
         jobs[f"odd: {name}"] = {**ours(folder, "float32"), "folder": str(folder)}
     for name, folder in folders.items():
