@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -17,9 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+import draft_opd_trl
+
 
 # A device type of PyTorch's that nothing here has, and whose gradients are computed where those of the CPU are.
 DEVICE = torch.device("lazy")
+PACKAGE = str(Path(draft_opd_trl.__file__).parent)
 aten = torch.ops.aten
 # What answers the host, or needs an answer of the device to know how much it gives.
 WAITING = {
@@ -104,7 +108,7 @@ class PretendDevice(TorchDispatchMode):
         frame = sys._getframe()
         while frame is not None:
             path, function = frame.f_code.co_filename, frame.f_code.co_name
-            if "/draft_opd_trl/" in path and not function.startswith("<"):
+            if path.startswith(PACKAGE) and not function.startswith("<"):
                 name = f"{path.rpartition('/')[2]}:{function}"
                 break
             frame = frame.f_back
