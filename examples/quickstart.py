@@ -24,7 +24,6 @@ from pocket import POCKET, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from draft_opd_trl import (
-    Drafter,
     DraftOPDConfig,
     DraftOPDTrainer,
     SamplingParams,
@@ -37,6 +36,7 @@ from draft_opd_trl import (
 )
 from draft_opd_trl.core.files import write_atomically
 from draft_opd_trl.decoding.acceptance import AcceptanceReport, difference
+from draft_opd_trl.drafters.base import Drafter
 from draft_opd_trl.evaluation.measure import changed_texts, text_seeds
 from draft_opd_trl.evaluation.report import plot_acceptance
 

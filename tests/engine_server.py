@@ -123,6 +123,8 @@ class EngineServer(LocalServer):
                 "num_spec_tokens": slots,
             }
             return {"metrics": {"speculative_decoding": told}}
+        if not runs:
+            return {}
         longest = max(runs, default=0)
         told = {
             "spec_verify_ct": len(runs),

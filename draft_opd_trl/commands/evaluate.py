@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.checks import check_value, path
 from ..core.errors import InputError
-from ..evaluation.best_k import in_words
+from ..evaluation.best_k import advised
 from . import served
 from .options import QuantizationArguments, drafters_by_name, read_chat_kwargs, settle_options, suite_paths
 from .replay_texts import ServerTexts
@@ -117,6 +117,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     from ..decoding.acceptance import DEFINITION
     from ..decoding.speculation import SpeculationSettings
     from ..evaluation.measure import evaluate_drafters
+    from ..evaluation.round_costs import check_timed
     from ..evaluation.suites import load_suite
     from ..evaluation.turns import second_turns
     from ..texts.prompts import check_fit, tokenize_dataset
@@ -139,11 +140,7 @@ def _measured(arguments: EvaluateArguments, quantization: QuantizationArguments,
     rows = {name: tokenize_dataset(suite, tokenizer, None, chat, name=name) for name, suite in suites.items()}
     target, drafters, _ = load_pair(*models, arguments.dtype, quantized)
     replay = arguments.by == "replay" or (arguments.by is None and target.reads_anew is not None)
-    if target.reads_anew is not None and arguments.serve_batch_sizes:
-        raise InputError(
-            f"serve_batch_sizes={arguments.serve_batch_sizes} asks for rounds to be timed, but over this target every "
-            "round reads its texts anew, as no engine would. Leave it out."
-        )
+    check_timed(target, arguments.serve_batch_sizes)
     output = Path(arguments.output_dir) if arguments.output_dir else None
     longest_block = max(drafter.num_draft_tokens for drafter in drafters)
     check_fit(rows, target.vocab_size, target.context_length, arguments.max_new_tokens, longest_block)
@@ -219,8 +216,7 @@ def _figures(drafter: dict[str, Any]) -> dict[str, str]:
         else:
             figures["speedup"] = f"{with_interval(drafter['speedup'], drafter['speedup_interval'], '.2f')} {beside}"
     if drafter.get("serving"):
-        told = (f"batch {one['batch_size']}: {in_words(one)}" for one in drafter["serving"])
-        figures["to serve with"] = f"{'; '.join(told)}; foreseen from rounds timed here"
+        figures["to serve with"] = advised(drafter["serving"])
     if drafter["texts"] is not None:
         figures["lossless"] = _losslessness(drafter["texts"])
     if drafter["resumed"]:

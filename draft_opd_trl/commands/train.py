@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
+from ..evaluation.best_k import advised
 from ..training.config import DraftOPDConfig
 from .options import AdapterArguments, PairArguments, QuantizationArguments
 
@@ -112,6 +113,7 @@ def run(
     if held_out is not None:
         earlier = (first, known["before"]) if "before" in known else None
         result |= results_of(trainer.measured, "eval", called, trainer.law, earlier)
+        result |= {"serving": trainer.serving} if trainer.serving else {}
         result["traces"] = _write_traces(trainer, model, called)
         if trainer.is_world_process_zero():
             write_results(result, Path(config.output_dir))
@@ -166,6 +168,8 @@ def show(result: dict[str, Any]) -> str:
         lines += ["", f"{result['prompts']} held-out prompts, {result['law']}", "", result["table"]]
         for name, gain in result.get("gains", {}).items():
             lines.append(f"{name}: {gain['mean']:+.3f} τ [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+        if "serving" in result:
+            lines += ["", f"to serve with: {advised(result['serving'])}"]
         if result["before"] is None:
             lines += ["", "Not measured before training on these prompts, so there is no change to tell."]
         lines += ["", f"{TRACED} of their texts, block by block: {result['traces']}"]

@@ -47,8 +47,13 @@ def before_head(model: PreTrainedModel) -> torch.nn.Module | None:
 def check_whole_weights(target: Any) -> None:
     """
     Raises:
-        `ValueError`: A target's head or embedding is quantised.
+        `ValueError`: A target has no head, or its head or embedding is quantised.
     """
+    if target.head is None:
+        raise InputError(
+            f"{type(target.model).__name__} has no head that says which token comes next. Give the whole causal "
+            "language model, as AutoModelForCausalLM loads it."
+        )
     for module in (target.head, target.embedding):
         weight = getattr(module, "weight", None)
         if weight is None or not weight.is_floating_point():

@@ -7,16 +7,35 @@ from transformers import PreTrainedConfig
 from .errors import InputError
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The config of the language model in a config, which may be the whole.
+
+    Raises:
+        `ValueError`: There are several.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise InputError(
+            f"A config of type {config.model_type} holds several language models, an encoder's and a decoder's, so it "
+            "is no causal language model that reads tokens alone. Use another target."
+        ) from error
+
+
 class TargetShape:
     """
     A target without weights, for checks that need none.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): The target's.
+
+    Raises:
+        `ValueError`: It holds several language models.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config.get_text_config()
+        self.config = text_config(config)
         self.name: str = config._name_or_path
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size

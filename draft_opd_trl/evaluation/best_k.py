@@ -105,3 +105,9 @@ def in_words(one: Mapping[str, Any]) -> str:
     if one["num_draft_tokens"] == 0:
         return "no drafter"
     return f"K = {one['num_draft_tokens']} ({one['speedup']:.2f} times plain)"
+
+
+def advised(told: Sequence[Mapping[str, Any]]) -> str:
+    """All of [`advice`] in one line."""
+    sizes = "; ".join(f"batch {one['batch_size']}: {in_words(one)}" for one in told)
+    return f"{sizes}; foreseen from rounds timed here"

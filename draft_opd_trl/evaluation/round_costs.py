@@ -12,6 +12,7 @@ from itertools import cycle, islice
 
 import torch
 
+from ..core.errors import InputError
 from ..core.stopwatch import Stopwatch
 from ..core.target import Target
 from ..decoding.speculation import Lanes, SpeculationSettings, commit, prefill, propose, verify
@@ -21,6 +22,18 @@ from .best_k import Choice, choices
 
 # Rounds of a measurement, and those before it that warm up.
 ROUNDS, WARM_UP = 10, 2
+
+
+def check_timed(target: Target, batch_sizes: Sequence[int]) -> None:
+    """
+    Raises:
+        `ValueError`: Rounds are to be timed, and over this target they say nothing of an engine's.
+    """
+    if batch_sizes and target.reads_anew is not None:
+        raise InputError(
+            f"serve_batch_sizes={list(batch_sizes)} asks for rounds to be timed, but over this target every round "
+            "reads its texts anew, as no engine would. Leave it out."
+        )
 
 
 @torch.no_grad()

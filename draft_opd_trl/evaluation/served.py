@@ -235,8 +235,12 @@ def _by_answer(
     last = time.perf_counter()
     for text, answer in _answers(client, asked):
         now, ids = time.perf_counter(), _completion(answer, client.stop_token_ids)
-        # A text of one token comes from the prefill.
-        verified = answer.verified or Verified(0)
+        if answer.verified is None and len(ids) > 1:
+            raise ServerError(
+                f"{client.url} tells with some answers what verification said, and with the one to prompt {text} it "
+                "does not. Where several engines are behind the address, start them alike, or ask one of them."
+            )
+        verified = answer.verified or Verified(0)  # a text of one token comes from the prefill
         yield Part(
             [text],
             [ids],

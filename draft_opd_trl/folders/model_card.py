@@ -51,6 +51,7 @@ class Evaluation:
         by_slot (`list[float]`): Share of blocks whose first k proposals were all accepted.
         interval (`list[float]`): 95 % interval of τ; empty where none was logged.
         change (`list[float]`): τ − τ before training, paired by prompt, and its interval; empty where there is none.
+        serving (`dict[int, str]`): Batch size → proposals to serve with, in words; empty where nothing was timed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Evaluation:
     by_slot: list[float]
     interval: list[float] = field(default_factory=list)
     change: list[float] = field(default_factory=list)
+    serving: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,9 +109,19 @@ def _read(log: dict[str, Any]) -> list[Evaluation]:
                 by_slot=[round(log[slot], 4) for slot in itertools.takewhile(log.__contains__, slots)],
                 interval=[log[key] for key in (f"{match[0]}_low", f"{match[0]}_high") if key in log],
                 change=[log[key] for key in (f"{change}{end}" for end in ("", "_low", "_high")) if key in log],
+                serving=_serving(log, f"{prefix}_serve_batch_"),
             )
         )
     return evaluations
+
+
+def _serving(log: dict[str, Any], start: str) -> dict[int, str]:
+    """Of the metrics that begin so, in words."""
+    told = {}
+    for size in (match[1] for match in (re.fullmatch(rf"{start}(\d+)_speedup", key) for key in log) if match):
+        proposals, speedup = (log[f"{start}{size}_{name}"] for name in ("num_draft_tokens", "speedup"))
+        told[int(size)] = f"K = {proposals} ({speedup:.2f} times plain)" if proposals else "no drafter"
+    return told
 
 
 def _eval_results(evaluation: Evaluation, law: str) -> list[EvalResult]:

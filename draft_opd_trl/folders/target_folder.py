@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ..core.errors import EnvironmentFault, InputError, NotFoundError, UserError
+from ..core.target_shape import text_config
 from ..drafters import DRAFTERS
 from .adapters import adapter_base, is_adapter, merge, read_adapter
 from .reach import why_not_on_hub
@@ -222,7 +223,7 @@ def read_tokenizer(name: str, config: PreTrainedConfig | None = None, **hub: Any
     if tokenizer.vocab_size <= 1:
         # What transformers makes up where there are no files.
         raise InputError(f"The target {name} comes without a tokenizer. Put its files beside the weights.")
-    size = None if config is None else config.get_text_config().vocab_size
+    size = None if config is None else text_config(config).vocab_size
     if size is not None and tokenizer.vocab_size > size:
         raise InputError(
             f"The tokenizer of {name} has {tokenizer.vocab_size} tokens, but the target's vocabulary is {size}, so it "

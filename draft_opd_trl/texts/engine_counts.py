@@ -68,7 +68,9 @@ def verified_in(body: dict[str, Any]) -> Verified | None:
     """
     What a completions answer says of its own verifications; `None` where it says nothing, or not as we know it.
 
-    vLLM tells with `--per-request-spec-decode-metrics`, SGLang where `return_spec_tokens_details` asks for it.
+    vLLM tells with `--per-request-spec-decode-metrics`, SGLang where `return_spec_tokens_details` asks for it, but
+    nothing of a text without a verification. The means beside the counts are not read: SGLang's `spec_accept_length`
+    counts the prefill's token among those committed.
     """
     parts = ((body.get(place), part, names) for place, part, *names in PER_ANSWER)
     told = [(whole.get(part), names) for whole, part, names in parts if isinstance(whole, dict)]

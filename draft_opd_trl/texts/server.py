@@ -48,6 +48,13 @@ class Answer:
     num_tokens: int | None
     verified: Verified | None = None
 
+    @property
+    def verifications(self) -> int | None:
+        """Blocks verified; a text of one token comes from the prefill, whatever is told of it."""
+        if self.num_tokens == 1:
+            return 0
+        return None if self.verified is None else self.verified.verifications
+
 
 class CompletionsClient:
     """

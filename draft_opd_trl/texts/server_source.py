@@ -131,9 +131,9 @@ class ServerSource:
 
     def _log_served(self, before: Counters, answers: list[Answer]) -> None:
         """τ of the server's own speculation, from what its answers tell, else from its counters, if it speculates."""
-        if answers and all(answer.verified and answer.num_tokens for answer in answers):
+        if answers and all(answer.num_tokens and answer.verifications is not None for answer in answers):
             tokens, requests = sum(answer.num_tokens for answer in answers), len(answers)
-            verifications = sum(answer.verified.verifications for answer in answers)
+            verifications = sum(answer.verifications for answer in answers)
         elif answers and before.verifications is not None:
             counted = self.stats.since(before, len(answers))
             tokens, requests, verifications = counted.tokens, counted.requests, counted.verifications

@@ -7,6 +7,8 @@ that verification exposed, the drafter's own proposals) in one path, so that the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -42,6 +44,8 @@ class BatchMaker:
         proposals ([`SamplingParams`], *optional*): Replay proposals drawn at these settings, the text's own; argmax
             proposals by default.
         store ([`StateStore`], *optional*): Reads texts in the target's place, where their keys are not wanted.
+        autocast (`Callable`, *optional*): Context in which argmax proposals are drafted: that of the losses. Drawn
+            ones are drafted in the drafter's own dtype, as the target's distribution is read beside them.
         stopwatch ([`Stopwatch`], *optional*): Takes the times of the target's pass over the texts (`target_text`), of
             finding and choosing blocks (`replay`) and of what the target says of them (`scoring`).
     """
@@ -56,6 +60,7 @@ class BatchMaker:
         buffer: ErrorBuffer | None = None,
         proposals: SamplingParams | None = None,
         store: StateStore | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         if streams.sft_decay is None:
@@ -63,6 +68,7 @@ class BatchMaker:
         self.target, self.drafter = target, drafter
         self.streams, self.on_policy, self.seed = streams, on_policy, seed
         self.buffer, self.proposals, self.store = buffer, proposals, store
+        self.autocast = autocast if proposals is None else nullcontext
         self.stopwatch = stopwatch or Stopwatch(target.device)
 
     def __call__(
@@ -187,7 +193,8 @@ class BatchMaker:
         features = features[replayed, : texts.tokens.shape[1]]
         coupling = None if coupling is None else coupling.select(replayed)
         if self.on_policy.anchors == "exposed":
-            blocks = replay_text(self.drafter, texts, features, self.on_policy.num_chains, coupling)
+            with self.autocast():
+                blocks = replay_text(self.drafter, texts, features, self.on_policy.num_chains, coupling)
         else:
             own = [generators[text] for text in replayed.tolist()]
             places = random_places(texts, range(len(texts)), self.on_policy.num_anchors, own)
@@ -203,8 +210,9 @@ class BatchMaker:
         coupling: Coupling | None,
     ) -> DraftBlocks:
         """The drafter's blocks at places that do not follow from each other."""
-        state = read_text(self.drafter, texts, features)
-        return draft_at(self.drafter, state, texts, *grid_of(*places, len(texts)), coupling)
+        with self.autocast():
+            state = read_text(self.drafter, texts, features)
+            return draft_at(self.drafter, state, texts, *grid_of(*places, len(texts)), coupling)
 
     def _text_blocks(self, rollout: Rollout, on_policy: list[bool], generators: list[torch.Generator]) -> DraftBlocks:
         """The text's own blocks at random anchors of the other texts (SFT)."""

@@ -188,6 +188,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
             `report_to` that have tables.
         num_completions_to_print (`int`, *optional*, defaults to `2`):
             How many.
+        serve_batch_sizes (`list[int]`, *optional*, defaults to `[]`):
+            Batch sizes for which `evaluate()` outside of training also says how many proposals to serve with, from
+            rounds that it times; on the card, too.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -287,6 +290,9 @@ class DraftOPDConfig(KeepsSecrets, _BaseConfig):
     # Parameters that control the logging
     log_completions: bool = _field("Print a few texts at each log, as blocks.", False)
     num_completions_to_print: int = _field("How many texts to print.", 2)
+    serve_batch_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "Batch sizes to say for how many proposals to serve with."}
+    )
 
     def __post_init__(self) -> None:
         """

@@ -22,8 +22,10 @@ from ..decoding.acceptance import AcceptanceReport, join_reports
 from ..decoding.speculation import SpeculationSettings
 from ..drafters.base import in_eval_mode
 from ..evaluation.before_after import BeforeAfter
+from ..evaluation.best_k import advice
 from ..evaluation.by_replay import measure_by_replay
 from ..evaluation.measure import measure_acceptance, text_seeds
+from ..evaluation.round_costs import check_timed, serving_choices
 from ..folders.hub import merged
 from .hub_trainer import HubTrainer
 from .sharding import gathered
@@ -35,6 +37,7 @@ class EvaluatingTrainer(HubTrainer):
 
     Attributes:
         measured ([`BeforeAfter`]): The reports, texts included, of the evaluations before the first step and last.
+        serving (`list[dict]`): What the last one says of how many proposals to serve with, as [`advice`] writes it.
     """
 
     _tokenize: Callable[[Dataset, str], Dataset]
@@ -42,7 +45,9 @@ class EvaluatingTrainer(HubTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_timed(self.target, self.args.serve_batch_sizes)
         self.measured = BeforeAfter()
+        self.serving: list[dict[str, Any]] = []
 
     @abstractmethod
     def speculation_settings(self) -> SpeculationSettings:
@@ -100,7 +105,9 @@ class EvaluatingTrainer(HubTrainer):
             prompts), `eval_acceptance_slot_<k>`, `eval_acceptance_length_from_<position>`,
             `eval_blocks_fully_accepted`, `eval_stops_in_blocks`, times and throughput. Where the same prompts were
             evaluated before the first step, also `eval_acceptance_length_change` with `_low` and `_high`: the
-            difference of τ, paired by prompt.
+            difference of τ, paired by prompt. Outside of training, for each of `serve_batch_sizes`,
+            `eval_serve_batch_<size>_num_draft_tokens` and `_speedup`: the K to serve with, 0 for no drafter, and its
+            speed over plain decoding.
 
         Raises:
             `ValueError`: There is no evaluation data set.
@@ -138,8 +145,21 @@ class EvaluatingTrainer(HubTrainer):
             ends = {"": "mean", "_low": "low", "_high": "high"}
             tau = f"{metric_key_prefix}_acceptance_length_change"
             metrics |= {tau + end: change[key] for end, key in ends.items()}
+        if self.args.serve_batch_sizes and not self.is_in_train:
+            self.serving = self._time_rounds(dataset, report)
+            for one in self.serving:
+                told = f"{metric_key_prefix}_serve_batch_{one['batch_size']}"
+                metrics |= {f"{told}_{name}": one[name] for name in ("num_draft_tokens", "speedup")}
         self.log(metrics)
         self.state.log_history[-1]["step"] = self.weights_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.renew_card()
         return metrics
+
+    def _time_rounds(self, dataset: Dataset, report: AcceptanceReport) -> list[dict[str, Any]]:
+        """[`advice`] for `serve_batch_sizes`, as the first rank timed it; on every rank."""
+        law, sizes = self.speculation_settings(), self.args.serve_batch_sizes
+        prompts, by_slot = list(dataset["prompt_ids"]), report.acceptance_by_slot
+        with self._drafter_as_served(), self.target.uneven_forwards():
+            told = serving_choices(self.target, self.drafter, prompts, law, by_slot, sizes)
+        return gather_object([advice(told)])[0]

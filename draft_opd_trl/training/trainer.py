@@ -212,6 +212,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
             buffer=self.error_buffer if args.replay_buffer_size else None,
             proposals=args.sampling if args.sample_proposals else None,
             store=state_store(args, self.target, self.drafter),
+            autocast=self.accelerator.autocast,
             stopwatch=self.run_log.stopwatch,
         )
         self.feed = BatchFeed(
@@ -294,7 +295,7 @@ class DraftOPDTrainer(ResumingTrainer, EvaluatingTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> ReplayBatch:
         step, steps = self.state.global_step, self.state.max_steps
-        # No autocast: the target runs in its own dtype, and proposals are those speculation would make.
+        # No autocast around it: the target runs in its own dtype.
         with self._measure("prepare"), self._drafter_as_served():
             batch, counts = self.feed.next(generation_batch, step, self.args.lmbda_at(step, steps))
         self._log_counts(counts)

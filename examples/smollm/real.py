@@ -244,18 +244,28 @@ def seconds_a_step(folder: Path) -> float:
     return statistics.median(times[1:] or times)
 
 
-def gains(journey: Journey, by_name: dict[str, dict[str, Any]], over: str) -> tuple[list[float], float] | None:
-    """τ of Draft-OPD over another arm's less 1: by seed, and the lowest end of their paired 95 % intervals."""
+def gain(journey: Journey, by_name: dict[str, dict[str, Any]], arm: str, over: str) -> dict[str, Any] | None:
+    """τ of an arm over another's less 1: by seed, and the lowest end of their paired 95 % intervals."""
     values, lows = [], []
     for seed in range(journey.args.seeds):
-        names = [journey.arm(name, seed).name for name in (OPD, over)]
+        names = [journey.arm(name, seed).name for name in (arm, over)]
         if not set(names) <= by_name.keys():
             return None
         mine, other = (join_reports(list(read_reports(Path(by_name[name]["file"])).values())) for name in names)
         change = difference(mine, other)
         values.append(change["mean"] / other.acceptance_length)
         lows.append(change["low"] / other.acceptance_length)
-    return values, min(lows)
+    return {"mean": statistics.mean(values), "by_seed": values, "low": min(lows)}
+
+
+def all_gains(journey: Journey, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By law: of Draft-OPD over every other arm, and of those over SFT continued."""
+    pairs = [(OPD, arm) for arm in journey.args.arms if arm != OPD]
+    pairs += [(arm, SFT) for arm in journey.args.arms if arm not in (OPD, SFT)]
+    return {
+        law: {f"{arm} over {over}": gain(journey, by_name, arm, over) for arm, over in pairs}
+        for law, by_name in found.items()
+    }
 
 
 def told(
@@ -270,8 +280,8 @@ def told(
 
     line = {"law": law, "tau_start": by_name["start"]["acceptance_length"], "tau_sft": mean(SFT), "tau_opd": mean(OPD)}
     for key, over in (("gain_equal_steps", SFT), ("gain_equal_time", EQUAL_TIME)):
-        values, low = gains(journey, by_name, over) or ([], None)
-        line[key], line[f"{key}_low"] = statistics.mean(values) if values else None, low
+        change = gain(journey, by_name, OPD, over) or {"mean": None, "low": None}
+        line[key], line[f"{key}_low"] = change["mean"], change["low"]
     line["speedup_generate_batch1"] = speeds.get("ours, batch 1", {}).get("over_generate")
     checked = [one["texts"] for one in decoded["drafters"].values() if one["texts"]]
     line["texts_changed"] = sum(one["changed"] for one in checked) if checked else None
@@ -283,14 +293,15 @@ def names_of(journey: Journey, arm: str) -> list[str]:
 
 
 def table(journey: Journey, found: dict[str, Any]) -> str:
-    """τ by arm and law, mean over seeds and their range, in Markdown."""
+    """τ by arm and law, mean over seeds, their range and the gain over SFT continued, in Markdown."""
     lines = ["| drafter | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for arm in ("start", *journey.args.arms):
         cells = []
         for by_name in found.values():
             taus = [by_name[name]["acceptance_length"] for name in names_of(journey, arm)]
             spread = f" [{min(taus):.3f}, {max(taus):.3f}]" if len(taus) > 1 else ""
-            cells.append(f"{statistics.mean(taus):.3f}{spread}")
+            change = gain(journey, by_name, arm, SFT) if arm in journey.args.arms and arm != SFT else None
+            cells.append(f"{statistics.mean(taus):.3f}{spread}" + (f", {change['mean']:+.1%}" if change else ""))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -304,7 +315,7 @@ def main(args: RealArguments) -> dict[str, Any]:
     found, decoded = journey.evaluate(start)
     speeds = journey.speeds(journey.arm(OPD if OPD in args.arms else args.arms[0], 0))
     line = told(journey, found, decoded, speeds, time.perf_counter() - began)
-    result = {**line, "laws": found, "decoded": decoded, "speeds": speeds}
+    result = {**line, "gains": all_gains(journey, found), "laws": found, "decoded": decoded, "speeds": speeds}
     write_atomically(args.output / "results.json", json.dumps(result, indent=2))
     write_atomically(args.output / "results.md", table(journey, found) + "\n")
     print(f"\n{table(journey, found)}\n\nWritten to {args.output}: results.json, results.md, the trained drafters")

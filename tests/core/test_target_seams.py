@@ -25,6 +25,11 @@ def test_a_model_that_reads_both_ways_is_refused():
         Target(model)
 
 
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="Qwen3Model has no head that says which token comes next. Give the whole"):
+        Target(tiny_model("qwen3").model)
+
+
 def test_layers_that_are_counted_otherwise_than_kept_are_refused():
     """As two for one (LongCat Flash), or with those that text alone skips (Mllama)."""
     model = tiny_model("qwen3")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import random_prompts, tiny_drafter, tiny_model
+from transformers import AutoConfig
 
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.core.target_shape import TargetShape
@@ -19,6 +20,11 @@ def test_rope_that_depends_on_the_batch_is_refused(rope):
     model = tiny_model("llama", rope_parameters={**rope, "rope_theta": 1e4})
     with pytest.raises(ValueError, match=f"RoPE is of type {rope['rope_type']}, whose frequencies.*linear, llama3 or"):
         Target(model)
+
+
+def test_a_config_of_several_language_models_is_refused():
+    with pytest.raises(ValueError, match="type musicgen holds several language models.*Use another target"):
+        TargetShape(AutoConfig.for_model("musicgen"))
 
 
 def test_rope_of_one_layer_type_is_looked_at_too():

@@ -14,6 +14,7 @@ from runs import make_trainer, spelled_prompts
 from draft_opd_trl.cli import main
 from draft_opd_trl.decoding.acceptance import bootstrap_interval
 from draft_opd_trl.evaluation.before_after import BeforeAfter, results_of, write_results
+from draft_opd_trl.evaluation.best_k import advised
 
 
 PROMPTS = [[1, 2], [3]]
@@ -153,12 +154,15 @@ def folder(drafter_folder, model, prompts, tmp_path):
 
 
 def test_the_command_ends_with_the_paired_table_and_keeps_it(folder, capsys):
-    assert train(folder, "--num_eval_prompts", 4) == 0
+    assert train(folder, "--num_eval_prompts", 4, "--serve_batch_sizes", 1, 3) == 0
     printed, out = capsys.readouterr().out, folder / "trained"
     table = (out / "results.md").read_text()
     assert "| | drafter | trained |" in table and "| change of τ, paired |" in table
     assert table.strip() in printed and "4 held-out prompts, temperature 0" in printed
     first = json.loads((out / "results.json").read_text())
+    assert [one["batch_size"] for one in first["serving"]] == [1, 3]
+    assert f"to serve with: {advised(first['serving'])}\n" in printed
+    assert all(f"| to serve with at batch {size} | " in (out / CARD).read_text() for size in (1, 3))
     assert "| | before training | after step 2 |" in (out / CARD).read_text()
     # Resumed before the end, it compares with what the run measured before its first step, and decodes that no more.
     shutil.rmtree(out / "checkpoint-2")

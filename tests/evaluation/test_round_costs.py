@@ -1,6 +1,7 @@
 """Rounds are timed as speculation runs them, and nothing of the drafter stays changed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import random_prompts, tiny_drafter, tiny_model
@@ -10,7 +11,14 @@ from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate, v
 from draft_opd_trl.drafters import DRAFTERS
 from draft_opd_trl.evaluation import round_costs
 from draft_opd_trl.evaluation.measure import evaluate_drafters
-from draft_opd_trl.evaluation.round_costs import ROUNDS, WARM_UP, proposing, round_seconds, serving_choices
+from draft_opd_trl.evaluation.round_costs import (
+    ROUNDS,
+    WARM_UP,
+    check_timed,
+    proposing,
+    round_seconds,
+    serving_choices,
+)
 
 
 SETTINGS = SpeculationSettings(8, [3], batch_size=2)
@@ -54,6 +62,13 @@ def test_with_fewer_proposals_a_chain_begins_the_same(target, kind):
     assert len(shared) >= len(prompts)
     found = dict(zip(places, short.blocks.draft_tokens[:, 0].tolist(), strict=True))
     assert [found[place] for place in shared] == [proposals[place] for place in shared]
+
+
+def test_no_round_is_timed_where_each_reads_its_texts_anew():
+    anew = SimpleNamespace(reads_anew="its cache is inexact")
+    check_timed(anew, [])
+    with pytest.raises(ValueError, match=r"serve_batch_sizes=\[8\] asks for rounds to be timed.*Leave it out"):
+        check_timed(anew, [8])
 
 
 def test_an_evaluation_says_what_to_serve_with(target, tmp_path):

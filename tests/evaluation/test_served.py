@@ -81,6 +81,25 @@ def test_a_killed_run_asks_for_what_is_missing(tells, tmp_path):
     assert json.loads(lines[0])["concurrency"] == 2
 
 
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
+def test_a_text_that_the_prefill_ends_has_no_verifications(engine):
+    """10: 11. SGLang then says nothing of verification."""
+    with _engine(engine=engine) as server:
+        report = _measured(server, [[2], [10]])
+    assert report.completions[1] == [11]
+    assert report.committed.tolist() == [8, 0] and report.verifications.tolist() == [5, 0]
+
+
+def test_an_engine_that_tells_with_some_answers_alone_is_said():
+    class Half(EngineServer):
+        def metadata(self, runs, slots):
+            return super().metadata(runs, slots) if len(self.reports) < 4 else {}  # two of them found out what it is
+
+    server = Half(counting_target(), ScriptedDrafter(PROPOSALS), tiny_tokenizer())
+    with server, pytest.raises(ServerError, match="with the one to prompt 1 it does not.*start them alike"):
+        _measured(server, [[2], [3]], concurrency=1)
+
+
 def test_a_server_that_does_not_speculate_is_said():
     for engine in ("vLLM", "SGLang"):
         with EngineServer(counting_target(), None, tiny_tokenizer(), engine=engine) as server:

