@@ -79,6 +79,8 @@ class DraftBlocks:
 
     def select(self, index: torch.Tensor) -> DraftBlocks:
         """Blocks at `index` (long or bool), in that order."""
+        if index.dtype == torch.bool:  # once: a mask would be counted, and waited for, in every field
+            index = index.nonzero()[:, 0]
         return DraftBlocks(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def sorted(self) -> DraftBlocks:

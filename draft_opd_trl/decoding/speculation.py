@@ -248,6 +248,8 @@ class _Desk:
         self.runs: list[list[int]] = [[] for _ in prompts]
         self.blocks: list[DraftBlocks] = []
         self.states: list[torch.Tensor] = []
+        # Whom the lanes held when active lanes and their prompts were last copied to the device; and these copies.
+        self.held, self.held_at = [], ()
 
     @property
     def active(self) -> list[int]:
@@ -300,8 +302,10 @@ class _Desk:
 
     def _record(self, active: list[int], proposals: Proposals, verdicts: Verdicts) -> None:
         """The blocks of active lanes; how many slots lie inside the text is known once it has ended."""
-        prompts = [self.prompt_of[lane] for lane in active]
-        index, texts = (torch.tensor(values, device=self.seeds.device) for values in (active, prompts))
+        if self.held != self.prompt_of:  # a copy waits for the device, so none is made in other rounds
+            self.held, prompts = list(self.prompt_of), [self.prompt_of[lane] for lane in active]
+            self.held_at = tuple(torch.tensor(values, device=self.seeds.device) for values in (active, prompts))
+        index, texts = self.held_at
         accepted = verdicts.num_accepted[index]
         self.blocks.append(DraftBlocks(texts, proposals.anchors[index], proposals.tokens[index], accepted, accepted))
         if self.lanes.settings.keep_states:

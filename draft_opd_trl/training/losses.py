@@ -206,7 +206,7 @@ def stream_loss(
         `torch.Tensor` of shape `(N,)`, float32, differentiable even when no slot is supervised; and by name, detached,
         the weighted sum of what the drafter's own loss gives, of which `loss` is part of the former too.
     """
-    chosen = weights > 0
+    chosen = (weights > 0).nonzero(as_tuple=True)  # once: a mask would be counted, and waited for, at every use
     by_slot = hidden.new_zeros(weights.shape, dtype=torch.float32)
     hidden, tokens = hidden[chosen], tokens[chosen]
     states = None if states is None else states[chosen]
@@ -224,7 +224,7 @@ def stream_loss(
         sure = token_probabilities(hidden, tokens, heads, chunk_size)
         confidence = torch.zeros_like(by_slot)
         confidence[chosen] = sure if inside is None else sure.masked_fill(~inside, 0.0)
-        weights = weights * dpace_weights(confidence, chosen, settings.dpace_alpha)
+        weights = weights * dpace_weights(confidence, weights > 0, settings.dpace_alpha)
     by_block = (by_slot * weights).sum(-1)
     if not auxiliary:
         return by_block, {}
@@ -296,7 +296,7 @@ def batch_loss(hidden: torch.Tensor, batch: ReplayBatch, heads: Heads, losses: S
 @torch.no_grad()
 def hard_tokens(states: torch.Tensor, weights: torch.Tensor, heads: Heads, chunk_size: int = 256) -> torch.Tensor:
     """The target's argmax `(N, K)` where `weights` is positive, 0 elsewhere."""
-    chosen = weights > 0
+    chosen = (weights > 0).nonzero(as_tuple=True)
     tokens = torch.zeros(weights.shape, dtype=torch.long, device=weights.device)
     parts = [heads.target_logits(part).argmax(-1) for part in states[chosen].split(chunk_size)]
     if parts:
