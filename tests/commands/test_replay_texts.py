@@ -1,15 +1,21 @@
 """Evaluation by replay along a server's texts: asked once for all drafters, read before they count, and kept."""
 
+import itertools
 import json
+import random
 
 import pytest
+import torch
 from completions_server import CompletionsServer
 from conftest import ANY_KIND, STOPS, save_target, tiny_drafter, tiny_stopping_model, tiny_tokenizer
+from invariants import same_law_p
 
 from draft_opd_trl.commands.evaluate import EvaluateArguments, run, show
 from draft_opd_trl.commands.options import QuantizationArguments
+from draft_opd_trl.core.sampling_params import SamplingParams
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
+from draft_opd_trl.evaluation.results import read_reports
 
 
 PROMPTS = ["a bad cab", "fed", "edge of a cafe", "beef"]
@@ -58,6 +64,37 @@ def test_its_texts_give_the_counts_of_the_targets_own(folder, tmp_path):
     assert found["results"][0]["server_texts"] == {"asked": len(PROMPTS), "dropped": 0}
     assert f"texts of the server: {len(PROMPTS)}, of which 0 were not the target's" in show(found)
     assert "server_texts" not in expected["results"][0]
+
+
+def test_drawn_texts_of_a_server_give_speculations_law(folder, tmp_path):
+    """Other draws than the target's here, so the accepted runs agree in law: over 250 prompts, asked at T = 0.7."""
+    target, sampling, seeds = Target(tiny_stopping_model()), SamplingParams(0.7), itertools.count(1000)
+    tiny_drafter(ANY_KIND, target).init_from_target(target).save_pretrained(tmp_path / "drafter")
+    draw = random.Random(0)
+    prompts = {"".join(draw.choices("abcdef", k=6)) for _ in range(250)}
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in sorted(prompts)))
+
+    def answer(prompt):
+        drawn = speculate(target, None, [prompt], SpeculationSettings(6, STOPS, sampling), seeds=[next(seeds)])
+        ids = drawn.completions()[0]
+        return ids, ids[-1] in STOPS
+
+    def runs(**options):
+        output = tmp_path / options.get("by", "replay")
+        pair = {"model_name_or_path": str(tmp_path / "drafter"), "teacher_model_name_or_path": str(folder / "target")}
+        options |= {"temperature": [0.7], "max_new_tokens": 6, "output_dir": str(output), "batch_size": 50}
+        run(EvaluateArguments([str(tmp_path / "prompts.jsonl")], **pair, **options), QuantizationArguments())
+        (file,) = (file for file in output.glob("*.jsonl") if "plain" not in file.name)
+        counts = [sum(report.accepted[0]) for report in read_reports(file).values()]
+        assert len(counts) == len(prompts)
+        return torch.bincount(torch.tensor(counts), minlength=6)
+
+    with CompletionsServer(answer, tiny_tokenizer()) as server:
+        along = runs(by="replay", server_url=server.url)
+        assert server.answered >= len(prompts)
+    decoded = runs(by="speculation", seed=5)
+    assert along[1:].sum() > 50
+    assert same_law_p(along, decoded) > 1e-3
 
 
 def test_texts_of_another_model_are_written_anew(folder):
