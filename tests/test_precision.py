@@ -13,7 +13,7 @@ from draft_opd_trl.decoding.speculation import SpeculationSettings, speculate
 from draft_opd_trl.training.batching import BatchMaker
 from draft_opd_trl.training.block_choice import OnPolicySettings
 from draft_opd_trl.training.divergences import LossSettings, StreamLosses
-from draft_opd_trl.training.losses import draft_loss
+from draft_opd_trl.training.losses import Heads, batch_loss, draft_loss
 from draft_opd_trl.training.streams import StreamSettings
 
 
@@ -87,6 +87,31 @@ def test_losses_and_gradients_are_float32_s_to_rounding(pair, dtypes):
     assert rough_loss != loss  # 16 bits had a say
     torch.testing.assert_close(rough_loss, loss, rtol=5e-3, atol=0)
     assert (rough_gradients - gradients).norm() < 0.02 * gradients.norm()
+
+
+def by_hand(step, hidden, inside):
+    """Losses of blocks `(N,)` in float64, from the logits as the heads give them."""
+    batch, vocab_map = step.batch, step.drafter.vocab_map
+    draft = step.drafter.logits(hidden).double().log_softmax(-1)
+    streams = [(batch.text_states, batch.accepted_weights), (batch.draft_states, batch.rejected_weights)]
+    total = 0
+    for index, (states, weights) in enumerate(streams):
+        logits = step.target.logits(states).double()
+        target = (logits if vocab_map is None else logits[..., vocab_map]).log_softmax(-1)
+        over, under = (target, draft) if index == 0 else (draft, target)
+        total = total + ((over.exp() * (over - under)).sum(-1) * inside[index] * weights).sum(-1)
+    return total
+
+
+@pytest.mark.parametrize("dtypes", [ROUGH["both bf16"], ROUGH["autocast"]], ids=["both bf16", "autocast"])
+def test_divergences_of_16_bit_logits_are_not_rounded(pair, dtypes):
+    step = Step(pair, *dtypes)
+    heads = replace(Heads.of(step.drafter, step.target), auxiliary=None)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=step.autocast):
+        hidden = step.drafter.draft(step.batch.features, step.batch.tokens, step.batch.blocks)
+        losses = batch_loss(hidden, step.batch, heads, LOSSES)["block_losses"]
+        expected = by_hand(step, hidden, step.inside())
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_of_a_16_bit_target_become_float32(pair):
