@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..core.records import Rollout
 from ..core.seeding import seed_of
 from ..core.stopwatch import Stopwatch
 from ..core.target import Target
@@ -154,9 +153,7 @@ def _texts_of(
     seed: int,
     file: ResultsFile,
     progress: str | None,
-    replay: bool,
-    write: Writer | None,
-    known: dict[Any, Rollout],
+    measure: Callable[..., AcceptanceReport],
 ) -> list[AcceptanceReport]:
     """By prompt, the report of its text alone. Those that `file` holds are not decoded again, the others go there."""
     waiting = [index for index in range(len(prompts)) if index not in file.done]
@@ -167,7 +164,6 @@ def _texts_of(
 
         missing = [prompts[index] for index in waiting]
         seeds = text_seeds(seed, waiting)
-        measure = partial(measure_by_replay, write=write, known=known) if replay else measure_acceptance
         measure(target, drafter, missing, settings, progress=progress, on_text=keep, seeds=seeds)
     return [file.done[index] for index in range(len(prompts))]
 
@@ -212,19 +208,11 @@ def decode_all(
         for name, drafter in runs.items()
     }
     resumed = {name: len(file.done) for name, file in files.items()}
-    known: dict[Any, Rollout] = {}
+    # What one drafter's texts were, the next one's are.
+    measure = partial(measure_by_replay, write=write, known={}) if replay else measure_acceptance
     texts = {
         name: _texts_of(
-            target,
-            drafter,
-            prompts,
-            settings,
-            seed,
-            files[name],
-            progress and f"{progress}, {name}",
-            replay,
-            write,
-            known,
+            target, drafter, prompts, settings, seed, files[name], progress and f"{progress}, {name}", measure
         )
         for name, drafter in runs.items()
     }
