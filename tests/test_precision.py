@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_prompts, tiny_drafter, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft_opd_trl.core.target import Target
 from draft_opd_trl.core.vocabulary import to_draft_ids
@@ -119,3 +120,29 @@ def test_logits_of_a_16_bit_target_become_float32(pair):
     rough = Target(copy.deepcopy(target.model).to(BF16))
     features, states = rough.forward_text(rollout.tokens, (0,))
     assert features.dtype == states.dtype == BF16 and rough.logits(states).dtype == torch.float32
+
+
+class WidenedFeatures(TorchDispatchMode):
+    """Tensors at least as large as the features, made float32."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.numel() == self.size:
+            self.found.append(function)
+        return result
+
+
+def test_autocast_reads_features_of_16_bits_as_they_are(pair):
+    """At the paper's size their float32 copy takes 4.6 GiB."""
+    step = Step(pair, *ROUGH["autocast"])
+    features, blocks = step.batch.features, step.batch.blocks
+    with WidenedFeatures(features.numel()) as widened, torch.autocast("cpu", BF16):
+        step.drafter.draft(features, step.batch.tokens, blocks)
+    assert features.dtype == BF16 and not widened.found
+    with WidenedFeatures(features.numel()) as widened:
+        step.drafter.draft(features, step.batch.tokens, blocks)
+    assert widened.found or not step.drafter.target_layer_ids  # without autocast the weights' dtype it is

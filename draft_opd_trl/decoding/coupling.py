@@ -35,7 +35,7 @@ class Coupling:
     sampling: SamplingParams
     uniforms: torch.Tensor
 
-    def select(self, index: torch.Tensor) -> Coupling:
+    def select(self, index: torch.Tensor | slice) -> Coupling:
         """The same for texts at `index`."""
         return Coupling(self.target, self.states[index], self.sampling, self.uniforms[index])
 

@@ -19,7 +19,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from .base import Drafter, Proposal
 from .eagle3_config import NUM_TAPS, Eagle3Config, default_layer_ids
 from .own_vocabulary import OwnVocabulary
-from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, plain_weight, rotate
+from .parts import (
+    copy_norm,
+    draft_in_parts,
+    in_dtype_of,
+    init_layer,
+    lay_out,
+    layers_to_start_from,
+    plain_weight,
+    rotate,
+)
 
 
 if TYPE_CHECKING:
@@ -237,7 +246,7 @@ class LlamaForCausalLMEagle3(OwnVocabulary, Drafter):
         self, features: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fused features `(R, Q, H)`, and keys and values of their pairs with the `tokens` `(R, Q)` that follow."""
-        features = features.to(self.fc.weight.dtype)
+        features = in_dtype_of(self.fc.weight, features)
         if self.config.fc_norm:
             parts = zip(self.fc_norm, features.chunk(NUM_TAPS, dim=-1), strict=True)
             features = torch.cat([norm(part) for norm, part in parts], dim=-1)

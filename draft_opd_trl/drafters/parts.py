@@ -43,6 +43,11 @@ TAPPED_BY_VLLM = frozenset(
 NORM_EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 
+def in_dtype_of(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`states` in the dtype of the `weight` that multiplies them; as they are under autocast, which casts both."""
+    return states if torch.is_autocast_enabled(states.device.type) else states.to(weight.dtype)
+
+
 def shape_of(target_config: PreTrainedConfig) -> dict[str, Any]:
     """Config fields of a draft layer as wide as the (text) target's; what its config lacks is as is usual."""
 

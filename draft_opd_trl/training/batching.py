@@ -188,18 +188,21 @@ class BatchMaker:
         """The blocks that the drafter as it stands has on the on-policy texts."""
         if not any(on_policy):
             return DraftBlocks.empty(self.drafter.num_draft_tokens, features.device)
-        replayed = torch.tensor(on_policy, device=features.device).nonzero()[:, 0]
-        texts = Rollout(*(part[replayed] for part in (rollout.tokens, rollout.prompt_lengths, rollout.lengths)))
-        features = features[replayed, : texts.tokens.shape[1]]
-        coupling = None if coupling is None else coupling.select(replayed)
+        replayed = [text for text, own in enumerate(on_policy) if own]
+        # Features are the largest tensor of a step: a slice shares them, an index would copy them.
+        rows = slice(len(rollout)) if all(on_policy) else torch.tensor(replayed, device=features.device)
+        texts = Rollout(rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows])
+        features = features[rows, : texts.tokens.shape[1]]
+        coupling = None if coupling is None else coupling.select(rows)
         if self.on_policy.anchors == "exposed":
             with self.autocast():
                 blocks = replay_text(self.drafter, texts, features, self.on_policy.num_chains, coupling)
         else:
-            own = [generators[text] for text in replayed.tolist()]
+            own = [generators[text] for text in replayed]
             places = random_places(texts, range(len(texts)), self.on_policy.num_anchors, own)
             blocks = self._draft(texts, places, features, coupling)
-        blocks.texts = replayed[blocks.texts]
+        if not all(on_policy):
+            blocks.texts = rows[blocks.texts]
         return blocks
 
     def _draft(

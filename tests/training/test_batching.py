@@ -168,6 +168,21 @@ def test_argmax_proposals_are_drafted_in_the_precision_of_the_losses(qwen_target
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(("lmbda", "shared"), [(1.0, True), (0.5, False)])
+def test_features_are_copied_only_where_some_texts_are_not_replayed(qwen_target, rollout, lmbda, shared, monkeypatch):
+    """They are the largest tensor of a step."""
+    drafter, seen = tiny_drafter("dflash", qwen_target), []
+    extend = drafter.extend
+
+    def noting(state, features, *rest, **options):
+        seen.append(features.untyped_storage().data_ptr())
+        return extend(state, features, *rest, **options)
+
+    monkeypatch.setattr(drafter, "extend", noting)
+    ((batch,), _) = _maker(qwen_target, drafter, num_anchors=50)([rollout], step=1, lmbda=lmbda)
+    assert seen and {place == batch.features.untyped_storage().data_ptr() for place in seen} == {shared}
+
+
 def test_lmbda_decides_the_kind_of_block(qwen_target, qwen_drafter, rollout):
     maker = _maker(qwen_target, qwen_drafter, num_anchors=6)
     for lmbda in (0.0, 1.0):

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from .attention import attend, mask_for
 from .base import Drafter, Proposal
-from .parts import copy_norm, draft_in_parts, init_layer, lay_out, layers_to_start_from, rotate
+from .parts import copy_norm, draft_in_parts, in_dtype_of, init_layer, lay_out, layers_to_start_from, rotate
 
 
 
@@ -149,7 +149,7 @@ class BlockDrafter(Drafter):
     # -- context ------------------------------------------------------------------------------------------------
 
     def _context(self, features: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        context = self.hidden_norm(self.fc(in_dtype_of(self.fc.weight, features)))
         rotary = self.rotary_emb(context, positions)
         return [layer.self_attn.keys_values(context, rotary) for layer in self.layers]
 
