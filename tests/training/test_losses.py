@@ -8,6 +8,7 @@ import torch
 from by_hand import P, Q, kl
 from conftest import VOCAB, tiny_model
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from draft_opd_trl.core.records import DraftBlocks, ReplayBatch
 from draft_opd_trl.core.target import Target
@@ -63,24 +64,53 @@ def _reference(hidden, states, tokens, heads, settings):
     return losses
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 256])
 @pytest.mark.parametrize("reduced", [False, True], ids=["full", "reduced"])
 @pytest.mark.parametrize(
     ("kind", "temperature"), [*((kind, 0.7) for kind in LOSSES), *((kind, 0.0) for kind in HARD_LOSSES)]
 )
-def test_chunked_equals_reference(kind, temperature, reduced, chunk_size):
+def test_chunked_equals_reference(kind, temperature, reduced, chunk_size, frozen):
     """Invariant 4, loss part: values and gradients."""
     settings = LossSettings(kind, temperature, beta=0.3, max_clamp=6.0, log_prob_min_clamp=-8.0)
     weights = torch.linspace(0.1, 1, 13)
     results = []
     for function in (_reference, lambda *arguments: slot_losses(*arguments, chunk_size=chunk_size)[0]):
         hidden, states, tokens, heads = _problem(reduced)
+        heads.draft_weight.requires_grad_(not frozen)
         losses = function(hidden, states, tokens, heads, settings)
         (losses * weights).sum().backward()
         results.append((losses.detach(), hidden.grad, heads.draft_weight.grad))
     assert results[0][1].abs().sum() > 0
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(False, 4), (True, 2)], ids=["trained head", "frozen head"])
+def test_a_frozen_head_is_not_projected_through_again(frozen, products):
+    """One product forward, one backward to the states; a head in training adds its own gradient's and a repetition."""
+    hidden, states, tokens, heads = _problem(False)
+    heads.draft_weight.requires_grad_(not frozen)
+    with FlopCounterMode(display=False) as counter:
+        losses, _ = slot_losses(hidden, states, tokens, heads, LossSettings("ce", 0.0), chunk_size=4)
+        losses.sum().backward()
+    once = 2 * hidden.numel() * len(heads.draft_weight)
+    assert counter.get_total_flops() == once * products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_under_a_frozen_head_keep_their_dtype_under_autocast(dtype):
+    hidden, states, tokens, heads = _problem(False, dtype)
+    heads.draft_weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = slot_losses(hidden, states, tokens, heads, LossSettings("ce", 0.0), chunk_size=4)
+    assert losses.dtype == torch.float32
+    losses.sum().backward()
+    expected = torch.autograd.functional.jacobian(
+        lambda rows: _reference(rows, states, tokens, heads, LossSettings("ce", 0.0)).sum(), hidden.detach().float()
+    )
+    assert hidden.grad.dtype == dtype
+    torch.testing.assert_close(hidden.grad.float(), expected, rtol=0.05, atol=0.05)
 
 
 KERNEL_CASES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.0), ("jsd", 0.3), ("jsd", 1.0)]
