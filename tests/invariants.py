@@ -183,6 +183,14 @@ def assert_replay_is_speculation(target, drafter, rollout, num_chains=4):
     """Same anchors, proposals, accepted counts; of texts that speculation wrote with argmax proposals."""
     features, _ = target.forward_text(rollout.tokens, drafter.target_layer_ids)
     assert_same_blocks(replay_text(drafter, rollout, features, num_chains), rollout.blocks)
+    # Where only the verdict is wanted, proposals behind the first rejected one may be missing, and nothing else.
+    judged = replay_text(drafter, rollout, features, num_chains, judge_only=True)
+    missing = judged.draft_tokens < 0
+    slots = torch.arange(drafter.num_draft_tokens, device=missing.device)
+    decided = torch.minimum(judged.num_accepted + 1, judged.num_valid)[:, None]
+    assert not (missing & (slots < decided)).any()
+    judged.draft_tokens = torch.where(missing, rollout.blocks.draft_tokens, judged.draft_tokens)
+    assert_same_blocks(judged, rollout.blocks)
 
 
 # -- 4: the paths of drafting and of scoring agree ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A step on a device that is not the CPU: no tensor or generator of the CPU slips in, and the host waits seldom."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,7 @@ STEP_WAITS = {
     "replay_counts.py:count_outside": 8,
     "replay_counts.py:count_taught": 4,
     "replay_counts.py:count_verification": 24,
+    "target.py:_run_decoder": 4,  # transformers looks whether positions are those of packed texts
     "target.py:score_blocks": 4,
 }
 
@@ -60,9 +62,9 @@ def moved(target, kind, peft_config=None):
     return target, drafter.bind(target), model
 
 
-def step(target, drafter, model, rollouts, fresh=False, proposals=None, steps=2):
+def step(target, drafter, model, rollouts, fresh=False, proposals=None, steps=2, rejected=0.5):
     """Optimizer steps, a micro-step a rollout; the first remembers texts, the second draws these. Their losses."""
-    streams, on_policy = StreamSettings(rejected_weight=0.5), OnPolicySettings(num_anchors=6, replay_ratio=1.0)
+    streams, on_policy = StreamSettings(rejected_weight=rejected), OnPolicySettings(num_anchors=6, replay_ratio=1.0)
     buffer = ErrorBuffer(9, by_loss=True)
     maker = BatchMaker(target, drafter, streams, on_policy, 0, buffer, proposals)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,7 +95,7 @@ def check_waits_of_rounds(waits, rounds):
     assert waits == {"speculation.py:__init__": 2, "speculation.py:rollout": 2}
 
 
-def check_waits_of_steps(waits, kind):
+def check_waits_of_steps(waits, kind, num_draft_tokens):
     """[`STEP_WAITS`]; the backward pass and the optimizer never wait."""
     rounds, replays = waits["chains.py:next_anchors"], waits["chains.py:blocks"] // 4
     bounds = STEP_WAITS | {
@@ -103,6 +105,8 @@ def check_waits_of_steps(waits, kind):
         "chains.py:note": rounds,
         "chains.py:running": rounds + replays,
         "replay.py:draft_at": rounds + 2,
+        # Where no stream reads what was rejected: once, and at each run of 1, 1, 2, 4, … slots that is read.
+        "replay.py:read": (rounds + 2) * (2 + math.ceil(math.log2(num_draft_tokens))),
         f"{kind}.py:draft": 4,
     }
     assert replays <= 4
@@ -122,19 +126,20 @@ def test_speculation_waits_once_a_round(qwen_target, kind, settings):
         assert torch.equal(rollout.blocks.draft_tokens.cpu(), here.blocks.draft_tokens)
 
 
+@pytest.mark.parametrize("rejected", [0.5, 0.0], ids=["two streams", "accepted stream"])
 @pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_a_training_step_is_the_cpu_s(qwen_target, kind, settings):
+def test_a_training_step_is_the_cpu_s(qwen_target, kind, settings, rejected):
     """Losses after an update too, so gradients are; and the host waits where it is known to, and no more often."""
     proposals = settings.sampling if settings.sample_proposals else None
     drafter = tiny_drafter(kind, qwen_target)
     rollout = speculate(qwen_target, drafter, PROMPTS, settings, seeds=range(4))
-    here = step(qwen_target, drafter, drafter, halves(rollout), False, proposals)
+    here = step(qwen_target, drafter, drafter, halves(rollout), False, proposals, rejected=rejected)
     with PretendDevice() as device:
         target, drafter, model = moved(qwen_target, kind)
         rollouts = halves(rollout.to(DEVICE))
         device.waits.clear()
-        there = step(target, drafter, model, rollouts, False, proposals)
-        check_waits_of_steps(device.waits, kind)
+        there = step(target, drafter, model, rollouts, False, proposals, rejected=rejected)
+        check_waits_of_steps(device.waits, kind, drafter.num_draft_tokens)
         there = [loss.cpu() for loss in there]
     torch.testing.assert_close(there, here)
 

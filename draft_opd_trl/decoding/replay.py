@@ -20,7 +20,45 @@ from .chains import Chains
 from .coupling import Coupling, TextChooser
 
 
-ARGMAX = Chooser()
+class TextJudge(Chooser):
+    """
+    Argmax proposals as far as a text agrees with them.
+
+    A drafter that knows the states of all slots beforehand is asked for runs of 1, 1, 2, 4, … slots, each only at
+    blocks that agreed on all before; one that goes slot by slot, for every proposal.
+
+    Args:
+        rollout ([`Rollout`]): The texts.
+        anchors (`torch.LongTensor` of shape `(B, M)`): A grid of anchors.
+        live (`torch.BoolTensor` of shape `(B, M)`): Cells that hold one.
+        drafter ([`Drafter`]): Whose proposals they are.
+
+    Attributes:
+        unread (`torch.BoolTensor` of shape `(B, M, K)`, *optional*): Slots that were not asked for; what
+            [`propose`] gives there is not the drafter's.
+    """
+
+    def __init__(self, rollout: Rollout, anchors: torch.Tensor, live: torch.Tensor, drafter: Drafter) -> None:
+        super().__init__()
+        self.rollout, self.anchors, self.live, self.drafter = rollout, anchors, live, drafter
+        self.unread: torch.Tensor | None = None
+
+    def read(self, states, logits):
+        texts, columns = self.live.nonzero(as_tuple=True)
+        num_slots, start, stop = states.shape[2], 0, 1
+        proposed = self.anchors.new_zeros(states.shape[:3])
+        self.unread = torch.ones_like(proposed, dtype=torch.bool)
+        while start < num_slots and len(texts):
+            run = (texts, columns, slice(start, stop))
+            proposed[run] = drafted = logits(states[run]).argmax(-1)
+            self.unread[run] = False
+            labels = slot_labels(self.rollout.tokens, texts, self.anchors[texts, columns], stop)[:, start:]
+            agreed = (self.drafter.to_target_ids(drafted) == labels).all(-1).nonzero()[:, 0]  # once: it is waited for
+            texts, columns = texts[agreed], columns[agreed]
+            start, stop = stop, min(2 * stop, num_slots)
+        return proposed, None
+
+
 # Anchors of a text drafted at once: all logits of a block are held while it is drafted.
 ANCHORS_AT_ONCE = 16
 
@@ -50,6 +88,7 @@ def draft_at(
     anchors: torch.Tensor,
     live: torch.Tensor,
     coupling: Coupling | None = None,
+    judge_only: bool = False,
 ) -> DraftBlocks:
     """
     Draft afresh at chosen anchors and judge the proposals against the text.
@@ -61,15 +100,24 @@ def draft_at(
         anchors (`torch.LongTensor` of shape `(B, M)`): A grid of anchors.
         live (`torch.BoolTensor` of shape `(B, M)`): Cells that hold one.
         coupling ([`Coupling`], *optional*): Draw proposals; they are the drafter's argmax by default.
+        judge_only (`bool`, *optional*, defaults to `False`): Leave out argmax proposals that decide nothing where that
+            saves logits: −1 stands for some behind the first rejected slot.
 
     Returns:
         [`DraftBlocks`] of the live cells, text by text.
     """
     parts = []
-    for part in anchors.split(ANCHORS_AT_ONCE, dim=1):
-        choose = ARGMAX if coupling is None else TextChooser(coupling, rollout, part, drafter.vocab_map)
+    for start in range(0, anchors.shape[1], ANCHORS_AT_ONCE):
+        part, held = (grid[:, start : start + ANCHORS_AT_ONCE] for grid in (anchors, live))
+        choose = Chooser()
+        if coupling is not None:
+            choose = TextChooser(coupling, rollout, part, drafter.vocab_map)
+        elif judge_only:
+            choose = TextJudge(rollout, part, held, drafter)
         tokens = rollout.tokens.gather(1, part)
         parts.append(drafter.propose(state, tokens, part, rollout.tokens.shape[1], choose).tokens)
+        if isinstance(choose, TextJudge) and choose.unread is not None:
+            parts[-1] = parts[-1].masked_fill(choose.unread, -1)
     proposed = torch.cat(parts, dim=1)
     texts, columns = live.nonzero().T
     text = text_blocks(rollout, texts, anchors[texts, columns], drafter.num_draft_tokens)
@@ -125,6 +173,7 @@ def replay_text(
     features: torch.Tensor,
     num_chains: int = 8,
     coupling: Coupling | None = None,
+    judge_only: bool = False,
 ) -> DraftBlocks:
     """
     The blocks real speculation with this drafter would have judged on these texts, without decoding.
@@ -138,6 +187,7 @@ def replay_text(
         features (`torch.Tensor` of shape `(B, T, F)`): Tapped states of the texts.
         num_chains (`int`, *optional*, defaults to `8`): Anchors of each text drafted at once.
         coupling ([`Coupling`], *optional*): Draw proposals; they are the drafter's argmax by default.
+        judge_only (`bool`, *optional*, defaults to `False`): As in [`draft_at`].
 
     Returns:
         [`DraftBlocks`] in text order.
@@ -146,5 +196,5 @@ def replay_text(
     chains = Chains(rollout, drafter.num_draft_tokens, num_chains)
     while chains.running:
         anchors, live = chains.next_anchors()
-        chains.note(draft_at(drafter, state, rollout, anchors, live, coupling))
+        chains.note(draft_at(drafter, state, rollout, anchors, live, coupling, judge_only))
     return chains.blocks()

@@ -106,7 +106,7 @@ def replay_along(
     coupling = None
     if settings.sample_proposals and not settings.sampling.greedy:
         coupling = Coupling(target, states, settings.sampling, _uniforms(rollout, drafter.num_draft_tokens, seeds))
-    blocks = replay_text(drafter, rollout, features, coupling=coupling)
+    blocks = replay_text(drafter, rollout, features, coupling=coupling, judge_only=True)
     runs: list[list[int]] = [[] for _ in range(len(rollout))]
     for text, accepted in zip(blocks.texts.tolist(), blocks.num_accepted.tolist(), strict=True):
         runs[text].append(accepted)

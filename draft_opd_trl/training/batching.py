@@ -69,6 +69,8 @@ class BatchMaker:
         self.streams, self.on_policy, self.seed = streams, on_policy, seed
         self.buffer, self.proposals, self.store = buffer, proposals, store
         self.autocast = autocast if proposals is None else nullcontext
+        # Proposals behind an error are read by the rejected stream alone.
+        self._judge_only = not streams.scores_rejected
         self.stopwatch = stopwatch or Stopwatch(target.device)
 
     def __call__(
@@ -196,7 +198,9 @@ class BatchMaker:
         coupling = None if coupling is None else coupling.select(rows)
         if self.on_policy.anchors == "exposed":
             with self.autocast():
-                blocks = replay_text(self.drafter, texts, features, self.on_policy.num_chains, coupling)
+                blocks = replay_text(
+                    self.drafter, texts, features, self.on_policy.num_chains, coupling, self._judge_only
+                )
         else:
             own = [generators[text] for text in replayed]
             places = random_places(texts, range(len(texts)), self.on_policy.num_anchors, own)
@@ -215,7 +219,7 @@ class BatchMaker:
         """The drafter's blocks at places that do not follow from each other."""
         with self.autocast():
             state = read_text(self.drafter, texts, features)
-            return draft_at(self.drafter, state, texts, *grid_of(*places, len(texts)), coupling)
+            return draft_at(self.drafter, state, texts, *grid_of(*places, len(texts)), coupling, self._judge_only)
 
     def _text_blocks(self, rollout: Rollout, on_policy: list[bool], generators: list[torch.Generator]) -> DraftBlocks:
         """The text's own blocks at random anchors of the other texts (SFT)."""

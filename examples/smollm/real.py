@@ -45,13 +45,17 @@ SHIPPED = HERE / "drafter-eagle3-sft"
 SFT, EQUAL_TIME, OPD = "SFT continued", "SFT continued, equal time", "Draft-OPD"
 # The recipe of each.
 ARMS = {SFT: "sft", OPD: "default", EQUAL_TIME: "sft", "Spec-AUF": "auf", "D-PACE": "dpace"}
+ON_POLICY = ("default", "auf")
 QUICK_ARMS = [SFT, OPD, EQUAL_TIME]
 # Shapes of new drafters, whose folders are at most 16 MB in bfloat16.
 NEW = {
     "eagle3": ["draft_vocab_size=4096", "num_draft_tokens=4"],
-    "dflash": ["num_hidden_layers=1", "block_size=8"],
+    "dflash": ["num_hidden_layers=2", "block_size=8"],
     "dspark": ["num_hidden_layers=1", "block_size=6", "markov_rank=32"],
 }
+# Most blocks of a text. Text blocks of drafters under the target's head, of 49,152 tokens, are dear and overlap: of
+# them a quarter.
+BLOCKS, SFT_BLOCKS = 64, {"eagle3": 64, "dflash": 16, "dspark": 16}
 
 
 @dataclass
@@ -61,7 +65,7 @@ class RealArguments:
     target: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Path or id."})
     prompts: str = field(default="openai/gsm8k", metadata={"help": "To train on: a file, or that data set."})
     suites: str = field(default="gsm8k,mt-bench", metadata={"help": "To judge on: suites or files, with commas."})
-    kind: str = field(default="eagle3", metadata={"help": "Kind of drafter.", "choices": list(NEW)})
+    kind: str = field(default="eagle3", metadata={"help": "Kind of drafter, `start` too.", "choices": list(NEW)})
     start: str | None = field(default=None, metadata={"help": "A drafter at its plateau, in place of a new one."})
     output_dir: str = field(default="outputs/smollm", metadata={"help": "Everything goes there."})
     sft_steps: int = field(default=3000, metadata={"help": "Of SFT, from a new drafter to its plateau."})
@@ -151,6 +155,7 @@ class Journey:
     def train(self, folder: Path, start: Path, steps: int, *options: Any) -> None:
         fast = fast_dtype()
         resumed = ["--resume_from_checkpoint", "true"] if checkpoints_in(folder) else []
+        blocks = BLOCKS if options[options.index("--recipe") + 1] in ON_POLICY else SFT_BLOCKS[self.args.kind]
         self.run(
             folder / "results.json",
             *("train", "--model", start, "--teacher", self.args.target, "--dataset_name", self.prompts),
@@ -160,7 +165,7 @@ class Journey:
             # Written 64 side by side, once for all runs.
             *("--rollout_batch_size", 64, "--steps_per_generation", 8, "--text_cache_dir", self.output / "texts"),
             *("--state_store_gib", self.args.store_gib, "--state_store_dir", self.output / "states"),
-            *("--num_anchors", 64, "--num_eval_prompts", 24, "--save_steps", 100, "--save_total_limit", 1),
+            *("--num_anchors", blocks, "--num_eval_prompts", 24, "--save_steps", 100, "--save_total_limit", 1),
             *("--teacher_model_init_kwargs", json.dumps({"dtype": fast}), "--bf16", str(fast == "bfloat16").lower()),
             *("--report_to", "none"),
         )

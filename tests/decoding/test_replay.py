@@ -156,6 +156,22 @@ def test_replay_reads_the_current_drafter(target, drafter, kind, greedy_rollout)
     assert len(blocks) != len(greedy_rollout.blocks)
 
 
+def test_the_head_is_asked_for_no_more_than_the_verdict_takes(qwen_target, greedy_rollout, monkeypatch):
+    """A block of DFlash costs at most twice the slots that decide, not all of them."""
+    drafter, rows = tiny_drafter("dflash", qwen_target), []
+    logits = drafter.logits
+
+    def counting(states):
+        rows.append(states.shape[:-1].numel())
+        return logits(states)
+
+    monkeypatch.setattr(drafter, "logits", counting)
+    features, _ = qwen_target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
+    blocks = replay_text(drafter, greedy_rollout, features, num_chains=1, judge_only=True)
+    decisive = int((blocks.num_accepted + 1).sum())
+    assert sum(rows) <= 2 * decisive < len(blocks) * drafter.num_draft_tokens
+
+
 def test_draft_at_equals_replay_at_its_anchors(target, drafter, greedy_rollout):
     features, _ = target.forward_text(greedy_rollout.tokens, drafter.target_layer_ids)
     state = read_text(drafter, greedy_rollout, features)

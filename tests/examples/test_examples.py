@@ -120,3 +120,10 @@ def test_pocket_problems_are_checked_and_splits_are_disjoint(scripts):
     assert all(len(prompts) == 60 for prompts in splits.values())
     assert not splits["train"] & splits["heldout"]
     assert not splits["sft"] & splits["heldout"]
+
+
+def test_losses_under_a_frozen_head_are_compared(tmp_path):
+    sizes = ["--slots", "40", "--width", "8", "--vocabulary", "60", "--repeats", "2"]
+    printed = run_script("benchmarks/frozen_head.py", sizes, tmp_path)
+    ratios = json.loads(printed.splitlines()[-1])
+    assert set(ratios) == {"ce", "forward_kl"} and min(ratios.values()) > 0

@@ -201,7 +201,7 @@ class BlockDrafter(Drafter):
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
         states = self.block_states(state.up_to(limit), tokens, anchors)
-        return self.as_proposal(*choose(self.logits(states)))
+        return self.as_proposal(*choose.read(states, self.logits))
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
