@@ -196,7 +196,7 @@ def assert_replay_is_speculation(target, drafter, rollout, num_chains=4):
 # -- 4: the paths of drafting and of scoring agree ------------------------------------------------------------------
 
 
-def propose_one(drafter, features, rollout, text, anchor, choose=None):
+def propose_one(drafter, features, rollout, text, anchor, choose):
     """Drafting as serving does it: a cached state read position by position up to the anchor, then one proposal."""
     state = drafter.start(1, rollout.tokens.shape[1] + drafter.num_draft_tokens)
     tokens = rollout.tokens[text : text + 1]
@@ -215,14 +215,15 @@ def assert_draft_is_propose(target, drafter):
     blocks = every_anchor(rollout, drafter.num_draft_tokens)
     seen = []
 
-    def choose(logits):
-        seen.append(logits)
-        return logits.argmax(-1), None
+    class Seeing(Chooser):
+        def __call__(self, logits):
+            seen.append(logits)
+            return super().__call__(logits)
 
     places = list(zip(blocks.texts.tolist(), blocks.anchors.tolist(), strict=True))
     assert len(places) > 30
     blocks.draft_tokens = torch.cat(
-        [propose_one(drafter, features, rollout, text, anchor, choose).tokens[0] for text, anchor in places]
+        [propose_one(drafter, features, rollout, text, anchor, Seeing()).tokens[0] for text, anchor in places]
     )
     logits = drafter.logits(drafter.draft(features, rollout.tokens, blocks))
     expected = torch.cat([part.reshape(-1, logits.shape[-1]) for part in seen]).view_as(logits)

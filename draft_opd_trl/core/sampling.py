@@ -5,7 +5,6 @@ How sampling settings shape a distribution, and how tokens come of it. It does n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -70,8 +69,7 @@ class Chooser:
     How a drafter turns its logits into proposals.
 
     Drafters propose their argmax by default; with `sampling` they draw, and verification needs the distribution they
-    drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block. One that knows the
-    states of all slots before any proposal calls [`read`] instead, by which it may be asked for fewer logits.
+    drew from. A drafter calls it once with all slots, or once a slot, in order: one for each block.
 
     Args:
         sampling ([`SamplingParams`], *optional*): What proposals are drawn at; their argmax by default.
@@ -92,9 +90,3 @@ class Chooser:
         uniforms = self.uniforms if logits.dim() == 4 else self.uniforms[..., self.slot]
         self.slot += 1
         return draw_at(probs, uniforms), probs
-
-    def read(
-        self, states: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same from states `(B, M, K, …)` of all slots and what turns states into logits."""
-        return self(logits(states))

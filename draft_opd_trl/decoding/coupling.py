@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.records import Rollout
-from ..core.sampling import Chooser, probabilities
+from ..core.sampling import probabilities
 from ..core.sampling_params import SamplingParams
 from ..core.target import Target
 from ..core.verification import couple_to_text
@@ -40,9 +40,9 @@ class Coupling:
         return Coupling(self.target, self.states[index], self.sampling, self.uniforms[index])
 
 
-class TextChooser(Chooser):
+class TextChooser:
     """
-    Draws each slot's proposal from its law given the text, while earlier ones of
+    Keeps the contract of [`Chooser`]: draws each slot's proposal from its law given the text, while earlier ones of
     the block were accepted, and freely from the drafter's after the first rejection or the text's end.
 
     Args:
@@ -55,10 +55,10 @@ class TextChooser(Chooser):
     def __init__(
         self, coupling: Coupling, rollout: Rollout, anchors: torch.Tensor, vocab_map: torch.Tensor | None
     ) -> None:
-        super().__init__()
         self.coupling, self.rollout, self.anchors, self.vocab_map = coupling, rollout, anchors, vocab_map
         self.text_index = torch.arange(len(rollout), device=anchors.device)[:, None]
         self.on_text = torch.ones_like(anchors, dtype=torch.bool)
+        self.slot = 0
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         if logits.dim() == 3:

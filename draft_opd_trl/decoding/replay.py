@@ -7,6 +7,8 @@ replay, for argmax proposals and for drawn ones. Knows no optimizer and no loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..core.cache import PositionCache
@@ -35,7 +37,7 @@ class TextJudge(Chooser):
 
     Attributes:
         unread (`torch.BoolTensor` of shape `(B, M, K)`, *optional*): Slots that were not asked for; what
-            [`propose`] gives there is not the drafter's.
+            `propose` gives there is not the drafter's.
     """
 
     def __init__(self, rollout: Rollout, anchors: torch.Tensor, live: torch.Tensor, drafter: Drafter) -> None:
@@ -43,7 +45,8 @@ class TextJudge(Chooser):
         self.rollout, self.anchors, self.live, self.drafter = rollout, anchors, live, drafter
         self.unread: torch.Tensor | None = None
 
-    def read(self, states, logits):
+    def read(self, states: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """Draft ids `(B, M, K)` from states of all slots; see [`Drafter.proposal_of`]."""
         texts, columns = self.live.nonzero(as_tuple=True)
         num_slots, start, stop = states.shape[2], 0, 1
         proposed = self.anchors.new_zeros(states.shape[:3])

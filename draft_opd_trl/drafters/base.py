@@ -389,6 +389,14 @@ class Drafter(PreTrainedModel, ABC):
             probs = wide.index_copy_(-1, self.vocab_map, probs)
         return Proposal(self.to_target_ids(draft_ids), probs)
 
+    def proposal_of(self, states: torch.Tensor, choose: Chooser) -> Proposal:
+        """
+        Of blocks whose states `(B, M, K, …)` are all known: what `choose` makes of their logits, or, where it has a
+        `read`, of the states, as it may want fewer logits than all.
+        """
+        read = getattr(choose, "read", None)
+        return self.as_proposal(*(choose(self.logits(states)) if read is None else read(states, self.logits)))
+
     def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
         """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
         draft_ids, probs = zip(*steps, strict=True)

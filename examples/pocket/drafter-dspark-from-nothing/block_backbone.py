@@ -200,8 +200,7 @@ class BlockDrafter(Drafter):
         return self.norm(hidden).unflatten(1, (num_blocks, size))[:, :, self.first_slot :]
 
     def propose(self, state, tokens, anchors, limit, choose: Chooser) -> Proposal:
-        states = self.block_states(state.up_to(limit), tokens, anchors)
-        return self.as_proposal(*choose.read(states, self.logits))
+        return self.proposal_of(self.block_states(state.up_to(limit), tokens, anchors), choose)
 
     def draft(self, features: torch.Tensor, tokens: torch.Tensor, blocks: DraftBlocks) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

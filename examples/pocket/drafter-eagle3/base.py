@@ -384,6 +384,14 @@ class Drafter(PreTrainedModel, ABC):
             probs = wide.index_copy_(-1, self.vocab_map, probs)
         return Proposal(self.to_target_ids(draft_ids), probs)
 
+    def proposal_of(self, states: torch.Tensor, choose: Chooser) -> Proposal:
+        """
+        Of blocks whose states `(B, M, K, …)` are all known: what `choose` makes of their logits; of the states, where it
+        has a `read` that wants fewer logits than all.
+        """
+        read = getattr(choose, "read", None)
+        return self.as_proposal(*(choose(self.logits(states)) if read is None else read(states, self.logits)))
+
     def join_steps(self, steps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Proposal:
         """[`as_proposal`] of what it gave slot by slot, `(B, M)` each."""
         draft_ids, probs = zip(*steps, strict=True)
