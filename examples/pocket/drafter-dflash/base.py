@@ -386,8 +386,8 @@ class Drafter(PreTrainedModel, ABC):
 
     def proposal_of(self, states: torch.Tensor, choose: Chooser) -> Proposal:
         """
-        Of blocks whose states `(B, M, K, …)` are all known: what `choose` makes of their logits; of the states, where it
-        has a `read` that wants fewer logits than all.
+        Of blocks whose states `(B, M, K, …)` are all known: what `choose` makes of their logits, or, where it has a
+        `read`, of the states, as it may want fewer logits than all.
         """
         read = getattr(choose, "read", None)
         return self.as_proposal(*(choose(self.logits(states)) if read is None else read(states, self.logits)))
