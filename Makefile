@@ -61,7 +61,7 @@ real: .venv/installed
 	OMP_NUM_THREADS=$(CORES) .venv/bin/python examples/smollm/real.py $(REAL)
 
 real-quick: .venv/installed
-	OMP_NUM_THREADS=$(CORES) .venv/bin/python examples/smollm/real.py --quick --output_dir outputs/smollm-quick $(REAL)
+	OMP_NUM_THREADS=$(CORES) .venv/bin/python examples/smollm/real.py --quick --kind dflash --output_dir outputs/smollm-quick $(REAL)
 
 # One thread a worker, as the workers share the cores. CI is unset so that a test sees the same environment everywhere.
 TEST = env -u CI HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal

@@ -41,7 +41,8 @@ from draft_opd_trl.training.loading import load_pair
 
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = HERE / "drafter-eagle3-sft"
+# By kind, at the end of SFT.
+SHIPPED = {kind: HERE / f"drafter-{kind}-sft" for kind in ("eagle3", "dflash")}
 SFT, EQUAL_TIME, OPD = "SFT continued", "SFT continued, equal time", "Draft-OPD"
 # The recipe of each.
 ARMS = {SFT: "sft", OPD: "default", EQUAL_TIME: "sft", "Spec-AUF": "auf", "D-PACE": "dpace"}
@@ -56,6 +57,9 @@ NEW = {
 # Most blocks of a text. Text blocks of drafters under the target's head, of 49,152 tokens, are dear and overlap: of
 # them a quarter.
 BLOCKS, SFT_BLOCKS = 64, {"eagle3": 64, "dflash": 16, "dspark": 16}
+# Peak rates of arms that teach text blocks and of those on-policy, each the best that was tried on other prompts;
+# DSpark's are DFlash's.
+RATES = {"eagle3": (1e-3, 1e-3), "dflash": (5e-4, 2e-3), "dspark": (5e-4, 2e-3)}
 
 
 @dataclass
@@ -70,7 +74,7 @@ class RealArguments:
     output_dir: str = field(default="outputs/smollm", metadata={"help": "Everything goes there."})
     sft_steps: int = field(default=3000, metadata={"help": "Of SFT, from a new drafter to its plateau."})
     steps: int = field(default=300, metadata={"help": "Of each arm from there."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of every arm."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Of every arm; by default, each its best."})
     seeds: int = field(default=3, metadata={"help": "Runs of each arm."})
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of them."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "To judge at."})
@@ -83,9 +87,10 @@ class RealArguments:
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.start = self.start or str(SHIPPED)
+            self.start = self.start or str(SHIPPED[self.kind])
             self.arms = QUICK_ARMS
-            self.steps, self.seeds, self.eval_prompts, self.temperatures = 60, 1, 60, [0.0]
+            self.steps, self.seeds, self.eval_prompts, self.temperatures = 60, 1, 40, [0.0]
+            self.speed_prompts = min(self.speed_prompts, 4)
             self.suites = self.suites.split(",")[0]
         self.output = Path(self.output_dir)
 
@@ -182,7 +187,8 @@ class Journey:
                 if name == EQUAL_TIME:
                     ratio = seconds_a_step(self.arm(OPD, seed)) / seconds_a_step(self.arm(SFT, seed))
                     steps = max(round(steps * ratio), 1)
-                options = ["--recipe", ARMS[name], "--learning_rate", args.learning_rate, "--seed", seed]
+                rate = args.learning_rate or RATES[args.kind][ARMS[name] in ON_POLICY]
+                options = ["--recipe", ARMS[name], "--learning_rate", rate, "--seed", seed]
                 self.train(self.arm(name, seed), start, steps, *options)
 
     def evaluate(self, start: Path) -> tuple[dict[str, Any], dict[str, Any]]:

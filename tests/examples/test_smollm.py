@@ -10,6 +10,9 @@ from draft_opd_trl import load_drafter
 from draft_opd_trl.evaluation.results import read_reports
 
 
+SHIPPED = sorted((ROOT / "examples" / "smollm").glob("drafter-*"))
+
+
 @pytest.fixture
 def real(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "smollm"))
@@ -69,17 +72,19 @@ def test_a_stage_that_was_stopped_goes_on(real, journey, monkeypatch):
     assert init[0] == "init" and "--resume_from_checkpoint" in train
 
 
-def test_quick_starts_from_what_ships(real):
-    quick = real.RealArguments(quick=True, suites="a.jsonl,b.jsonl")
-    assert quick.start == str(real.SHIPPED) and quick.suites == "a.jsonl" and quick.seeds == 1
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_quick_starts_from_what_ships(real, kind):
+    quick = real.RealArguments(quick=True, kind=kind, suites="a.jsonl,b.jsonl")
+    assert quick.start == str(real.SHIPPED[kind]) and quick.suites == "a.jsonl" and quick.seeds == 1
 
 
-def test_what_ships_loads_and_is_small(real):
-    drafter = load_drafter(str(real.SHIPPED))
-    assert drafter.config.draft_vocab_size == 4096 and drafter.num_draft_tokens == 4
-    assert (real.SHIPPED / "model.safetensors").stat().st_size <= 16e6
-    for file in real.SHIPPED.glob("*.py"):  # `examples/pocket/build.py code` writes both
-        assert file.read_text() == (POCKET / "drafter-eagle3" / file.name).read_text()
+@pytest.mark.parametrize("folder", SHIPPED, ids=[folder.name for folder in SHIPPED])
+def test_what_ships_loads_and_is_small(folder):
+    drafter = load_drafter(str(folder))
+    assert drafter.config.vocab_size == 49152 and drafter.target_layer_ids == [1, 14, 26]
+    assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
+    for file in folder.glob("*.py"):  # `examples/pocket/build.py code` writes both
+        assert file.read_text() == (POCKET / f"drafter-{drafter.kind}" / file.name).read_text()
 
 
 def test_prompts_of_the_hub_become_a_file(real, journey, monkeypatch):
