@@ -79,6 +79,7 @@ class RealArguments:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of them."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "To judge at."})
     eval_prompts: int = field(default=100, metadata={"help": "Of each suite."})
+    decoded_prompts: int = field(default=100, metadata={"help": "Of the first suite, decoded too."})
     eval_batch_size: int = field(default=16, metadata={"help": "Texts decoded side by side, judging."})
     speed_prompts: int = field(default=16, metadata={"help": "To take speeds on; 0 takes none."})
     store_gib: float = field(default=8.0, metadata={"help": "Disk for the target's states of texts it has read."})
@@ -89,8 +90,8 @@ class RealArguments:
         if self.quick:
             self.start = self.start or str(SHIPPED[self.kind])
             self.arms = QUICK_ARMS
-            self.steps, self.seeds, self.eval_prompts, self.temperatures = 60, 1, 40, [0.0]
-            self.speed_prompts = min(self.speed_prompts, 4)
+            self.steps, self.seeds, self.eval_prompts, self.temperatures = 48, 1, 40, [0.0]
+            self.decoded_prompts, self.speed_prompts = 8, min(self.speed_prompts, 3)
             self.suites = self.suites.split(",")[0]
         self.output = Path(self.output_dir)
 
@@ -226,7 +227,8 @@ class Journey:
                 if len(found) == 1:
                     few = {name: by_name[name] for name in ("start", *(self.arm(name, 0).name for name in args.arms))}
                     place, label = self.output / "decoded" / law, f"{law}, decoded"
-                    decoded = evaluate_drafters(target, few, prompts, settings, results=place, progress=label)
+                    asked = prompts[: args.decoded_prompts]
+                    decoded = evaluate_drafters(target, few, asked, settings, results=place, progress=label)
         return found, decoded
 
     def speeds(self, folder: Path) -> dict[str, Any]:
