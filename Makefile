@@ -25,7 +25,7 @@ TEMPERATURE ?= 0
 
 help:
 	@echo "make quickstart   train on the pocket world: SFT continued against Draft-OPD, from the same drafter"
-	@echo "make real-quick   SFT continued against Draft-OPD on SmolLM2-135M-Instruct, a real model: 15 minutes on 2 cores (REAL=options of the script)"
+	@echo "make real-quick   SFT continued against Draft-OPD on SmolLM2-135M-Instruct, a real model: 20 minutes on 2 cores (REAL=options of the script)"
 	@echo "make real         the same from nothing, in a night"
 	@echo "make test         run the tests"
 	@echo "make docs         build the site into docs/build, without a network; a dead link is an error"

@@ -47,6 +47,7 @@ SFT, EQUAL_TIME, OPD = "SFT continued", "SFT continued, equal time", "Draft-OPD"
 # The recipe of each.
 ARMS = {SFT: "sft", OPD: "default", EQUAL_TIME: "sft", "Spec-AUF": "auf", "D-PACE": "dpace"}
 ON_POLICY = ("default", "auf")
+OWN_TIMES = ("replay", "scoring", "forward", "backward")
 QUICK_ARMS = [SFT, OPD, EQUAL_TIME]
 # Shapes of new drafters, whose folders are at most 16 MB in bfloat16.
 NEW = {
@@ -84,7 +85,7 @@ class RealArguments:
     speed_prompts: int = field(default=16, metadata={"help": "To take speeds on; 0 takes none."})
     store_gib: float = field(default=8.0, metadata={"help": "Disk for the target's states of texts it has read."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest text."})
-    quick: bool = field(default=False, metadata={"help": "From the shipped drafter, in 15 minutes."})
+    quick: bool = field(default=False, metadata={"help": "From the shipped drafter, in 20 minutes."})
 
     def __post_init__(self) -> None:
         if self.quick:
@@ -250,10 +251,14 @@ class Journey:
 
 
 def seconds_a_step(folder: Path) -> float:
-    """Of training alone, by the run's own log, without its first window."""
+    """
+    Of training alone, by the run's own log, without its first window.
+
+    And without writing and reading the texts, which the first arm does for all others.
+    """
     (newest,) = checkpoints_in(folder)[-1:]
     log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    times = [entry["step_time"] for entry in log if "step_time" in entry]
+    times = [sum(entry[f"time/{part}"] for part in OWN_TIMES) for entry in log if "step_time" in entry]
     return statistics.median(times[1:] or times)
 
 

@@ -63,6 +63,16 @@ def test_from_nothing_to_a_line_of_figures(real, journey, monkeypatch, capsys):
     assert {**real.main(journey), "seconds": 0} == {**line, "seconds": 0}
 
 
+def test_the_first_arm_is_not_charged_for_the_texts_of_all(real, tmp_path):
+    """By which the others' equal time would be too short."""
+    parts = {"time/replay": 0.1, "time/scoring": 0.0, "time/forward": 0.3, "time/backward": 0.2}
+    texts = [{"time/rollout": 9.0, "time/target_text": 1.0, "step_time": 10.6}, {"step_time": 0.6}]
+    log = [{**parts, **entry} for entry in (*texts, *texts[:1])] + [{"eval_loss": 1.0}]
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert real.seconds_a_step(tmp_path) == pytest.approx(0.6)
+
+
 def test_a_stage_that_was_stopped_goes_on(real, journey, monkeypatch):
     asked = []
     monkeypatch.setattr(real, "draft_opd", lambda words: asked.append(words) or 0)
