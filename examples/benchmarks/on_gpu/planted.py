@@ -131,12 +131,19 @@ def planted_drafter(size: Size, kind: str, target: Target, dtype: torch.dtype = 
         options["mask_token_id"] = target.vocab_size - 1
     with torch.device(target.device):
         drafter = create_drafter(kind, target, init_from_target=False, **options).to(dtype).eval()
-    propose, forward = drafter.propose, drafter.forward
+    propose, proposal_of, forward = drafter.propose, drafter.proposal_of, drafter.forward
     slots = torch.arange(drafter.num_draft_tokens, device=target.device)
 
     def planted_propose(state, tokens, anchors, limit, choose):
-        proposal = propose(state, tokens, anchors, limit, choose)
         right = slots < accepted_run(anchors)[..., None]
+        if kind == "dflash":
+            # Not the proposals: how many of them replay asks the head for hangs on the run.
+            known = torch.where(
+                right[..., None], target.embedding(tokens)[..., None, :], target.embedding.weight[OTHER]
+            )
+            drafter.proposal_of = lambda states, choose: proposal_of(known.to(states.dtype), choose)
+            return propose(state, tokens, anchors, limit, choose)
+        proposal = propose(state, tokens, anchors, limit, choose)
         proposal.tokens = torch.where(right, tokens[..., None], OTHER)
         return proposal
 
