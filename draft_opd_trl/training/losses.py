@@ -201,11 +201,9 @@ def slot_losses(
             parts.append(_kernel_losses(hidden[part], states[part], heads, settings))
             continue
         rest = (None if states is None else states[part], tokens[part], heads, settings)
-        if not torch.is_grad_enabled():
-            parts.append(_chunk_losses(hidden[part], *rest))
-        elif heads.separable:
+        if heads.separable and torch.is_grad_enabled():
             parts.append((_Separable.apply(hidden[part], lambda rows, rest=rest: _chunk_losses(rows, *rest)[0]), {}))
-        elif count > chunk_size:
+        elif count > chunk_size and torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_losses, hidden[part], *rest, use_reentrant=False))
         else:
             parts.append(_chunk_losses(hidden[part], *rest))

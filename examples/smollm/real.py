@@ -89,6 +89,8 @@ class RealArguments:
 
     def __post_init__(self) -> None:
         if self.quick:
+            if self.start is None and self.kind not in SHIPPED:
+                raise ValueError(f"No {self.kind} drafter ships. Give --start, or --kind {' or '.join(SHIPPED)}.")
             self.start = self.start or str(SHIPPED[self.kind])
             self.arms = QUICK_ARMS
             self.steps, self.seeds, self.eval_prompts, self.temperatures = 48, 1, 40, [0.0]
@@ -156,17 +158,18 @@ class Journey:
         self.run(
             new / "config.json", "init", "--target", args.target, "--kind", args.kind, "--output_dir", new, *shape
         )
-        self.train(sft, new, args.sft_steps, "--recipe", "sft", "--learning_rate", 4e-3, "--seed", 0)
+        self.train(sft, new, args.sft_steps, "sft", 4e-3, 0)
         return sft
 
-    def train(self, folder: Path, start: Path, steps: int, *options: Any) -> None:
+    def train(self, folder: Path, start: Path, steps: int, recipe: str, rate: float, seed: int) -> None:
         fast = fast_dtype()
         resumed = ["--resume_from_checkpoint", "true"] if checkpoints_in(folder) else []
-        blocks = BLOCKS if options[options.index("--recipe") + 1] in ON_POLICY else SFT_BLOCKS[self.args.kind]
+        blocks = BLOCKS if recipe in ON_POLICY else SFT_BLOCKS[self.args.kind]
         self.run(
             folder / "results.json",
             *("train", "--model", start, "--teacher", self.args.target, "--dataset_name", self.prompts),
-            *("--output_dir", folder, "--max_steps", steps, *options, *resumed),
+            *("--output_dir", folder, "--max_steps", steps, "--recipe", recipe, *resumed),
+            *("--learning_rate", rate, "--seed", seed),
             *("--logging_steps", max(1, min(10, steps // 6))),
             *("--rollout_source", "generate", "--max_completion_length", self.args.max_new_tokens),
             # Written 64 side by side, once for all runs.
@@ -190,8 +193,7 @@ class Journey:
                     ratio = seconds_a_step(self.arm(OPD, seed)) / seconds_a_step(self.arm(SFT, seed))
                     steps = max(round(steps * ratio), 1)
                 rate = args.learning_rate or RATES[args.kind][ARMS[name] in ON_POLICY]
-                options = ["--recipe", ARMS[name], "--learning_rate", rate, "--seed", seed]
-                self.train(self.arm(name, seed), start, steps, *options)
+                self.train(self.arm(name, seed), start, steps, ARMS[name], rate, seed)
 
     def evaluate(self, start: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """

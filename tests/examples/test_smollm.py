@@ -88,11 +88,21 @@ def test_quick_starts_from_what_ships(real, kind):
     assert quick.start == str(real.SHIPPED[kind]) and quick.suites == "a.jsonl" and quick.seeds == 1
 
 
+def test_quick_of_a_kind_that_does_not_ship_says_so(real):
+    with pytest.raises(ValueError, match="No dspark drafter ships. Give --start, or --kind eagle3 or dflash"):
+        real.RealArguments(quick=True, kind="dspark")
+    assert real.RealArguments(quick=True, kind="dspark", start="mine").start == "mine"
+
+
 @pytest.mark.parametrize("folder", SHIPPED, ids=[folder.name for folder in SHIPPED])
 def test_what_ships_loads_and_is_small(folder):
     drafter = load_drafter(str(folder))
     assert drafter.config.vocab_size == 49152 and drafter.target_layer_ids == [1, 14, 26]
-    assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
+    size = (folder / "model.safetensors").stat().st_size
+    if drafter.kind == "eagle3":
+        assert drafter.config.draft_vocab_size == 4096 and drafter.num_draft_tokens == 4
+        assert size <= 16e6
+    assert size <= 16 * 2**20
     for file in folder.glob("*.py"):  # `examples/pocket/build.py code` writes both
         assert file.read_text() == (POCKET / f"drafter-{drafter.kind}" / file.name).read_text()
 
